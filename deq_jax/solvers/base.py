@@ -1,0 +1,199 @@
+"""One loop for every solver: it calls f, tests convergence, counts, freezes and keeps the best iterate."""
+
+import enum
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+RUNNING = -1
+STALE_EVALUATIONS = 10  # this many without a better residual, at the dtype's floor, end a solve as STALLED
+DIVERGED_GROWTH = 1e6  # a residual this many times the scale at the start ends it as DIVERGED
+
+
+class Status(enum.IntEnum):
+    """Why a solve of one problem ended."""
+
+    CONVERGED = 0  # ‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖, all of it finite
+    MAX_STEPS = 1  # the budget of evaluations is spent
+    STALLED = 2  # the floor of the dtype is reached: more evaluations find nothing better
+    DIVERGED = 3  # the residual or the iterate left the scale of the problem
+    NONFINITE = 4  # f returned NaN or Inf, or a norm overflowed
+
+
+class Stats(NamedTuple):
+    """What a solve reports, an entry per problem. No gradient flows through it."""
+
+    steps: Int[Array, "*batch"]  # evaluations of f
+    residual: Float[Array, "*batch"]  # ‖f(z) − z‖₂ at the z that is returned; inf if f was never finite there
+    relative_residual: Float[Array, "*batch"]  # the same over ‖f(z)‖₂
+    status: Int[Array, "*batch"]  # a Status
+
+    @property
+    def converged(self) -> Bool[Array, "*batch"]:
+        return self.status == Status.CONVERGED
+
+
+class Solver(Protocol):
+    """Frozen numbers and two pure functions, with optax's signature. A solver never calls f."""
+
+    @property
+    def rtol(self) -> Any: ...
+    @property
+    def atol(self) -> Any: ...
+    @property
+    def max_steps(self) -> Any: ...
+
+    def init(self, z: Float[Array, "*batch dim"]) -> Any: ...
+
+    def update(
+        self, residual: Float[Array, "*batch dim"], state: Any, z: Float[Array, "*batch dim"]
+    ) -> tuple[Float[Array, "*batch dim"], Any]: ...
+
+
+class _Loop(NamedTuple):
+    z: Float[Array, "*batch dim"]
+    best: Float[Array, "*batch dim"]
+    best_residual: Float[Array, "*batch"]
+    best_norm: Float[Array, "*batch"]  # ‖f(z)‖ at the best z
+    first_residual: Float[Array, "*batch"]
+    first_scale: Float[Array, "*batch"]  # max(‖f(z0)‖, ‖f(z0) − z0‖)
+    stale: Int[Array, "*batch"]  # evaluations since the best residual last fell
+    steps: Int[Array, "*batch"]
+    status: Int[Array, "*batch"]
+    solver: Any
+
+
+def solve(f: Callable, z0: PyTree, solver: Solver, batch_ndim: int = 0) -> tuple[PyTree, Stats]:
+    """Iterate `solver` on f(z) = z from z0 until each problem has stopped.
+
+    The state is handled as one vector a problem, float32 or wider, so that inner products run over the whole
+    of it; f sees it in its own structure and dtypes. The loop is native to the batch: a problem that stopped
+    is frozen at its best iterate, and the loop ends with the last one.
+    """
+    ravel, unravel = raveler(z0, batch_ndim)
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(z0))
+    floor = min(64 * eps, 0.05)  # relative residual at which rounding in f may hide all progress
+
+    def body(loop: _Loop) -> _Loop:
+        running = loop.status == RUNNING
+        fz = ravel(f(unravel(loop.z)))
+        g = fz - loop.z
+        residual, scale = norm(g), norm(fz)
+
+        first = loop.steps == 0
+        first_residual = jnp.where(first, residual, loop.first_residual)
+        first_scale = jnp.where(first, jnp.maximum(residual, scale), loop.first_scale)
+        steps = loop.steps + running
+
+        finite = jnp.isfinite(residual) & jnp.isfinite(scale)
+        within = residual <= solver.atol + solver.rtol * scale
+        # z ↦ z + 1 has no fixed point, and yet its relative residual 1/‖z‖ falls below any rtol as z runs away.
+        # Where the iterate has outgrown its start, the residual itself must have fallen as well.
+        fallen = (scale <= 10 * first_scale) | (residual <= 0.1 * first_residual)
+        converged = finite & within & fallen
+        # Once a unit in the last place of z exceeds the scale at the start, residuals are rounding noise.
+        escaped = (residual > DIVERGED_GROWTH * first_scale) | (eps * scale > first_scale)
+        stale = jnp.where(finite & (residual < 0.99 * loop.best_residual), 0, loop.stale + 1)
+        stalled = (stale >= STALE_EVALUATIONS) & (loop.best_residual <= floor * loop.best_norm)
+
+        status = jnp.where(steps >= solver.max_steps, Status.MAX_STEPS, RUNNING)
+        status = jnp.where(stalled, Status.STALLED, status)
+        status = jnp.where(escaped, Status.DIVERGED, status)
+        status = jnp.where(finite, status, Status.NONFINITE)
+        status = jnp.where(converged, Status.CONVERGED, status)
+        status = jnp.where(running, status, loop.status)
+
+        better = running & finite & (converged | (residual < loop.best_residual))
+        best = jnp.where(better[..., None], loop.z, loop.best)
+        step, state = solver.update(g, loop.solver, loop.z)
+        z = jnp.where((status == RUNNING)[..., None], ravel(unravel(loop.z + step)), best)
+        return _Loop(
+            z=z,
+            best=best,
+            best_residual=jnp.where(better, residual, loop.best_residual),
+            best_norm=jnp.where(better, scale, loop.best_norm),
+            first_residual=first_residual,
+            first_scale=first_scale,
+            stale=stale,
+            steps=steps,
+            status=status,
+            solver=state,
+        )
+
+    z = ravel(z0)
+    # Carries are made from the data, never from a bare constant: under sharding they inherit its type.
+    zero = jnp.zeros_like(z[..., 0])
+    count = zero.astype(jnp.int32)
+    status = jnp.where(jnp.asarray(solver.max_steps) > 0, RUNNING, Status.MAX_STEPS).astype(jnp.int32) + count
+    start = _Loop(z, z, zero + jnp.inf, zero, zero, zero, count, count, status, solver.init(z))
+    end = jax.lax.while_loop(lambda loop: jnp.any(loop.status == RUNNING), body, start)
+    return unravel(end.best), Stats(
+        end.steps, end.best_residual, ratio(end.best_residual, end.best_norm), end.status
+    )
+
+
+def measure(f: Callable, z: PyTree, solver: Solver, steps: int, batch_ndim: int) -> Stats:
+    """Stats of a z that is returned as it is, after `steps` evaluations and the one made here."""
+    ravel, _ = raveler(z, batch_ndim)
+    fz = ravel(f(z))
+    residual, scale = norm(fz - ravel(z)), norm(fz)
+    finite = jnp.isfinite(residual) & jnp.isfinite(scale)
+    residual = jnp.where(finite, residual, jnp.inf)
+    converged = finite & (residual <= solver.atol + solver.rtol * scale)
+    status = jnp.where(finite, jnp.where(converged, Status.CONVERGED, Status.MAX_STEPS), Status.NONFINITE)
+    count = jnp.zeros_like(residual).astype(jnp.int32)
+    return Stats(count + steps + 1, residual, ratio(residual, scale), status + count)
+
+
+def raveler(example: PyTree, batch_ndim: int) -> tuple[Callable, Callable]:
+    """The two maps between a pytree and `[*batch, dim]` in float32 or wider; complex leaves as two reals."""
+    leaves, treedef = jax.tree.flatten(example)
+    wide = jnp.result_type(jnp.float32, *(jnp.finfo(leaf.dtype).dtype for leaf in leaves))
+    # jnp.size of a real view: a complex number is two reals, so that norms and inner products are real.
+    sizes = [leaf[(0,) * batch_ndim].size * (2 if jnp.iscomplexobj(leaf) else 1) for leaf in leaves]
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+
+    def ravel_leaf(leaf):
+        flat = leaf.reshape(*leaf.shape[:batch_ndim], -1)
+        if jnp.iscomplexobj(flat):
+            flat = jnp.concatenate([flat.real, flat.imag], axis=-1)
+        return flat.astype(wide)
+
+    def ravel(tree: PyTree) -> Float[Array, "*batch dim"]:
+        flat = [ravel_leaf(leaf) for leaf in jax.tree.leaves(tree)]
+        return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=-1)
+
+    def unravel_leaf(flat, like):
+        if jnp.iscomplexobj(like):
+            flat = jax.lax.complex(*jnp.split(flat, 2, axis=-1))
+        return flat.reshape(*flat.shape[:-1], *like.shape[batch_ndim:]).astype(like.dtype)
+
+    def unravel(flat: Float[Array, "*batch dim"]) -> PyTree:
+        parts = [flat] if len(leaves) == 1 else jnp.split(flat, ends[:-1], axis=-1)
+        return jax.tree.unflatten(treedef, [unravel_leaf(p, leaf) for p, leaf in zip(parts, leaves, strict=True)])
+
+    return ravel, unravel
+
+
+def norm(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch"]:
+    """‖x‖₂ over the last axis, right also where the squares leave the range of the dtype."""
+    square = jnp.einsum("...d,...d->...", x, x)
+    info = jnp.finfo(x.dtype)
+    in_range = (square > info.tiny / info.eps) & (square < info.max)
+
+    def scaled():
+        top = jnp.max(jnp.abs(x), axis=-1)
+        safe = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+        unit = x / safe[..., None]
+        return jnp.where(in_range, jnp.sqrt(square), safe * jnp.sqrt(jnp.einsum("...d,...d->...", unit, unit)))
+
+    # The second pass over x is taken only when some problem needs it; the others keep their bits.
+    return jax.lax.cond(jnp.all(in_range), lambda: jnp.sqrt(square), scaled)
+
+
+def ratio(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """a / b, with 0 / 0 = 0."""
+    return jnp.where(a == 0, 0, a / jnp.where(b == 0, 1, b) + jnp.where((b == 0) & (a != 0), jnp.inf, 0))

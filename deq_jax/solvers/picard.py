@@ -1,0 +1,38 @@
+"""Plain and damped fixed-point iteration."""
+
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from deq_jax._config import check_number, config
+
+
+@config
+class Picard:
+    """z ← z + damping (f(z) − z). Converges where the spectral radius of the damped Jacobian is below one.
+
+    The cheapest iteration, and the best one for a strong contraction; hopeless where f expands. With
+    `adjoint=Unroll()` and `max_steps=L` it is the weight-tied network of L layers.
+
+    >>> Picard(rtol=1e-6).max_steps
+    100
+    """
+
+    rtol: float = 1e-4
+    atol: float = 0.0
+    max_steps: int = 100
+    damping: float = 1.0
+
+    def __post_init__(self):
+        check_number(self, "rtol", at_least=0)
+        check_number(self, "atol", at_least=0)
+        check_number(self, "max_steps", at_least=0, whole=True)
+        check_number(self, "damping", at_least=0, below=2)
+
+    def init(self, z: Float[Array, "*batch dim"]) -> tuple[()]:
+        return ()
+
+    def update(
+        self, residual: Float[Array, "*batch dim"], state: Any, z: Float[Array, "*batch dim"]
+    ) -> tuple[Float[Array, "*batch dim"], tuple[()]]:
+        return self.damping * residual, state
