@@ -1,0 +1,10 @@
+"""`python -m deq_jax`: the environment, for a bug report; exit status 1 if it is known not to work."""
+
+import sys
+
+from deq_jax._doctor import report
+
+if __name__ == "__main__":
+    text, problems = report()
+    print(text)
+    sys.exit(1 if problems else 0)

@@ -1,0 +1,225 @@
+"""`fixed_point`: find z with f(z, *args) = z, and differentiate it."""
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from deq_jax.adjoints import Adjoint, Implicit, Probe, hoist
+from deq_jax.solvers import Anderson, Solver, Stats
+
+
+class Solution(NamedTuple):
+    """What `fixed_point` returns. Gradients flow through `value` alone."""
+
+    value: PyTree  # as z0: structure, shapes and dtypes
+    stats: Stats
+
+
+class SolutionWithAux(NamedTuple):
+    """What `fixed_point(..., has_aux=True)` returns."""
+
+    value: PyTree
+    stats: Stats
+    aux: PyTree  # f's second output at the value, differentiable
+
+
+def fixed_point(
+    f: Callable,
+    z0: PyTree,
+    *args: PyTree,
+    solver: Solver = Anderson(),  # noqa: B008  frozen
+    adjoint: Adjoint = Implicit(),  # noqa: B008
+    batch_ndim: int = 0,
+    has_aux: bool = False,
+    probe: Probe | None = None,
+) -> Solution:
+    """The fixed point z* = f(z*, *args), differentiable in args and in all that f captures.
+
+    Args:
+      f: returns z's structure, shapes and dtypes exactly; with `has_aux`, a pair (z, aux). Called under a
+        trace, so it must be pure. A function without captured arrays is compiled once; a closure each time
+        it is called eagerly, so wrap the caller in `jax.jit`.
+      z0: where to start, a pytree of float or complex arrays. Its cotangent is zero (but see `Unroll`).
+      *args: pytrees of arrays, of any dtype.
+      solver: `Picard`, `Anderson` or `Broyden`.
+      adjoint: `Implicit`, `Phantom`, `Neumann`, `JFB` or `Unroll`.
+      batch_ndim: how many leading axes of every leaf index independent problems, each with its own tolerance
+        test and stopping time.
+      has_aux: return aux of one more evaluation, at the solution.
+      probe: zeros, shaped as `Probe.zeros(batch_shape)`; its cotangent is the backward solve's statistics.
+
+    Returns:
+      Solution(value, stats), and aux third with `has_aux`. A solve that failed says so in `stats.status` and
+      returns its best iterate: nothing is raised once tracing is over.
+
+    Raises:
+      TypeError, ValueError: before anything is solved, naming the leaf, what was expected and what came.
+
+    Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models", section 3.
+
+    >>> import jax, jax.numpy as jnp, deq_jax as deq
+    >>> def cell(z, params, x):
+    ...     return jnp.tanh(z @ params["w"] + x)
+    >>> params, x = {"w": 0.1 * jnp.ones((3, 3))}, jnp.ones((2, 3))
+    >>> z, stats = deq.fixed_point(cell, jnp.zeros((2, 3)), params, x, batch_ndim=1)
+    >>> [deq.Status(int(s)).name for s in stats.status]
+    ['CONVERGED', 'CONVERGED']
+    >>> grads = jax.grad(lambda p: deq.fixed_point(cell, z, p, x, batch_ndim=1).value.sum())(params)
+    >>> grads["w"].shape
+    (3, 3)
+    """
+    z0 = _check(f, z0, args, solver, adjoint, batch_ndim, probe)
+    reads = _reads(f)
+    run = _fixed_point if reads is None else _compiled
+    return run(f, reads, batch_ndim, has_aux, z0, args, solver, adjoint, probe)
+
+
+def _fixed_point(f, reads, batch_ndim, has_aux, z0, args, solver, adjoint, probe):
+    del reads
+    # Arguments are captured too: what f reads is one list, sorted by whether it has a derivative.
+    fun, inputs, other = hoist(lambda z: f(z, *args), z0)
+    out = jax.eval_shape(fun, z0, inputs, other)
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(f"with has_aux=True, f must return a pair (z, aux), got {_describe(out)}")
+    _check_output(out[0] if has_aux else out, z0)
+
+    cell = (lambda z, inputs, other: fun(z, inputs, other)[0]) if has_aux else fun
+    probe = Probe.like(z0, batch_ndim) if probe is None else probe
+    z, stats = adjoint.run(cell, z0, inputs, other, solver, batch_ndim, probe)
+    stats = jax.lax.stop_gradient(stats)
+    if not has_aux:
+        return Solution(z, stats)
+    _, aux = fun(z, inputs, other)
+    return SolutionWithAux(z, stats._replace(steps=stats.steps + 1), aux)
+
+
+# An eager call would trace its loop anew each time (70 to 700 ms); this one is traced once for each f.
+_compiled = jax.jit(_fixed_point, static_argnums=(0, 1, 2, 3))
+
+
+# ---- what f reads ------------------------------------------------------------------------------------------
+
+
+def _reads(f: Callable) -> tuple | None:
+    """The values f reads besides its arguments, as a hashable key; None where they cannot be compared.
+
+    JAX caches a compiled function by the identity of f, and would miss that a global array, a closure or a
+    module's weights have changed. Only functions whose surroundings can be compared by value are cached.
+    """
+    values: dict[Any, Any] = {}
+    return tuple(values.items()) if _collect(f, values) else None
+
+
+def _collect(f: Any, values: dict) -> bool:
+    f = getattr(f, "__wrapped__", f) if type(f).__module__.startswith("jax") else f
+    if not isinstance(f, types.FunctionType):
+        return False
+    if f in values:
+        return True
+    defaults = tuple(f.__defaults__ or ()) + tuple((f.__kwdefaults__ or {}).values())
+    if f.__closure__ or not all(_is_constant(v) for v in defaults):
+        return False
+    values[f] = defaults
+    for name in _names(f.__code__):
+        if name not in f.__globals__:
+            continue
+        value = f.__globals__[name]
+        if _is_constant(value):
+            values[f, name] = type(value), value
+        elif not (_is_library(value) or _collect(value, values)):
+            return False
+        else:
+            values[f, name] = id(value)
+    return True
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return set(code.co_names).union(*(_names(c) for c in inner))
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_constant(v) for v in value)
+    return value is None or isinstance(value, int | float | complex | str | bytes)
+
+
+def _is_library(value: Any) -> bool:
+    if isinstance(value, types.ModuleType | type | types.BuiltinFunctionType):
+        return True
+    return callable(value) and (getattr(value, "__module__", None) or "").startswith(("jax.", "numpy"))
+
+
+# ---- checks ------------------------------------------------------------------------------------------------
+
+
+def _check(f, z0, args, solver, adjoint, batch_ndim, probe) -> PyTree:
+    """z0 as arrays, or TypeError/ValueError."""
+    if not callable(f):
+        raise TypeError(f"f must be callable as f(z, *args), got {type(f).__name__}")
+    if not hasattr(solver, "update"):
+        raise TypeError(f"solver must be a solver such as Anderson(), got {solver!r}")
+    if not hasattr(adjoint, "run"):
+        raise TypeError(f"adjoint must be an adjoint such as Implicit(), got {adjoint!r}")
+    if isinstance(batch_ndim, bool) or not isinstance(batch_ndim, int) or batch_ndim < 0:
+        raise ValueError(f"batch_ndim must be an int >= 0, got {batch_ndim!r}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(args):
+        if not _is_array_like(leaf):
+            where = "args" + jax.tree_util.keystr(path)
+            raise TypeError(f"{where} must be an array, got {leaf!r}; let f capture what is not an array")
+
+    leaves = jax.tree_util.tree_leaves_with_path(z0)
+    if not leaves:
+        raise ValueError(f"z0 has no arrays: expected a pytree with at least one, got {z0!r}")
+    batch_shape = None
+    for path, leaf in leaves:
+        where = "z0" + jax.tree_util.keystr(path)
+        if not _is_array_like(leaf):
+            raise TypeError(f"{where} must be an array of floats, got {leaf!r}")
+        shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(f"{where} must be an array of floats, got dtype {dtype}")
+        if 0 in shape:
+            raise ValueError(f"{where} is empty: got shape {shape}")
+        if len(shape) < batch_ndim:
+            raise ValueError(f"batch_ndim={batch_ndim} is beyond the rank of {where}, of shape {shape}")
+        batch_shape = shape[:batch_ndim] if batch_shape is None else batch_shape
+        if shape[:batch_ndim] != batch_shape:
+            raise ValueError(
+                f"all leaves of z0 must agree in their {batch_ndim} batch axes: {where} has shape {shape}, "
+                f"expected it to begin with {batch_shape}"
+            )
+    if probe is not None and {jnp.shape(p) for p in jax.tree.leaves(probe)} != {batch_shape}:
+        raise ValueError(
+            f"probe must be Probe.zeros({batch_shape}), the batch shape of z0; got shapes "
+            f"{[jnp.shape(p) for p in jax.tree.leaves(probe)]}"
+        )
+    return jax.tree.map(jnp.asarray, z0)
+
+
+def _is_array_like(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
+
+
+def _check_output(out: PyTree, z0: PyTree) -> None:
+    if jax.tree.structure(out) != jax.tree.structure(z0):
+        raise TypeError(
+            f"f must return the structure of z0, {jax.tree.structure(z0)}; got {jax.tree.structure(out)}"
+        )
+    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(out), jax.tree.leaves(z0), strict=True):
+        where = "f(z)" + jax.tree_util.keystr(path)
+        if got.shape != want.shape:
+            raise ValueError(f"{where} must have the shape of z0, {want.shape}; got {got.shape}")
+        if got.dtype != want.dtype:
+            raise TypeError(
+                f"{where} must have the dtype of z0, {want.dtype}; got {got.dtype}. Cast z0, or what f returns"
+            )
+
+
+def _describe(tree: PyTree) -> str:
+    return str(jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree))
