@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import enum
 import functools
 import math
 from typing import TypeVar, dataclass_transform
@@ -49,12 +50,11 @@ def config(cls: type[T]) -> type[T]:
     return cls
 
 
-class _Leaf:
-    def __repr__(self):
-        return "leaf"
+class _Placeholder(enum.Enum):  # an enum member stays itself through deepcopy and pickle
+    LEAF = "leaf"
 
 
-_LEAF = _Leaf()
+_LEAF = _Placeholder.LEAF
 
 
 def _is_static(value) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
 from jaxtyping import Array, Float, PyTree
 
 from deq_jax._config import check_number, config
@@ -36,14 +37,16 @@ class Probe(NamedTuple):
 
     @classmethod
     def zeros(cls, batch_shape: tuple[int, ...] = ()) -> "Probe":
-        return cls(*[jnp.zeros(batch_shape, jnp.float32)] * 3)
+        zero = jnp.zeros(batch_shape, jnp.float32)
+        return cls(zero, zero, zero)
 
     @classmethod
     def like(cls, z: PyTree, batch_ndim: int) -> "Probe":
         """Zeros made from z, so that they share its sharding."""
         leaf = jax.tree.leaves(z)[0]
         corner = leaf.reshape(*leaf.shape[:batch_ndim], -1)[..., 0]
-        return cls(*[jnp.zeros_like(corner, dtype=jnp.float32)] * 3)
+        zero = jnp.zeros_like(corner, dtype=jnp.float32)
+        return cls(zero, zero, zero)
 
 
 class Adjoint(Protocol):
@@ -80,7 +83,9 @@ def _equilibrium_bwd(f, batch_ndim, saved, cotangents):
 _equilibrium.defvjp(_equilibrium_fwd, _equilibrium_bwd)
 
 
-def _run_at_equilibrium(self, f, z0, inputs, other, solver, batch_ndim, probe):
+def _run_at_equilibrium(
+    self, f: Callable, z0: PyTree, inputs: list, other: list, solver: Solver, batch_ndim: int, probe: Probe
+) -> tuple[PyTree, Stats]:
     return _equilibrium(f, batch_ndim, self, solver, z0, inputs, other, probe)
 
 
@@ -264,7 +269,7 @@ def hoist(f: Callable, *example: PyTree) -> tuple[Callable, list, list]:
         *example, inputs, other = args
         inputs, other = iter(inputs), iter(other)
         consts = [next(inputs) if diff else next(other) for diff in inexact]
-        return jax.tree.unflatten(out_tree, jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(example)))
+        return jax.tree.unflatten(out_tree, eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(example)))
 
     return pure, inputs, other
 
@@ -274,7 +279,7 @@ def _default_backward(forward: Solver) -> Solver:
 
 
 def _as_probe(stats: Stats) -> Probe:
-    return Probe(*(x.astype(jnp.float32) for x in (stats.steps, stats.relative_residual, stats.status)))
+    return jax.tree.map(lambda x: x.astype(jnp.float32), Probe(stats.steps, stats.relative_residual, stats.status))
 
 
 def _unmeasured(products: int, like: PyTree, batch_ndim: int) -> Probe:

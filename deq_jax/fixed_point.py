@@ -1,6 +1,5 @@
 """`fixed_point`: find z with f(z, *args) = z, and differentiate it."""
 
-import functools
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -37,7 +36,7 @@ def fixed_point(
     batch_ndim: int = 0,
     has_aux: bool = False,
     probe: Probe | None = None,
-) -> Solution:
+) -> Any:
     """The fixed point z* = f(z*, *args), differentiable in args and in all that f captures.
 
     Args:
@@ -208,9 +207,7 @@ def _is_array_like(leaf: Any) -> bool:
 
 def _check_output(out: PyTree, z0: PyTree) -> None:
     if jax.tree.structure(out) != jax.tree.structure(z0):
-        raise TypeError(
-            f"f must return the structure of z0, {jax.tree.structure(z0)}; got {jax.tree.structure(out)}"
-        )
+        raise TypeError(f"f must return the structure of z0, {jax.tree.structure(z0)}; got {jax.tree.structure(out)}")
     for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(out), jax.tree.leaves(z0), strict=True):
         where = "f(z)" + jax.tree_util.keystr(path)
         if got.shape != want.shape:

@@ -130,9 +130,7 @@ def solve(f: Callable, z0: PyTree, solver: Solver, batch_ndim: int = 0) -> tuple
     status = jnp.where(jnp.asarray(solver.max_steps) > 0, RUNNING, Status.MAX_STEPS).astype(jnp.int32) + count
     start = _Loop(z, z, zero + jnp.inf, zero, zero, zero, count, count, status, solver.init(z))
     end = jax.lax.while_loop(lambda loop: jnp.any(loop.status == RUNNING), body, start)
-    return unravel(end.best), Stats(
-        end.steps, end.best_residual, ratio(end.best_residual, end.best_norm), end.status
-    )
+    return unravel(end.best), Stats(end.steps, end.best_residual, ratio(end.best_residual, end.best_norm), end.status)
 
 
 def measure(f: Callable, z: PyTree, solver: Solver, steps: int, batch_ndim: int) -> Stats:

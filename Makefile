@@ -1,0 +1,91 @@
+# `make` alone lists the targets. Nothing is needed beforehand but make and Python 3.11 or newer.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+MIN_PYTHON := 3.11
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+# What depends on versions, and so is run on every corner; the rest (experiments, data, notebooks) runs once.
+CORE_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
+	solvers fixed_point adjoints transforms nn transformer packaging)))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint notebooks corners corner-lowest corner-newest constraints clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
+
+# $(call venv,DIR,PYTHON,CONSTRAINTS,EXTRA): a virtual environment made with pip alone.
+# One -q less would show pip's warnings, which on a machine with its own package mirror are hundreds of lines.
+define venv
+	@found=$$("$(2)" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || found=none; \
+	major=$${found%%.*}; minor=$${found#*.}; minor=$${minor%%.*}; \
+	if [ "$$found" = none ]; then \
+		echo "error: '$(2)' does not run; deq_jax needs Python $(MIN_PYTHON) or newer." \
+			"Name one, for example: make setup PYTHON=python3.12" >&2; exit 1; \
+	elif [ "$$major" -lt 3 ] || { [ "$$major" -eq 3 ] && [ "$$minor" -lt "$(MIN_PYTHON:3.%=%)" ]; }; then \
+		echo "error: '$(2)' is Python $$found; deq_jax needs $(MIN_PYTHON) or newer." \
+			"Name one, for example: make setup PYTHON=python3.12" >&2; exit 1; \
+	fi; \
+	echo "$(1): installing for Python $$found (about 700 MB on disk, a minute or two)"; \
+	if ! $(1)/bin/python -m pip --version >/dev/null 2>&1; then \
+		"$(2)" -m venv --clear $(1) || { \
+			echo "error: '$(2) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
+	fi
+	@$(1)/bin/python -m pip install -qq --constraint $(3) --editable '.[$(4)]'
+	@touch $(1)/.stamp
+endef
+
+.venv/.stamp: pyproject.toml constraints.txt
+	$(call venv,.venv,$(PYTHON),constraints.txt,dev)
+
+.venv-lowest/.stamp: pyproject.toml constraints-lowest.txt
+	$(call venv,.venv-lowest,$(PYTHON),constraints-lowest.txt,test)
+
+.venv-newest/.stamp: pyproject.toml constraints.txt
+	$(call venv,.venv-newest,$(NEWEST),constraints.txt,test)
+
+setup: .venv/.stamp ## make .venv with everything (another Python: make clean setup PYTHON=python3.12)
+
+demo: .venv/.stamp ## train the small character model and draw its plot
+	.venv/bin/python -m experiments.char_lm demo
+
+test: .venv/.stamp ## run all tests (DEQ_JAX_DATA=folder for real data; PYTEST_ARGS='-k nn')
+	.venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: .venv/.stamp ## ruff and pyright
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m pyright
+
+# Compared cell by cell: jupytext's own check looks at file times, which mean nothing in a fresh clone.
+notebooks: .venv/.stamp ## check that every notebook and its .py twin hold the same cells
+	@.venv/bin/python -c 'import pathlib, sys, jupytext; \
+	cells = lambda p: p.exists() and [(c.cell_type, c.source) for c in jupytext.read(p).cells]; \
+	bad = [str(p) for p in sorted(pathlib.Path("colabs").glob("*.ipynb")) if cells(p) != cells(p.with_suffix(".py"))]; \
+	sys.exit(bad and "out of step: %s; run jupytext --sync on its .py" % ", ".join(bad) or None)'
+
+corners: corner-lowest corner-newest ## run the core tests on the lowest and on the newest versions
+
+corner-lowest: .venv-lowest/.stamp
+	.venv-lowest/bin/python -m pytest -n 2 $(PYTEST_ARGS) $(CORE_TESTS)
+
+# A pyenv shim stands on PATH for versions that are not active, so a candidate counts only if it runs.
+NEWEST ?= $(shell for v in 3.14 3.13 3.12; do \
+	for p in python$$v "$$(pyenv root 2>/dev/null)"/versions/$$v.*/bin/python$$v; do \
+		if "$$p" --version >/dev/null 2>&1; then echo "$$p"; exit; fi; done; done)
+
+corner-newest:
+	@if [ -z "$(NEWEST)" ]; then echo "no Python 3.12 or newer here: the newest corner is left out"; \
+	else $(MAKE) --no-print-directory .venv-newest/.stamp NEWEST="$(NEWEST)" && \
+		.venv-newest/bin/python -m pytest -n 2 $(PYTEST_ARGS) $(CORE_TESTS); fi
+
+constraints: .venv/.stamp ## resolve constraints.txt anew, to the newest versions of everything
+	.venv/bin/python -m pip install -qq uv
+	sed '/^[^#]/,$$d' constraints.txt > constraints.new
+	.venv/bin/uv pip compile -q --universal --no-header --no-annotate --no-cache \
+		--python-version $(MIN_PYTHON) --extra dev pyproject.toml \
+		| sed 's,python_full_version,python_version,' >> constraints.new
+	mv constraints.new constraints.txt
+
+clean: ## remove the environments and caches
+	rm -rf .venv .venv-lowest .venv-newest .pytest_cache .ruff_cache build dist
