@@ -8,6 +8,8 @@ from jaxtyping import Array, Float, Int
 
 from deq_jax._config import check_number, config
 
+UNROLLED = 8  # eliminate without a loop up to this history: faster to run, slower to compile
+
 
 class AndersonState(NamedTuple):
     count: Int[Array, ""]  # residuals seen
@@ -61,16 +63,22 @@ class Anderson:
         dzs = jax.lax.dynamic_update_index_in_dim(state.dz, dz, slot, axis=-2)
         dgs = jax.lax.dynamic_update_index_in_dim(state.dg, dg, slot, axis=-2)
 
-        newest_first = (slot - jnp.arange(m)) % m
-        row = jnp.take(jnp.einsum("...md,...d->...m", dgs, dg), newest_first, axis=-1)
+        row = _newest_first(jnp.einsum("...md,...d->...m", dgs, dg), slot)
         gram = jnp.concatenate([row[..., 1:, None], state.gram[..., :-1, :-1]], axis=-1)
         gram = jnp.concatenate([row[..., None, :], gram], axis=-2)
-        target = jnp.take(jnp.einsum("...md,...d->...m", dgs, residual), newest_first, axis=-1)
+        target = _newest_first(jnp.einsum("...md,...d->...m", dgs, residual), slot)
 
         # γ = argmin ‖g − Σ γᵢ dgᵢ‖; then z + g, both less Σ γᵢ times their differences, is the new iterate.
-        gamma = jnp.take(_least_squares(gram, target, self.ridge), newest_first, axis=-1)
+        gamma = _newest_first(_least_squares(gram, target, self.ridge), slot)  # the order is its own inverse
         step = self.damping * residual - jnp.einsum("...m,...md->...d", gamma, dzs + self.damping * dgs)
         return step, AndersonState(state.count + 1, z, residual, dzs, dgs, gram)
+
+
+def _newest_first(x: Float[Array, "*batch m"], slot: Int[Array, ""]) -> Float[Array, "*batch m"]:
+    """x at (slot − i) mod m for i = 0 … m − 1."""
+    flipped = jnp.flip(x, axis=-1)
+    twice = jnp.concatenate([flipped, flipped], axis=-1)
+    return jax.lax.dynamic_slice_in_dim(twice, (-1 - slot) % x.shape[-1], x.shape[-1], axis=-1)
 
 
 def _least_squares(
@@ -78,32 +86,24 @@ def _least_squares(
 ) -> Float[Array, "*batch m"]:
     """Solve gram γ = target, leaving out each column that depends on those before it (the newer ones).
 
-    Elimination goes through all problems at once: batched LAPACK calls on small matrices cost more than f.
+    Gauss-Jordan elimination, all problems at once: batched LAPACK calls on small matrices cost more than f.
     """
     m, eps = gram.shape[-1], jnp.finfo(gram.dtype).eps
-    diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    unit = jnp.eye(m, dtype=gram.dtype)
+    diagonal = jnp.einsum("...mm->...m", gram)
     scale = jnp.where(diagonal > 0, jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1)), 0)
-    a = gram * scale[..., :, None] * scale[..., None, :] + ridge * jnp.eye(m, dtype=gram.dtype)
-    b = target * scale
-    below = jnp.arange(m)
+    a = gram * scale[..., :, None] * scale[..., None, :] + ridge * unit
+    table = jnp.concatenate([a, (target * scale)[..., None]], axis=-1)
 
     def eliminate(j, carry):
-        a, b, inverse = carry
-        pivot = a[..., j, j]  # sin² of the angle between column j and the span of the newer ones
+        table, kept = carry
+        column = jax.lax.dynamic_index_in_dim(table, j, axis=-1, keepdims=False)
+        row = jax.lax.dynamic_index_in_dim(table, j, axis=-2, keepdims=False)
+        pivot = jnp.einsum("...m,m->...", column, unit[j])  # sin² of the angle to the span of newer columns
         keep = pivot > 10 * m * eps
-        inv = jnp.where(keep, 1 / jnp.where(keep, pivot, 1), 0)
-        factor = jnp.where(below > j, a[..., :, j] * inv[..., None], 0)
-        a = a - factor[..., :, None] * a[..., None, j, :]
-        b = b - factor * b[..., j, None]
-        return a, b, inverse.at[..., j].set(inv)
+        row = row * jnp.where(keep, 1 / jnp.where(keep, pivot, 1), 0)[..., None]
+        return table - (column - unit[j])[..., :, None] * row[..., None, :], kept + keep[..., None] * unit[j]
 
-    def substitute(k, carry):
-        a, b, inverse, gamma = carry
-        j = m - 1 - k
-        value = (b[..., j] - jnp.einsum("...l,...l->...", a[..., j, :], gamma)) * inverse[..., j]
-        return a, b, inverse, gamma.at[..., j].set(value)
-
-    unroll = m <= 16
-    a, b, inverse = jax.lax.fori_loop(0, m, eliminate, (a, b, jnp.zeros_like(b)), unroll=unroll)
-    *_, gamma = jax.lax.fori_loop(0, m, substitute, (a, b, inverse, jnp.zeros_like(b)), unroll=unroll)
-    return gamma * scale
+    carry = table, jnp.zeros_like(target)
+    table, kept = jax.lax.fori_loop(0, m, eliminate, carry, unroll=m if m <= UNROLLED else 1)
+    return jnp.where(kept > 0, table[..., -1], 0) * scale

@@ -91,11 +91,12 @@ def solve(f: Callable, z0: PyTree, solver: Solver, batch_ndim: int = 0) -> tuple
         finite = jnp.isfinite(residual) & jnp.isfinite(scale)
         within = residual <= solver.atol + solver.rtol * scale
         # z ↦ z + 1 has no fixed point, and yet its relative residual 1/‖z‖ falls below any rtol as z runs away.
-        # Where the iterate has outgrown its start, the residual itself must have fallen as well.
-        fallen = (scale <= 10 * first_scale) | (residual <= 0.1 * first_residual)
-        converged = finite & within & fallen
-        # Once a unit in the last place of z exceeds the scale at the start, residuals are rounding noise.
-        escaped = (residual > DIVERGED_GROWTH * first_scale) | (eps * scale > first_scale)
+        # Where the iterate has outgrown its start, the residual itself must have fallen as well; and once the
+        # residual at the start is less than a unit in the last place of z, all residuals are rounding.
+        outgrown = scale > 10 * first_scale
+        lost = outgrown & (eps * scale > first_residual)
+        escaped = lost | (residual > DIVERGED_GROWTH * first_scale)
+        converged = finite & within & ~lost & (~outgrown | (residual <= 0.1 * first_residual))
         stale = jnp.where(finite & (residual < 0.99 * loop.best_residual), 0, loop.stale + 1)
         stalled = (stale >= STALE_EVALUATIONS) & (loop.best_residual <= floor * loop.best_norm)
 

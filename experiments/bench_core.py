@@ -1,0 +1,86 @@
+"""The core's own figures: memory of the compiled training step, cost of an eager call, of a dispatch, of a compile.
+
+    python -m experiments.bench_core
+
+One minute on two CPU cores. Bytes come from the compiled program and do not depend on the machine's load;
+times are medians in this process, so compare them with each other only.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import deq_jax as deq
+from deq_jax.models import DEQTransformer, TransformerConfig
+
+CONFIG = TransformerConfig(vocab_size=65, dim=128, heads=4, inner_dim=512, mem_len=64)
+
+
+def tanh_cell(z, w, x):
+    return jnp.tanh(z @ w + x)
+
+
+def main() -> None:
+    device = jax.devices()[0]
+    print(f"deq_jax {deq.__version__}, jax {jax.__version__}, {device.platform}: {device.device_kind}, float32, seed 0")
+
+    print("\ntemporary bytes of a compiled DEQ-Transformer gradient (batch 8, 64 tokens, dim 128)")
+    for name, solver in (("Anderson", deq.Anderson), ("Broyden", deq.Broyden)):
+        for steps in (10, 1000):
+            size = gradient_bytes(solver(max_steps=steps), deq.Implicit(solver(max_steps=steps)))
+            print(f"  Implicit, {name:8} max_steps {steps:5}: {size / 1e6:8.2f} MB")
+    for depth in (10, 20, 40):
+        picard = deq.Picard(max_steps=depth)
+        plain = gradient_bytes(picard, deq.Unroll())
+        per_step = gradient_bytes(picard, deq.Unroll(checkpoint=1))
+        print(f"  Unroll,   depth {depth:3}: {plain / 1e6:8.2f} MB; checkpointed at every step {per_step / 1e6:8.2f} MB")
+
+    print("\nan eager call of fixed_point on a module-level function (64 × 64, Anderson)")
+    w, x = 0.5 * jax.random.normal(jax.random.key(0), (64, 64)) / 8, jnp.ones((64, 64))
+    call = lambda rtol=1e-4: deq.fixed_point(tanh_cell, x, w, x, batch_ndim=1, solver=deq.Anderson(rtol=rtol))
+    print(f"  first {milliseconds(call, repeats=1):9.2f} ms")
+    print(f"  again {milliseconds(call):9.3f} ms; with another tolerance {milliseconds(lambda: call(1e-3)):.3f} ms")
+
+    print("\ncompile time of value and gradient of the same cell, side by side")
+    loss = lambda w, **options: deq.fixed_point(tanh_cell, x, w, x, batch_ndim=1, **options).value.sum()
+    once = lambda w: tanh_cell(x, w, x).sum()
+    for name, f in (("cell once", once), ("Implicit, Anderson", loss)):
+        lowered = jax.jit(jax.value_and_grad(f)).lower(w)
+        print(f"  {name:20} {milliseconds(lowered.compile, repeats=1):8.0f} ms")  # a second one would be cached
+
+    print("\nPython time to dispatch one step over explicit state, jax.jit against nnx.jit")
+    model = DEQTransformer(CONFIG, rngs=nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    plain = jax.jit(lambda params: params["decoder_bias"] + 1)
+    module = nnx.jit(lambda model: model.decoder_bias[...] + 1)
+    print(f"  {len(jax.tree.leaves(params))} leaves: jax.jit over a dict {milliseconds(lambda: plain(params)):.3f} ms, ", end="")
+    print(f"nnx.jit over the module {milliseconds(lambda: module(model)):.3f} ms")
+
+
+def gradient_bytes(solver: Any, adjoint: Any) -> int:
+    """Temporary bytes of one compiled gradient; nothing is run."""
+    model = DEQTransformer(CONFIG, solver=solver, adjoint=adjoint, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model, nnx.Param)
+    tokens = jnp.zeros((8, 64), jnp.int32)
+    loss = lambda params: nnx.merge(graphdef, params)(tokens).logits.astype(jnp.float32).var()
+    compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def milliseconds(f: Callable[[], Any], repeats: int = 20) -> float:
+    """The median time of f, its result awaited."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(f())
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
