@@ -51,9 +51,7 @@ class TransformerConfig:
     def __post_init__(self):
         for name in ("vocab_size", "dim", "heads", "inner_dim", "window"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        _require(
-            self.head_dim is None or self.head_dim >= 1, f"head_dim must be at least 1, got {self.head_dim}"
-        )
+        _require(self.head_dim is None or self.head_dim >= 1, f"head_dim must be at least 1, got {self.head_dim}")
         _require(self.mem_len >= 0, f"mem_len must be at least 0, got {self.mem_len}")
         _require(self.dim % 2 == 0, f"dim must be even (sines and cosines), got {self.dim}")
         _require(
@@ -252,11 +250,11 @@ class DEQTransformer(nnx.Module):
         return Hidden(hidden, _extend(history, solution.value, context.injection), solution)
 
     def decode(self, hidden: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocab"]:
-        """Logits h Eᵀ + b, summed in float32 or wider: a cross entropy of bfloat16 logits is a poor one."""
-        table = (self.embedding if self.decoder is None else self.decoder)[...].astype(self.dtype)
-        wide = _wide(self.dtype)
-        logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=wide)
-        return logits + self.decoder_bias[...].astype(wide)
+        """Logits h Eᵀ + b, in float32 or wider: a cross entropy of bfloat16 logits is a poor one."""
+        table = self.embedding if self.decoder is None else self.decoder
+        # The operands are widened, for the CPU of jax 0.7 has no product of bfloat16 that gives float32.
+        table, bias, h = (x.astype(_wide(self.dtype)) for x in (table[...], self.decoder_bias[...], hidden))
+        return jnp.einsum("...d,vd->...v", h, table) + bias
 
     def context(
         self, tokens: Int[Array, "batch time"], history: History | None = None, *, key: Array | None = None
@@ -300,9 +298,7 @@ class DEQTransformer(nnx.Module):
 class TransformerCell(nnx.Module):
     """The parameters of f(z; x): relative attention and a feed-forward part, LN without affine parameters."""
 
-    def __init__(
-        self, config: TransformerConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: TransformerConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         dim, inner, (heads, head_dim) = config.dim, config.inner_dim, config.head_shape
         self.config = config
         self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
@@ -429,12 +425,11 @@ def attention(z: Float[Array, "batch time dim"], context: Context) -> Float[Arra
     q, k, v = (qkv[:, :, i] for i in range(3))
     k = jnp.concatenate([context.memory_keys, k], axis=1)
     v = jnp.concatenate([context.memory_values, v], axis=1)
-    # score = ((q + b_w) Kᵀ + relshift((q + b_r) Rᵀ)) / √head_dim, in float32 or wider until after the softmax
-    wide = dict(preferred_element_type=_wide(z.dtype))
-    content = jnp.einsum("bthk,bshk->bhts", q + w.content_bias, k, **wide)
-    position = jnp.einsum("bthk,shk->bhts", q + w.position_bias, context.positions, **wide)
-    score = (content + relative_shift(position)) / math.sqrt(q.shape[-1])
-    # A token sees itself, so no row is −inf throughout.
+    # score = ((q + b_w) Kᵀ + relshift((q + b_r) Rᵀ)) / √head_dim
+    content = jnp.einsum("bthk,bshk->bhts", q + w.content_bias, k)
+    position = jnp.einsum("bthk,shk->bhts", q + w.position_bias, context.positions)
+    score = (content + relative_shift(position)).astype(_wide(z.dtype)) / math.sqrt(q.shape[-1])
+    # The softmax is in float32 or wider. A token sees itself, so no row is −inf throughout.
     score = jnp.where(context.visible[:, None], score, -jnp.inf)
     weights = _drop(jax.nn.softmax(score, axis=-1).astype(z.dtype), masks.attention)
     attended = jnp.einsum("bhts,bshk->bthk", weights, v)
@@ -476,9 +471,7 @@ def sinusoids(length: int, dim: int, dtype: Any = jnp.float32) -> Float[Array, "
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1).astype(dtype)
 
 
-def visibility(
-    time: int, mem: int, window: int, length: Int[Array, " batch"]
-) -> Bool[Array, "batch time keys"]:
+def visibility(time: int, mem: int, window: int, length: Int[Array, " batch"]) -> Bool[Array, "batch time keys"]:
     """Which keys a query sees: 0 ≤ distance < window, and of the history only the last `length` columns."""
     key = jnp.arange(mem + time)
     distance = mem + jnp.arange(time)[:, None] - key

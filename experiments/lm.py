@@ -1,0 +1,344 @@
+"""What the language-model experiments share: corpora by name or path, evaluation, the log and its report."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+import deq_jax as deq
+from deq_jax.models.transformer import History
+from experiments import data
+from experiments.checkpoints import write_atomically
+
+SOLVERS_AND_ADJOINTS = (
+    deq.Picard,
+    deq.Anderson,
+    deq.Broyden,
+    deq.Implicit,
+    deq.Phantom,
+    deq.Neumann,
+    deq.JFB,
+    deq.Unroll,
+)
+
+
+# The command line.
+
+# The tolerances a command line starts from when it names another solver: those of `char_lm`'s defaults.
+FORWARD: dict[str, Any] = dict(rtol=1e-2, max_steps=16)
+BACKWARD: dict[str, Any] = dict(rtol=1e-2, max_steps=16)
+
+SolverOption = (
+    Annotated[deq.Picard, tyro.conf.subcommand("picard", default=deq.Picard(**FORWARD))]
+    | Annotated[deq.Anderson, tyro.conf.subcommand("anderson", default=deq.Anderson(**FORWARD))]
+    | Annotated[deq.Broyden, tyro.conf.subcommand("broyden", default=deq.Broyden(**FORWARD))]
+)
+NONE: Any = None
+BackwardOption: Any = (
+    Annotated[deq.Picard, tyro.conf.subcommand("picard", default=deq.Picard(**BACKWARD))]
+    | Annotated[deq.Anderson, tyro.conf.subcommand("anderson", default=deq.Anderson(**BACKWARD))]
+    | Annotated[deq.Broyden, tyro.conf.subcommand("broyden", default=deq.Broyden(**BACKWARD))]
+    | NONE
+)
+AdjointOption = deq.Implicit | deq.Phantom | deq.Neumann | deq.JFB | deq.Unroll
+OPTIONS = tyro.constructors.ConstructorRegistry()
+
+
+@OPTIONS.struct_rule
+def _implicit(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+    # The core cannot name the solvers in Implicit's annotation for a command line's sake; here they are.
+    if info.type is not deq.Implicit:
+        return None
+    given = info.default if isinstance(info.default, deq.Implicit) else deq.Implicit(deq.Anderson(**BACKWARD))
+    solver = tyro.constructors.StructFieldSpec(
+        name="solver", type=BackwardOption, default=given.solver, helptext="of the backward equilibrium"
+    )
+    return tyro.constructors.StructConstructorSpec(instantiate=deq.Implicit, fields=(solver,))
+
+
+# Corpora and run directories.
+
+
+def load_corpus(name_or_path: str, *, level: data.Level, data_dir: Path | None = None) -> data.Corpus:
+    """The corpus of that name at this level, or else the text that the path leads to.
+
+    >>> load_corpus("shakespeare", level="char").name
+    'shakespeare'
+    """
+    if name_or_path in data.CORPORA:
+        return data.load(name_or_path, level=level, data_dir=data_dir)
+    if not Path(name_or_path).exists():
+        raise ValueError(
+            f"--data must be one of {', '.join(data.CORPORA)}, or the path of a text file or of a directory "
+            f"of *.txt; got {name_or_path!r}, which is neither"
+        )
+    return data.load(path=name_or_path, level=level)
+
+
+def identity(config: dict[str, Any], corpus: data.Corpus) -> dict[str, Any]:
+    """What a resume must agree with: the configuration in JSON, and what the data are."""
+    sizes = [len(corpus.train), len(corpus.valid), len(corpus.test)]
+    return {**config, "vocabulary": corpus.vocabulary.fingerprint, "tokens": sizes}
+
+
+def save_vocabulary(run: Path, vocabulary: data.Vocabulary) -> None:
+    """Write `vocabulary.json` beside the checkpoints, so that to sample needs no corpus."""
+    content = json.dumps({"level": vocabulary.level, "tokens": vocabulary.tokens}, ensure_ascii=False)
+    write_atomically(run / "vocabulary.json", content.encode())
+
+
+def read_run(run: Path, config_class: type) -> tuple[Any, dict[str, Any], data.Vocabulary]:
+    """The configuration, the stored JSON and the vocabulary of a run; ValueError if `run` holds none."""
+    if not (run / "config.json").is_file() or not (run / "vocabulary.json").is_file():
+        raise ValueError(f"{run} holds no run (no config.json and vocabulary.json): train one with --run {run}")
+    stored = json.loads((run / "config.json").read_bytes())
+    values = json.loads((run / "vocabulary.json").read_bytes())
+    vocabulary = data.Vocabulary(tuple(values["tokens"]), values["level"])
+    if vocabulary.fingerprint != stored["vocabulary"]:
+        raise ValueError(
+            f"{run / 'vocabulary.json'} is not the vocabulary that this run was trained with: expected the "
+            f"fingerprint {stored['vocabulary'][:12]}, got {vocabulary.fingerprint[:12]}"
+        )
+    names = {field.name for field in dataclasses.fields(config_class)}
+    if unknown := (stored.keys() - {"__type__", "vocabulary", "tokens"}) ^ names:
+        raise ValueError(f"{run} was trained by another version: it differs in {', '.join(sorted(unknown))}")
+    return config_class(**{name: _from_json(stored[name]) for name in names}), stored, vocabulary
+
+
+def _from_json(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    classes = {cls.__name__: cls for cls in SOLVERS_AND_ADJOINTS}
+    return classes[value["__type__"]](**{k: _from_json(v) for k, v in value.items() if k != "__type__"})
+
+
+# Inside the compiled step.
+
+
+def forget_at_start(history: History, is_start: Bool[Array, ""] | bool) -> History:
+    """The history, emptied where the streams start anew: no column of it is valid then."""
+    return history._replace(length=jnp.where(is_start, 0, history.length))
+
+
+def cross_entropy(
+    logits: Float[Array, "batch time vocab"],
+    targets: Int[Array, "batch time"],
+    weights: Float[Array, "batch time"] | None = None,
+) -> Float[Array, ""]:
+    """Σ weights · −log softmax(logits)[target], in nats; without weights, the mean."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.mean(losses) if weights is None else jnp.sum(weights * losses)
+
+
+def solve_metrics(stats: deq.Stats) -> dict[str, Array]:
+    """The forward solve as scalars: mean and greatest number of evaluations, residual, share converged."""
+    return {
+        "fwd_steps": jnp.mean(stats.steps.astype(jnp.float32)),
+        # The loop runs until its slowest problem has stopped: this is what the step costs.
+        "fwd_steps_max": jnp.max(stats.steps),
+        "fwd_residual": jnp.mean(stats.relative_residual),
+        "converged": jnp.mean(stats.converged.astype(jnp.float32)),
+    }
+
+
+# Around it.
+
+
+class Evaluation(NamedTuple):
+    loss: float  # nats a token
+    tokens: int
+    steps: float  # evaluations of f, mean over problems
+    residual: float  # relative, likewise
+    converged: float  # share of problems
+
+
+def evaluation_segments(tokens: np.ndarray, batch: int, length: int) -> data.EvaluationSegments:
+    """All of `tokens` in order, in `batch` streams side by side, or in fewer where the text is short."""
+    return data.evaluation_segments(tokens, max(1, min(batch, len(tokens) // length)), length)
+
+
+def make_evaluate(graphdef: Any, segments: data.EvaluationSegments, solver: deq.Solver) -> Callable:
+    """`evaluate(params, limit=None) -> Evaluation` of the segments, each with the history before it.
+
+    With a `limit` only so many are read, from the first on.
+    """
+
+    @jax.jit
+    def step(params, history, segment):
+        model = nnx.merge(graphdef, params)
+        history = forget_at_start(history, segment.is_start)
+        logits, history, solution = model(segment.inputs, history, solver=solver)
+        total = cross_entropy(logits, segment.targets, segment.weights)
+        return history, (total, jnp.sum(segment.weights), solve_metrics(solution.stats))
+
+    def evaluate(params, limit: int | None = None) -> Evaluation:
+        history = nnx.merge(graphdef, params).empty_history(segments.batch)
+        sums = []
+        for i in range(min(limit or len(segments), len(segments))):
+            history, part = step(params, history, segments[i])
+            sums.append(part)
+        totals, weights, metrics = zip(*jax.device_get(sums), strict=True)
+        mean = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+        loss = float(np.sum(totals, dtype=np.float64) / np.sum(weights))
+        return Evaluation(loss, int(np.sum(weights)), mean["fwd_steps"], mean["fwd_residual"], mean["converged"])
+
+    return evaluate
+
+
+class Meter:
+    """The averages of the steps since the last line, and the time spent in steps alone.
+
+    `start` before a step and after whatever is not training: evaluation, saving, compilation.
+    """
+
+    def __init__(self, tokens_per_step: int, seconds: float = 0.0, cpu_seconds: float = 0.0):
+        self.spent = [seconds, cpu_seconds]  # over all resumes; of the processor, over all its cores
+        self._tokens = tokens_per_step
+        self._window: list[dict[str, Array]] = []
+
+    def start(self) -> None:
+        self._clocks = time.perf_counter(), time.process_time()
+
+    def add(self, metrics: dict[str, Array]) -> None:
+        """Remember a step's metrics without waiting for them."""
+        self._window.append(metrics)
+
+    def line(self) -> dict[str, Any]:
+        """One line of the log; waits for the device."""
+        values = jax.device_get(self._window)
+        now = time.perf_counter(), time.process_time()
+        elapsed = [after - before for after, before in zip(now, self._clocks, strict=True)]
+        self.spent = [total + more for total, more in zip(self.spent, elapsed, strict=True)]
+        speed = len(values) * self._tokens / elapsed[0]
+        self._window = []
+        timing = {"train_seconds": self.spent[0], "tokens_per_second": speed}
+        return _average(values) | {name: np.round(value, 2) for name, value in timing.items()}
+
+
+def _average(window: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    # Means, but the worst of a status or a maximum, and the sum of skipped steps. Steps of the warm-up may
+    # share a window with later ones, and measure less: what some lack is averaged over the others.
+    line = {}
+    for name in dict.fromkeys(name for metrics in window for name in metrics):
+        values = [metrics[name] for metrics in window if name in metrics]
+        reduce = np.max if name.endswith(("_status", "_max")) else np.sum if name == "skipped" else np.mean
+        line[name] = reduce(values)
+    return line
+
+
+def temp_bytes(program: Any) -> int:
+    """The temporary memory of a compiled program, as XLA plans it."""
+    return int(program.memory_analysis().temp_size_in_bytes)
+
+
+def per_unit(loss: float, level: data.Level) -> tuple[str, float]:
+    """A loss in nats as its field reports it: bits per character, or the perplexity of words."""
+    return ("bits/char", loss / math.log(2)) if level == "char" else ("perplexity", math.exp(min(loss, 50.0)))
+
+
+def describe(line: dict[str, Any], level: data.Level) -> str:
+    """One line of the log in words; what was not measured is left out."""
+    name, value = per_unit(line["loss"], level)
+    words = [f"loss {line['loss']:.3f}", f"{value:.3g} {name}"]
+    if "fwd_steps" in line:
+        words.append(f"fwd {line['fwd_steps']:.1f} steps to {line['fwd_residual']:.0e}")
+        words.append(f"{100 * line['converged']:.0f}% converged")
+    if line.get("bwd_steps"):
+        reached = f" to {line['bwd_residual']:.0e}" if math.isfinite(line["bwd_residual"]) else ""
+        words.append(f"bwd {line['bwd_steps']:.1f} steps{reached}")
+    words.append(f"{line['tokens_per_second']:,.0f} tokens/s")
+    if "valid_loss" in line:
+        words.append(f"validation {line['valid_loss']:.3f}")
+    if line["skipped"]:
+        words.append(f"{line['skipped']} steps skipped")
+    return ", ".join(words)
+
+
+@contextlib.contextmanager
+def reporting(title: str, start: int, total: int, level: data.Level) -> Iterator[Callable[[dict], None]]:
+    """`report(line)` for each line of the log: a live bar on a terminal, otherwise a line of text each."""
+    if sys.stdout.isatty():
+        from rich.console import Group
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.text import Text
+
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA {task.fields[eta]}"),
+        )
+        task = bar.add_task(title, total=total, completed=start, eta="?")
+        with Live(bar, refresh_per_second=4) as live:
+            eta = _remaining(start, total)
+
+            def report(line):
+                bar.update(task, completed=line["step"], eta=eta(line["step"]))
+                live.update(Group(bar, Text(describe(line, level))))
+
+            yield report
+    else:
+        eta = _remaining(start, total)
+
+        def report(line):
+            step = line["step"]
+            print(f"{title} {step}/{total}: {describe(line, level)}, ETA {eta(step)}", flush=True)
+
+        yield report
+
+
+def _remaining(start: int, total: int) -> Callable[[int], str]:
+    began, first = time.monotonic(), start
+
+    def eta(step: int) -> str:
+        seconds = (time.monotonic() - began) / max(step - first, 1) * (total - step)
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+    return eta
+
+
+def environment() -> dict[str, Any]:
+    """Where a number was measured: machine, devices and versions, with nothing that names the host."""
+    return {
+        "machine": {
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "system": platform.system(),
+            "devices": [device.device_kind for device in jax.devices()],
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
+            "flax": flax.__version__,
+            "optax": optax.__version__,
+            "deq_jax": deq.__version__,
+        },
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

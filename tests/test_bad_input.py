@@ -1,0 +1,311 @@
+"""Errors before tracing: what was expected, what came, and where. An unhelpful message is a bug."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import deq_jax as deq
+
+SOLVERS = [deq.Picard, deq.Anderson, deq.Broyden]
+ADJOINTS = [deq.Implicit(), deq.Phantom(), deq.Neumann(), deq.JFB(), deq.Unroll()]
+cos = jnp.cos
+
+
+def both(z):
+    return {"a": jnp.cos(z["a"]), "b": jnp.cos(z["b"])}
+
+
+def z0():
+    return jnp.zeros(3)
+
+
+def pair():
+    return {"a": jnp.zeros((2, 3)), "b": jnp.zeros((2,))}
+
+
+# name: (call, exception, words that the message must have)
+CALLS = {
+    "structure of f(z)": (
+        lambda: deq.fixed_point(lambda z: (z["a"], z["b"]), pair()),
+        TypeError,
+        ["f must return the structure of z0", "'a'", "'b'", "got", "(*, *)"],
+    ),
+    "f(z) without a leaf": (
+        lambda: deq.fixed_point(lambda z: {"a": z["a"]}, pair()),
+        TypeError,
+        ["structure of z0", "got"],
+    ),
+    "f(z) is None": (lambda: deq.fixed_point(lambda z: None, z0()), TypeError, ["structure of z0", "None"]),
+    "shape of f(z)": (
+        lambda: deq.fixed_point(lambda z: {"a": z["a"], "b": z["b"][:1]}, pair()),
+        ValueError,
+        ["f(z)['b']", "shape of z0, (2,)", "got (1,)"],
+    ),
+    "broadcasting f(z)": (
+        lambda: deq.fixed_point(lambda z: z[:, None] + z, z0()),
+        ValueError,
+        ["f(z)", "(3,)", "got (3, 3)"],
+    ),
+    "dtype of f(z)": (
+        lambda: deq.fixed_point(lambda z: z.astype(jnp.bfloat16), z0()),
+        TypeError,
+        ["f(z)", "dtype of z0, float32", "got bfloat16", "Cast"],
+    ),
+    "integer f(z)": (
+        lambda: deq.fixed_point(lambda z: jnp.zeros(3, jnp.int32), z0()),
+        TypeError,
+        ["f(z)", "float32", "got int32"],
+    ),
+    "integer z0": (lambda: deq.fixed_point(cos, jnp.arange(3)), TypeError, ["z0", "floats", "int32"]),
+    "integer leaf of z0": (
+        lambda: deq.fixed_point(both, {"a": jnp.zeros(3), "b": jnp.arange(3)}),
+        TypeError,
+        ["z0['b']", "floats", "int32"],
+    ),
+    "boolean z0": (lambda: deq.fixed_point(cos, jnp.ones(3, bool)), TypeError, ["z0", "floats", "bool"]),
+    "key z0": (lambda: deq.fixed_point(cos, jax.random.key(0)), TypeError, ["z0", "floats", "key"]),
+    "string z0": (lambda: deq.fixed_point(cos, "zeros"), TypeError, ["z0", "array of floats", "'zeros'"]),
+    "z0 is None": (lambda: deq.fixed_point(cos, None), ValueError, ["z0 has no arrays", "None"]),
+    "z0 is {}": (lambda: deq.fixed_point(cos, {}), ValueError, ["z0 has no arrays", "{}"]),
+    "zero-size z0": (lambda: deq.fixed_point(cos, jnp.zeros((0, 3))), ValueError, ["z0", "empty", "(0, 3)"]),
+    "zero-size leaf": (
+        lambda: deq.fixed_point(both, {"a": jnp.zeros(3), "b": jnp.zeros(0)}),
+        ValueError,
+        ["z0['b']", "empty", "(0,)"],
+    ),
+    "f is an array": (lambda: deq.fixed_point(z0(), z0()), TypeError, ["f must be callable", "f(z, *args)"]),
+    "f is None": (lambda: deq.fixed_point(None, z0()), TypeError, ["f must be callable", "NoneType"]),
+    "batch_ndim beyond a leaf": (
+        lambda: deq.fixed_point(both, pair(), batch_ndim=2),
+        ValueError,
+        ["batch_ndim=2", "z0['b']", "(2,)"],
+    ),
+    "leaves disagree": (
+        lambda: deq.fixed_point(both, {"a": jnp.zeros((2, 3)), "b": jnp.zeros((4, 3))}, batch_ndim=1),
+        ValueError,
+        ["agree", "z0['b']", "(4, 3)", "(2,)"],
+    ),
+    "negative batch_ndim": (
+        lambda: deq.fixed_point(cos, z0(), batch_ndim=-1),
+        ValueError,
+        ["batch_ndim", ">= 0", "-1"],
+    ),
+    "batch_ndim is a float": (
+        lambda: deq.fixed_point(cos, z0(), batch_ndim=1.0),
+        (TypeError, ValueError),
+        ["batch_ndim", "int", "1.0"],
+    ),
+    "batch_ndim is True": (
+        lambda: deq.fixed_point(cos, z0(), batch_ndim=True),
+        (TypeError, ValueError),
+        ["batch_ndim", "int", "True"],
+    ),
+    "solver is a class": (
+        lambda: deq.fixed_point(cos, z0(), solver=deq.Anderson),
+        TypeError,
+        ["solver must be", "Anderson()", "class"],
+    ),
+    "solver is a string": (
+        lambda: deq.fixed_point(cos, z0(), solver="anderson"),
+        TypeError,
+        ["solver must be", "Anderson()", "'anderson'"],
+    ),
+    "solver is an adjoint": (
+        lambda: deq.fixed_point(cos, z0(), solver=deq.Implicit()),
+        TypeError,
+        ["solver must be", "Implicit("],
+    ),
+    "adjoint is a class": (
+        lambda: deq.fixed_point(cos, z0(), adjoint=deq.Phantom),
+        TypeError,
+        ["adjoint must be", "Implicit()", "class"],
+    ),
+    "adjoint is a string": (
+        lambda: deq.fixed_point(cos, z0(), adjoint="implicit"),
+        TypeError,
+        ["adjoint must be", "Implicit()", "'implicit'"],
+    ),
+    "adjoint is a solver": (
+        lambda: deq.fixed_point(cos, z0(), adjoint=deq.Anderson()),
+        TypeError,
+        ["adjoint must be", "Anderson("],
+    ),
+    "backward solver is a class": (
+        lambda: deq.Implicit(deq.Anderson),
+        TypeError,
+        ["Implicit.solver", "Anderson()"],
+    ),
+    "backward solver is a string": (
+        lambda: deq.Implicit("anderson"),
+        TypeError,
+        ["Implicit.solver", "'anderson'"],
+    ),
+    "probe of another batch": (
+        lambda: deq.fixed_point(cos, jnp.zeros((2, 3)), batch_ndim=1, probe=deq.Probe.zeros((3,))),
+        ValueError,
+        ["probe", "Probe.zeros((2,))", "(3,)"],
+    ),
+    "probe without a batch": (
+        lambda: deq.fixed_point(cos, jnp.zeros((2, 3)), batch_ndim=1, probe=deq.Probe.zeros()),
+        ValueError,
+        ["probe", "Probe.zeros((2,))"],
+    ),
+    "has_aux without a pair": (
+        lambda: deq.fixed_point(cos, z0(), has_aux=True),
+        TypeError,
+        ["has_aux", "pair (z, aux)", "float32[3]"],
+    ),
+    "has_aux with three": (
+        lambda: deq.fixed_point(lambda z: (z, z, z), z0(), has_aux=True),
+        TypeError,
+        ["has_aux", "pair (z, aux)"],
+    ),
+    "a pair without has_aux": (
+        lambda: deq.fixed_point(lambda z: (jnp.cos(z), z), z0()),
+        TypeError,
+        ["structure of z0", "got"],
+    ),
+    "a string among args": (
+        lambda: deq.fixed_point(lambda z, p: z, z0(), {"w": 1.0, "act": "tanh"}),
+        TypeError,
+        ["args[0]['act']", "'tanh'", "capture"],
+    ),
+    "a function among args": (
+        lambda: deq.fixed_point(lambda z, a, p: z, z0(), 1.0, jnp.tanh),
+        TypeError,
+        ["args[1]", "array", "capture"],
+    ),
+    "Unroll with a traced budget": (
+        lambda: jax.jit(lambda n: deq.fixed_point(cos, z0(), solver=deq.Picard(max_steps=n), adjoint=deq.Unroll()))(5),
+        TypeError,
+        ["Unroll", "max_steps", "Python int"],
+    ),
+    "Unroll with an array budget": (
+        lambda: deq.fixed_point(cos, z0(), solver=deq.Picard(max_steps=jnp.asarray(5)), adjoint=deq.Unroll()),
+        TypeError,
+        ["Unroll", "max_steps", "Python int"],
+    ),
+    "zero terms": (lambda: deq.Neumann(0), ValueError, ["Neumann.terms", ">= 1", "0"]),
+    "half a term": (lambda: deq.Neumann(1.5), TypeError, ["Neumann.terms", "int", "1.5"]),
+    "zero phantom steps": (lambda: deq.Phantom(steps=0), ValueError, ["Phantom.steps", ">= 1"]),
+    "phantom damping": (lambda: deq.Phantom(damping=1.5), ValueError, ["Phantom.damping", "1.5"]),
+    "checkpoint 0": (lambda: deq.Unroll(checkpoint=0), ValueError, ["Unroll.checkpoint", ">= 1"]),
+    "checkpoint string": (lambda: deq.Unroll("sqrt"), TypeError, ["Unroll.checkpoint", "'sqrt'"]),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_message(name):
+    call, exception, words = CALLS[name]
+    with pytest.raises(exception) as caught:
+        call()
+    message = str(caught.value)
+    for word in words:
+        assert word in message, f"{word!r} is missing from {message!r}"
+
+
+@pytest.mark.parametrize("Solver", SOLVERS)
+@pytest.mark.parametrize(
+    "field, value, exception",
+    [
+        ("rtol", -1e-3, ValueError),
+        ("rtol", float("nan"), ValueError),
+        ("rtol", "1e-3", TypeError),
+        ("rtol", None, TypeError),
+        ("rtol", True, TypeError),
+        ("atol", -1e-9, ValueError),
+        ("atol", float("nan"), ValueError),
+        ("max_steps", -1, ValueError),
+        ("max_steps", 10.0, TypeError),
+        ("max_steps", "10", TypeError),
+        ("max_steps", None, TypeError),
+        ("damping", -0.5, ValueError),
+        ("damping", 3.0, ValueError),
+        ("damping", float("nan"), ValueError),
+    ],
+)
+def test_solver_fields(Solver, field, value, exception):
+    with pytest.raises(exception, match=rf"{Solver.__name__}\.{field} must be .*got {value!r}"):
+        Solver(**{field: value})
+    with pytest.raises(exception, match=rf"{Solver.__name__}\.{field}"):
+        dataclasses.replace(Solver(), **{field: value})
+
+
+@pytest.mark.parametrize(
+    "Solver, field, value, exception",
+    [
+        (deq.Anderson, "history", 0, ValueError),
+        (deq.Anderson, "history", -3, ValueError),
+        (deq.Anderson, "history", 2.5, TypeError),
+        (deq.Anderson, "ridge", -1e-9, ValueError),
+        (deq.Anderson, "ridge", float("nan"), ValueError),
+        (deq.Broyden, "rank", 0, ValueError),
+        (deq.Broyden, "rank", 2.5, TypeError),
+    ],
+)
+def test_memory_fields(Solver, field, value, exception):
+    with pytest.raises(exception, match=rf"{Solver.__name__}\.{field} must be .*got {value!r}"):
+        Solver(**{field: value})
+
+
+@pytest.mark.parametrize("Solver, field", [(deq.Anderson, "history"), (deq.Broyden, "rank")])
+def test_a_memory_of_an_array_is_refused(Solver, field):
+    # It fixes a shape, so it cannot be traced: say so, instead of failing inside a solve.
+    with pytest.raises(TypeError, match=f"{Solver.__name__}.{field} must be an int"):
+        Solver(**{field: jnp.asarray(3)})
+
+
+@pytest.mark.parametrize(
+    "make, suggestion",
+    [
+        (lambda: deq.Picard(max_step=3), "max_steps"),
+        (lambda: deq.Anderson(max_iter=3), None),
+        (lambda: deq.Anderson(histry=3), "history"),
+        (lambda: deq.Anderson(tol=3), "rtol"),
+        (lambda: deq.Broyden(ranks=3), "rank"),
+        (lambda: deq.Phantom(step=3), "steps"),
+        (lambda: deq.Neumann(term=3), "terms"),
+        (lambda: deq.Unroll(checkpoints=3), "checkpoint"),
+        (lambda: deq.Implicit(solvers=None), "solver"),
+    ],
+)
+def test_a_misspelled_option_is_an_error_with_a_suggestion(make, suggestion):
+    with pytest.raises(TypeError) as caught:
+        make()
+    expected = f"did you mean {suggestion!r}?" if suggestion else "has no option 'max_iter'"
+    assert expected in str(caught.value)
+
+
+def test_an_option_of_a_solver_given_to_fixed_point_is_an_error():
+    with pytest.raises(TypeError, match="max_steps"):
+        deq.fixed_point(cos, z0(), max_steps=3)
+
+
+def test_a_failing_f_keeps_its_own_message():
+    def broken(z):
+        raise RuntimeError("the cell is broken")
+
+    with pytest.raises(RuntimeError, match="the cell is broken"):
+        deq.fixed_point(broken, z0())
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_output_is_checked_for_every_adjoint(adjoint):
+    with pytest.raises(ValueError, match="shape of z0"):
+        deq.fixed_point(lambda z: z[:1], z0(), adjoint=adjoint)
+
+
+def test_errors_come_before_any_evaluation_also_under_jit_and_grad():
+    with pytest.raises(ValueError, match="shape of z0"):
+        jax.jit(lambda z: deq.fixed_point(lambda y: y[:1], z).value)(z0())
+    with pytest.raises(TypeError, match="structure of z0"):
+        jax.grad(lambda w: deq.fixed_point(lambda y: (w * y,), z0()).value.sum())(1.0)
+
+
+def test_a_weak_or_numpy_z0_is_taken():
+    for start in (0.0, np.zeros(()), np.float32(0), jnp.zeros(())):
+        z, stats = deq.fixed_point(cos, start, solver=deq.Picard())
+        assert stats.converged and z.dtype == jnp.float32

@@ -1,0 +1,312 @@
+"""The language-model experiments, end to end on a tiny model: train, die, resume, sample, demo.
+
+Run as a script, this file is the run that dies: `test_char_lm.py DIRECTORY TEXT SIGNAL STEP`.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import deq_jax as deq
+from experiments import char_lm, data, generation, lm, word_lm
+from experiments.char_lm import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = Config(
+    steps=60,
+    shallow_steps=15,
+    batch=4,
+    length=16,
+    mem_len=8,
+    dim=16,
+    heads=2,
+    inner_dim=32,
+    lr=2e-2,
+    warmup_steps=2,
+    log_every=15,
+    eval_every=30,
+    save_every=15,
+)
+
+
+def options(config: Config) -> list[str]:
+    """The command line that gives `config`, but for its solver and adjoint."""
+    changed = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    names = [name for name in changed if changed[name] != defaults[name] and name not in ("solver", "adjoint")]
+    return [word for name in names for word in (f"--{name.replace('_', '-')}", str(changed[name]))]
+
+
+OPTIONS = options(TINY)
+
+
+def tiny(run, text, **changes) -> Config:
+    return dataclasses.replace(TINY, run=run, data=str(text), **changes)
+
+
+def die(run, text, name, at):
+    """Train, and send this process a signal when it asks for the batch of step `at`."""
+    healthy = data.Segments.__getitem__
+
+    def dying(segments, step):
+        if step == at:
+            while not (Path(run) / "checkpoints/30/manifest.json").exists():
+                time.sleep(0.01)  # a save goes on behind the steps
+            os.kill(os.getpid(), signal.Signals[name])
+        return healthy(segments, step)
+
+    data.Segments.__getitem__ = dying
+    char_lm.train(tiny(Path(run), text))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """About 4,000 characters in which much can be predicted."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    rng = np.random.default_rng(0)
+    words = ["to be", "or not", "that is", "the question\n"]
+    file.write_text(" ".join(words[i] for i in rng.integers(4, size=500)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs") / "whole"
+
+
+@pytest.fixture(scope="module")
+def trained(run, text) -> char_lm.Trained:
+    return char_lm.train(tiny(run, text))
+
+
+def read_log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_trains_and_its_log_says_how(trained, run):
+    log = read_log(run)
+    assert [line["step"] for line in log] == [15, 30, 45, 60]
+    assert log[-1]["loss"] < log[0]["loss"] - 0.3
+    assert "fwd_steps" not in log[0], "the warm-up has no solver"
+    for line in log[1:]:
+        assert 1 < line["fwd_steps"] <= line["fwd_steps_max"] <= TINY.solver.max_steps
+        assert 1 < line["bwd_steps"] <= TINY.adjoint.solver.max_steps
+        assert 0 < line["fwd_residual"] < 0.1 and 0 <= line["converged"] <= 1 and line["skipped"] == 0
+    assert "valid_loss" in log[1] and "valid_loss" not in log[2]
+    assert log[0]["train_seconds"] < log[-1]["train_seconds"] <= log[-1]["seconds"]
+
+    report = trained.report
+    assert report["valid_tokens"] == len(trained.corpus.valid) - 1
+    assert report["valid_bits_per_char"] == pytest.approx(report["valid_loss"] / np.log(2))
+    assert report["steps"] == 60 and report["tokens"] == 60 * 4 * 16 and report["temp_bytes"] > 0
+
+
+def test_a_finished_run_is_measured_again_with_the_same_result(trained, run, text):
+    before = (run / "metrics.jsonl").read_bytes()
+    again = char_lm.train(tiny(run, text))
+    assert again.report["valid_loss"] == trained.report["valid_loss"]
+    assert again.report["train_seconds"] == trained.report["train_seconds"]
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def spawn(*args, cache) -> subprocess.CompletedProcess:
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    command = [sys.executable, __file__, *map(str, args)]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("name, code, resumed_from", [("SIGKILL", -9, 30), ("SIGTERM", 143, 33)])
+def test_a_stopped_run_resumes_bit_for_bit(
+    trained, run, text, name, code, resumed_from, tmp_path, tmp_path_factory, capsys
+):
+    process = spawn(tmp_path / "run", text, name, 32, cache=tmp_path_factory.getbasetemp() / "cache")
+    assert process.returncode == code, process.stderr
+    if name == "SIGTERM":
+        assert f"saved {tmp_path / 'run' / 'checkpoints' / '33'}; the same command continues" in process.stderr
+    resumed = char_lm.train(tiny(tmp_path / "run", text))
+    assert f"from step {resumed_from};" in capsys.readouterr().out
+    assert resumed.state.step == 60
+    whole = (trained.state.params, trained.state.opt_state, trained.state.carry)
+    parts = (resumed.state.params, resumed.state.opt_state, resumed.state.carry)
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    assert resumed.report["valid_loss"] == trained.report["valid_loss"]
+    assert read_log(tmp_path / "run")[-1]["step"] == 60
+
+
+def error(capsys, *args, main=char_lm.main) -> str:
+    """What a command that is wrong says, before anything is compiled."""
+    with pytest.raises(SystemExit) as left:
+        main([str(arg) for arg in args])
+    assert left.value.code not in (0, None)
+    return f"{left.value.code} {capsys.readouterr().err}"
+
+
+def test_what_is_wrong_is_said_before_compilation(run, trained, text, tmp_path, capsys, monkeypatch):
+    def compiling(*args):
+        raise AssertionError("compiled first")
+
+    monkeypatch.setattr(char_lm, "make_steps", compiling)
+    here = ["--run", run, "--data", text, *OPTIONS]
+    assert "lr: 0.02 -> 0.5" in error(capsys, *here, "--lr", 0.5)
+    assert "solver: Anderson" in error(capsys, *here, "solver:broyden").replace("\n", " ")
+
+    other = tmp_path / "other.txt"
+    other.write_text("Quite different letters: XYZ!\n" * 200)
+    # The name is a field too; what matters is that the vocabulary is compared by content.
+    (tmp_path / "text.txt").write_text(other.read_text())
+    said = error(capsys, "--run", run, "--data", tmp_path / "text.txt", *OPTIONS)
+    assert "vocabulary:" in said and "tokens:" in said
+
+    short = tmp_path / "short.txt"
+    short.write_text("too short " * 3)
+    assert "less than one segment" in error(capsys, "--run", tmp_path / "new", "--data", short, *OPTIONS)
+    assert "neither" in error(capsys, "--run", tmp_path / "new", "--data", "shakespear")
+    assert "--steps" in error(capsys, "--stesp", 3)
+    assert "--solver.rank" in error(capsys, "train", "solver:broyden", "--solver.rnak", 3)
+    assert "--steps" in error(capsys, "ptb", "--stesp", 3, main=word_lm.main)
+    assert "warmup_steps < total_steps" in error(capsys, "--steps", 10, "--run", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_commands_solvers_and_adjoints_are_objects(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(char_lm, "train", lambda config: seen.append(config) or char_lm.Trained(None, None, None, {}))
+    char_lm.main("--steps 200 solver:broyden --solver.rank 12 adjoint:phantom --adjoint.steps 3".split())
+    char_lm.main("train adjoint:implicit adjoint.solver:picard --adjoint.solver.damping 0.5".split())
+    char_lm.main([])
+    word_lm.main(["wikitext-103", "--batch", "7"])
+    broyden, picard, default, words = seen
+    assert broyden.steps == 200 and broyden.solver == deq.Broyden(**lm.FORWARD, rank=12)
+    assert broyden.adjoint == deq.Phantom(steps=3)
+    assert picard.adjoint == deq.Implicit(deq.Picard(**lm.BACKWARD, damping=0.5))
+    assert default == Config()
+    assert words == dataclasses.replace(word_lm.PRESETS["wikitext-103"][1], batch=7)
+
+
+def test_text_is_sampled_from_a_run(trained, run, text, tmp_path, capsys):
+    def sampled(*args):
+        char_lm.main(["sample", "--run", str(run), "--prompt", "to be", "--length", "30", *map(str, args)])
+        return capsys.readouterr().out
+
+    first = sampled()
+    assert first.startswith("to be") and len(first) == len("to be") + 30 + 1
+    assert sampled() == first and sampled("--seed", 1) != first
+    assert sampled("--temperature", 0) == sampled("--temperature", 0, "--seed", 1)
+
+    assert "character 'é' at position 1 is not in this vocabulary" in error(
+        capsys, "sample", "--run", run, "--prompt", "hé"
+    )
+    assert "prompt is empty" in error(capsys, "sample", "--run", run, "--prompt", "")
+    assert "temperature must be at least 0" in error(capsys, "sample", "--run", run, "--temperature", -1)
+    assert "holds no run" in error(capsys, "sample", "--run", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_generation_is_the_argmax_of_the_whole_text():
+    vocabulary = data.Vocabulary(tuple("abcdefgh"))
+    config = dataclasses.replace(TINY, mem_len=32, embedding_std=0.5, solver=deq.Anderson(rtol=1e-6))
+    model = char_lm.build(config, vocabulary)
+    graphdef, params = nnx.split(model, nnx.Param)
+    made = generation.generate(
+        graphdef, nnx.to_pure_dict(params), vocabulary, "abcab", length=12, temperature=0.0, seed=0
+    )
+    # One column at a time with the history, against all columns at once.
+    logits = model(jnp.asarray(vocabulary.encode(made))[None]).logits[0]
+    expected = vocabulary.decode(np.argmax(logits, axis=-1))
+    assert made[:5] == "abcab" and made[5:] == expected[4:-1]
+
+
+def test_the_history_is_used_detached_and_forgotten_at_the_start_of_an_epoch(rng):
+    vocabulary = data.Vocabulary(tuple("abcdefgh"))
+    graphdef, state = char_lm.start_state(TINY, vocabulary)
+    segments = data.segments(np.asarray(jax.random.randint(rng, (4 * 50,), 0, 8)), TINY.batch, TINY.length)
+    assert [segments[step].is_start for step in range(5)] == [True, False, False, True, False]
+
+    @jax.jit
+    def loss(params, carry, batch):
+        probe = deq.Probe.zeros((TINY.batch,))
+        value, (_, carry, _) = char_lm.loss_fn(
+            graphdef, TINY.solver, TINY.adjoint, params, probe, (), batch, rng, carry
+        )
+        return value, carry
+
+    _, carry = loss(state.params, state.carry, segments[0])
+    assert carry.length.tolist() == [8] * 4
+    with_history, _ = loss(state.params, carry, segments[1])
+    without, _ = loss(state.params, state.carry, segments[1])
+    assert with_history != without
+    at_start, after = loss(state.params, carry, segments[3])
+    assert at_start == loss(state.params, state.carry, segments[3])[0]
+    assert after.length.tolist() == [8] * 4
+
+    upstream = jax.grad(lambda carry: loss(state.params, carry, segments[1])[0], allow_int=True)(carry)
+    assert not np.any(upstream.z) and not np.any(upstream.injection)
+
+
+def test_evaluation_is_the_mean_over_all_tokens():
+    vocabulary = data.Vocabulary(tuple("abcdefgh"))
+    config = dataclasses.replace(TINY, mem_len=64, solver=deq.Anderson(rtol=1e-6))
+    model = char_lm.build(config, vocabulary)
+    graphdef, params = nnx.split(model, nnx.Param)
+    tokens = np.random.default_rng(0).integers(8, size=50).astype(np.int32)
+    segments = lm.evaluation_segments(tokens, 1, 16)
+    result = lm.make_evaluate(graphdef, segments, config.solver)(nnx.to_pure_dict(params))
+    logits = model(tokens[None, :-1]).logits[0]
+    expected = -np.mean(np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[1:, None], 1))
+    assert result.tokens == 49 and result.converged == 1
+    assert result.loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_demo_writes_its_figure_log_and_summary(text, tmp_path, capsys):
+    small = ["--layers", "3", "--depths", "2", "6", "--max-evaluations", "6", "--sample-length", "20"]
+    char_lm.main(["demo", "--run", str(tmp_path / "demo"), "--data", str(text), *OPTIONS, *small])
+    said, run = capsys.readouterr().out, tmp_path / "demo"
+    assert said.index("Budget") < said.index("compiling")
+    assert "3 layers 60/60: loss" in said and "validation loss" in said and "temporaries" in said
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["machine"]["cores"] >= 1 and summary["versions"]["jax"] == jax.__version__
+    assert summary["seed"] == 0 and summary["dtype"] == "float32"
+    assert summary["gradient"]["__type__"] == "Implicit" and "experiments.char_lm" in summary["command"]
+    assert summary["deq"]["parameters"] == summary["unrolled"]["parameters"]
+    assert summary["deq"]["steps"] == summary["unrolled"]["steps"] == 60
+    assert summary["unrolled"]["solver"]["max_steps"] == 3
+    assert summary["residuals"].keys() == {"Picard", "Anderson", "Broyden"}
+    for residuals in summary["residuals"].values():
+        assert len(residuals) == 6 and residuals[-1] < residuals[0]
+    memory = summary["memory"]
+    assert memory["unrolled"][1] > 1.5 * memory["unrolled"][0]
+    assert memory["implicit"][1] < 1.05 * memory["implicit"][0]
+    assert (run / "sample.txt").read_text().strip("\n") == summary["sample"].strip("\n")
+
+    picture = (run / "figure.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n") and picture.endswith(b"IEND\xaeB`\x82") and len(picture) > 20_000
+    for name in ("deq", "unrolled"):
+        assert [line["step"] for line in read_log(run / name)] == [15, 30, 45, 60]
+
+
+def test_words_are_counted_in_perplexity(data_dir, tmp_path, capsys):
+    few = options(dataclasses.replace(TINY, steps=6, shallow_steps=2))
+    word_lm.main(["ptb", "--run", str(tmp_path / "ptb"), "--data-dir", str(data_dir), *few])
+    report = json.loads("{" + capsys.readouterr().out.partition("{")[2])
+    assert report["valid_tokens"] == 73_760 - 1
+    assert report["valid_perplexity"] == pytest.approx(np.exp(report["valid_loss"]))
+    assert report["valid_perplexity"] < 10_000
+    word_lm.main(["sample", "--run", str(tmp_path / "ptb"), "--prompt", "the company said", "--length", "5"])
+    assert capsys.readouterr().out.startswith("the company said ")
+
+
+if __name__ == "__main__":
+    die(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))

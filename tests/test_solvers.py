@@ -1,0 +1,555 @@
+"""The loop cannot lie, scale is immaterial, and the solvers obey the laws of their papers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import deq_jax as deq
+from deq_jax import Status
+from deq_jax.solvers import solve
+
+# Short memories: compiling Anderson's elimination takes time that grows with its history.
+SOLVERS = {
+    "picard": deq.Picard,
+    "anderson": functools.partial(deq.Anderson, history=4),
+    "broyden": functools.partial(deq.Broyden, rank=8),
+}
+each_solver = pytest.mark.parametrize("Solver", SOLVERS.values(), ids=SOLVERS.keys())
+
+solve_jit = jax.jit(solve, static_argnums=(0, 3))  # solvers are pytrees: a tolerance or damping is traced
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def solve_batch(a, b, z0, solver, kind="affine"):
+    """Problems z = a z + b (or its tanh), one a row."""
+    act = jnp.tanh if kind == "tanh" else lambda y: y
+    return solve(lambda z: act(jnp.einsum("nij,nj->ni", a, z) + b), z0, solver, 1)
+
+
+def symmetric(key, n, dim, radius):
+    """n symmetric matrices whose spectral radius is `radius`."""
+    a = jax.random.normal(key, (n, dim, dim))
+    a = a + a.mT
+    return a * (radius / jnp.max(jnp.abs(jnp.linalg.eigvalsh(a)), -1))[:, None, None]
+
+
+def gaussian(key, n, dim, radius):
+    """n Gaussian matrices scaled to a spectral radius of `radius` on average: non-normal, complex spectra."""
+    return jax.random.normal(key, (n, dim, dim)) * (radius / dim**0.5)
+
+
+def rotation(key, n, dim, radius):
+    """n orthogonal matrices times `radius`: every eigenvalue is on that circle."""
+    return radius * jnp.linalg.qr(jax.random.normal(key, (n, dim, dim)))[0]
+
+
+def cosine(z):
+    return jnp.cos(z)
+
+
+# ---- a solve cannot lie ------------------------------------------------------------------------------------
+
+
+@each_solver
+def test_residual_is_undamped_and_belongs_to_the_returned_value(x64, rng, Solver):
+    a, b = 0.9 * symmetric(rng, 1, 6, 1.0)[0], jax.random.normal(rng, (6,))
+    f = lambda z: jnp.tanh(a @ z + b)
+    for damping in (0.01, 0.3, 0.7, 0.99, 1.0):
+        z, stats = solve_jit(f, jnp.zeros(6), Solver(rtol=1e-9, max_steps=40, damping=damping), 0)
+        true = np.linalg.norm(f(z) - z)
+        np.testing.assert_allclose(stats.residual, true, rtol=1e-9, atol=1e-15)
+        np.testing.assert_allclose(stats.relative_residual, true / np.linalg.norm(f(z)), rtol=1e-9, atol=1e-15)
+        assert bool(stats.converged) == bool(true <= 1e-9 * np.linalg.norm(f(z)))
+
+
+@each_solver
+def test_steps_are_the_evaluations_of_f(x64, count_calls, Solver):
+    f = count_calls(lambda z: jnp.cos(z))
+    for max_steps in (0, 1, 2, 5, 100):
+        before = f.calls
+        _, stats = solve_jit(f, jnp.zeros(3), Solver(max_steps=jnp.asarray(max_steps)), 0)
+        assert f.calls - before == stats.steps
+        assert stats.steps == max_steps if max_steps <= 2 else stats.steps <= max_steps
+
+
+@each_solver
+def test_evaluations_of_a_batch_are_those_of_its_slowest_problem(x64, count_calls, Solver):
+    slope = jnp.array([[0.0], [0.3], [0.9]])
+    f = count_calls(lambda z: jnp.tanh(slope * z + 1.0))
+    _, stats = solve_jit(f, jnp.zeros((3, 2)), Solver(rtol=1e-8, max_steps=400), 1)
+    assert jnp.all(stats.converged)
+    assert f.calls == stats.steps.max()
+    assert stats.steps.min() < stats.steps.max()
+
+
+@each_solver
+def test_budgets_of_zero_one_and_two(x64, Solver):
+    z0 = jnp.array([1.0, 2.0])
+    budget = lambda n: solve_jit(cosine, z0, Solver(max_steps=jnp.asarray(n)), 0)
+    z, stats = budget(0)
+    np.testing.assert_array_equal(z, z0)
+    assert (stats.steps, stats.residual, stats.status) == (0, jnp.inf, Status.MAX_STEPS)
+
+    z, stats = budget(1)
+    np.testing.assert_array_equal(z, z0)  # the only iterate whose residual is known
+    np.testing.assert_allclose(stats.residual, np.linalg.norm(np.cos(z0) - z0), rtol=1e-14)
+    assert (stats.steps, stats.status) == (1, Status.MAX_STEPS)
+
+    z, stats = budget(2)
+    np.testing.assert_allclose(z, np.cos(z0), rtol=1e-14)  # all three begin with one plain iteration
+    assert (stats.steps, stats.status) == (2, Status.MAX_STEPS)
+
+    for n in (0, 1, 2):  # a Python int is the same budget
+        _, stats = solve(cosine, z0, deq.Picard(max_steps=n))
+        assert (stats.steps, stats.status) == (n, Status.MAX_STEPS)
+
+
+@each_solver
+def test_each_status(Solver):
+    f = lambda z: jnp.stack([jnp.cos(z[0]), jnp.sqrt(z[1] - 1), 1 / z[2], z[3] * 1e30 + 1])
+    z0 = jnp.zeros((4, 4))
+    z, stats = solve_jit(f, z0, Solver(max_steps=jnp.asarray(50)), 1)
+    names = [Status(int(s)).name for s in stats.status]
+    assert names[:3] == ["CONVERGED", "NONFINITE", "NONFINITE"]
+    assert names[3] in ("DIVERGED", "NONFINITE", "STALLED", "MAX_STEPS")
+    np.testing.assert_array_equal(stats.converged, stats.status == Status.CONVERGED)
+    np.testing.assert_array_equal(z[1:3], 0)
+    np.testing.assert_array_equal(stats.residual[1:3], jnp.inf)
+
+    _, stats = solve_jit(f, z0, Solver(max_steps=jnp.asarray(3)), 1)
+    assert (stats.status[0], stats.steps[0]) == (Status.MAX_STEPS, 3)
+    _, stats = solve_jit(f, z0, Solver(max_steps=jnp.asarray(5000), rtol=0.0), 1)
+    hit = stats.residual[0] == 0  # rounding may also reach f(z) == z exactly
+    assert stats.status[0] == (Status.CONVERGED if hit else Status.STALLED)
+
+
+def test_picard_diverges(x64):
+    z, stats = solve(lambda z: 10 * z + 1, jnp.zeros(3), deq.Picard())
+    assert stats.status == Status.DIVERGED
+    np.testing.assert_array_equal(z, jnp.zeros(3))  # no later iterate had a smaller residual
+    assert stats.steps < 20
+
+
+NO_FIXED_POINT = {
+    "z + 1": lambda z: z + 1,
+    "z + v": lambda z: z + jnp.arange(1.0, 1 + z.shape[0], dtype=z.dtype),
+    "z² + 1": lambda z: z**2 + 1,
+    "exp z": jnp.exp,
+    "sqrt(z - 1)": lambda z: jnp.sqrt(z - 1),
+    "z + 1 + z²": lambda z: z + 1 + z**2,
+    "log(-1 - z²)": lambda z: jnp.log(-1 - z**2),
+}
+
+
+@each_solver
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_map_without_a_fixed_point_never_converges(x64, dtype, Solver):
+    # A row for each map and start; each row is a problem of its own.
+    maps, starts = list(NO_FIXED_POINT.values()), jnp.array([0.0, 1.0, 30.0], dtype)
+    f = lambda z: jnp.stack([jax.vmap(g)(rows) for g, rows in zip(maps, z, strict=True)])
+    z0 = jnp.broadcast_to(starts[:, None], (len(maps), 3, 3))
+    z, stats = solve(f, z0, Solver(), 2)
+    for name, row in zip(NO_FIXED_POINT, stats.status, strict=True):
+        assert not jnp.any(row == Status.CONVERGED), (name, row)
+    assert jnp.all(jnp.isfinite(z)) and not jnp.any(jnp.isnan(stats.residual))
+
+
+@each_solver
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_an_expanding_map_converges_only_to_its_fixed_point(x64, dtype, Solver):
+    z, stats = solve(lambda z: 10 * z + 1, jnp.zeros(3, dtype), Solver())
+    if Solver is deq.Picard:
+        assert stats.status == Status.DIVERGED
+    else:
+        assert stats.converged
+        np.testing.assert_allclose(z, -1 / 9, rtol=1e-3)
+
+
+@each_solver
+def test_the_best_iterate_survives_a_later_nan(x64, Solver):
+    # z + (0.5 − 0.3 z) goes 0, 0.5, 0.85, 1.095 under Picard, and is undefined above 1.
+    f = lambda z: jnp.where(z > 1, jnp.nan, z + 0.5 - 0.3 * z)
+    z, stats = solve(f, jnp.zeros(2), Solver())
+    assert stats.status == Status.NONFINITE
+    assert jnp.all(jnp.isfinite(z)) and jnp.isfinite(stats.residual)
+    np.testing.assert_allclose(stats.residual, np.linalg.norm(f(z) - z), rtol=1e-12)
+    if Solver is deq.Picard:
+        np.testing.assert_allclose(z, 0.85, rtol=1e-12)
+        assert stats.steps == 4
+    else:
+        np.testing.assert_allclose(z, 0.5, rtol=1e-12)  # the secant step lands on 5/3
+
+
+def test_the_best_iterate_is_returned_not_the_last(x64):
+    # A slow outward spiral: the residual grows from the first iterate on, too little to call it diverged.
+    z, stats = solve(lambda z: -1.01 * z, jnp.ones(3), deq.Picard(max_steps=20))
+    np.testing.assert_array_equal(z, jnp.ones(3))
+    assert stats.status == Status.MAX_STEPS
+    np.testing.assert_allclose(stats.residual, 2.01 * 3**0.5, rtol=1e-12)
+
+
+@each_solver
+def test_norms_beyond_the_square_root_of_the_range(Solver):
+    # float32, where squares are 1e60 or 1e-60: such norms are right, and no solver lies about them.
+    c = jnp.array([1e30, 1e-30])[:, None]
+    z, stats = solve(lambda z: 0.5 * z + c, c * jnp.ones((2, 5)), Solver(), 1)
+    true = 0.5 * jnp.abs(z - 2 * c).max(-1) * 5**0.5
+    np.testing.assert_allclose(stats.residual, true, rtol=1e-3, atol=0)
+    np.testing.assert_array_equal(stats.converged, stats.relative_residual <= 1e-4)
+    if Solver is deq.Picard:
+        assert jnp.all(stats.converged)
+
+
+@each_solver
+def test_an_overflow_is_never_converged(Solver):
+    # In float32 both norms become inf, and inf ≤ rtol·inf holds.
+    z, stats = solve(lambda z: z * 1e20, jnp.ones(4), Solver(max_steps=5))
+    assert stats.status != Status.CONVERGED
+    assert jnp.all(jnp.isfinite(z))
+
+
+@each_solver
+def test_zero_is_a_fixed_point_like_any_other(Solver):
+    z, stats = solve(lambda z: 0.5 * z, jnp.zeros(3), Solver())
+    assert (stats.status, stats.steps, stats.residual, stats.relative_residual) == (Status.CONVERGED, 1, 0, 0)
+
+
+@each_solver
+def test_a_start_at_the_solution_takes_one_evaluation(x64, Solver):
+    z, _ = solve_jit(cosine, jnp.zeros(3), Solver(rtol=1e-10), 0)
+    again, stats = solve_jit(cosine, z, Solver(rtol=1e-10), 0)
+    assert stats.steps == 1 and stats.converged
+    np.testing.assert_array_equal(again, z)
+
+
+@each_solver
+def test_an_absolute_tolerance(x64, Solver):
+    _, stats = solve(cosine, jnp.zeros(3), Solver(rtol=0.0, atol=1e-3))
+    assert stats.converged and 1e-8 < stats.residual <= 1e-3
+
+
+# ---- problems of a batch are independent -------------------------------------------------------------------
+
+
+@each_solver
+def test_a_batch_equals_its_problems_solved_alone(x64, rng, Solver):
+    radius = jnp.array([0.0, 0.3, 0.6, 0.9, 0.97])
+    a = symmetric(rng, 5, 6, 1.0) * radius[:, None, None]
+    b, z0 = jax.random.normal(rng, (5, 6)), jnp.zeros((5, 6))
+    solver = Solver(rtol=1e-7, max_steps=150)
+    z, stats = solve_batch(a, b, z0, solver)
+    assert len(set(stats.steps.tolist())) > 2  # of mixed difficulty
+    for i in range(5):
+        alone, alone_stats = solve_batch(a[i, None], b[i, None], z0[i, None], solver)
+        assert (stats.steps[i], stats.status[i]) == (alone_stats.steps[0], alone_stats.status[0])
+        np.testing.assert_allclose(z[i], alone[0], rtol=1e-11, atol=1e-13)
+
+
+@each_solver
+def test_one_bad_problem_of_64_leaves_the_bits_of_the_others(x64, rng, Solver):
+    a, x = 0.7 * symmetric(rng, 64, 4, 1.0), jax.random.normal(rng, (64, 4))
+
+    @jax.jit
+    def values_and_gradients(a, x):
+        def loss(a, x):
+            f = lambda z, a, x: jnp.sin(jnp.einsum("nij,nj->ni", a, z)) + x
+            adjoint = deq.Implicit(Solver(rtol=1e-8))
+            z, stats = deq.fixed_point(f, jnp.zeros((64, 4)), a, x, solver=Solver(), adjoint=adjoint, batch_ndim=1)
+            return jnp.sum(z**2), (z, stats)
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(a, x)
+
+    clean = values_and_gradients(a, x)
+    assert jnp.all(clean[1][1].converged)
+    others = np.arange(64) != 17
+    diverging = (a.at[17].set(1e9 * jnp.eye(4)), x)
+    for bad in (*((a, x.at[17].set(value)) for value in (jnp.nan, jnp.inf, 1e300)), diverging):
+        spoilt = values_and_gradients(*bad)
+        for before, after in zip(jax.tree.leaves(clean), jax.tree.leaves(spoilt), strict=True):
+            np.testing.assert_array_equal(before[others], after[others])
+        assert jnp.all(jnp.isfinite(spoilt[1][0]))
+
+
+@each_solver
+def test_permuting_the_batch_permutes_the_answer(x64, rng, Solver):
+    a = symmetric(rng, 5, 6, 1.0) * jnp.linspace(0.1, 0.9, 5)[:, None, None]
+    b, z0, order = jax.random.normal(rng, (5, 6)), jnp.zeros((5, 6)), jnp.array([3, 0, 4, 1, 2])
+    z, stats = solve_batch(a, b, z0, Solver())
+    permuted, permuted_stats = solve_batch(a[order], b[order], z0, Solver())
+    np.testing.assert_allclose(permuted, z[order], rtol=1e-12, atol=1e-14)
+    np.testing.assert_array_equal(permuted_stats.steps, stats.steps[order])
+
+
+def test_two_batch_axes_equal_one(x64, rng):
+    a = symmetric(rng, 6, 4, 1.0) * jnp.linspace(0.1, 0.9, 6)[:, None, None]
+    b = jax.random.normal(rng, (6, 4))
+    flat, flat_stats = solve_batch(a, b, jnp.zeros((6, 4)), deq.Anderson())
+    grid_f = lambda z: (jnp.einsum("nij,nj->ni", a, z.reshape(6, 4)) + b).reshape(2, 3, 4)
+    grid, grid_stats = solve(grid_f, jnp.zeros((2, 3, 4)), deq.Anderson(), 2)
+    np.testing.assert_allclose(grid.reshape(6, 4), flat, rtol=1e-12)
+    np.testing.assert_array_equal(grid_stats.steps.reshape(6), flat_stats.steps)
+
+
+# ---- scale, basis, leaves ----------------------------------------------------------------------------------
+
+
+@each_solver
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_scale_changes_no_iteration_count(x64, rng, Solver, dtype):
+    # c·problem is f_c(z) = c f(z / c), here for seven c, a row each, and a linear and a tanh f.
+    c = jnp.array([1, 1e-4, 1e-2, 1e2, 1e4, 2.0**-20, 2.0**20], dtype)[:, None, None]
+    a = (0.9 * symmetric(rng, 1, 8, 1.0)[0]).astype(dtype)
+    b = jax.random.normal(rng, (8,), dtype)
+
+    def f(z):
+        linear = jnp.einsum("ij,nkj->nki", a, z / c) + b
+        return c * jnp.where(jnp.arange(2)[:, None] == 0, linear, jnp.tanh(linear))
+
+    z, stats = solve_jit(f, c * jnp.ones((2, 8), dtype), Solver(max_steps=200), 2)
+    assert jnp.all(stats.converged)
+    np.testing.assert_array_equal(stats.steps, jnp.broadcast_to(stats.steps[0], (7, 2)))
+    np.testing.assert_allclose(z / c, jnp.broadcast_to(z[0], z.shape), rtol=1e-3, atol=1e-3)
+
+
+@each_solver
+def test_a_rotation_of_the_basis_changes_no_iteration_count(x64, rng, Solver):
+    a, q = 0.9 * symmetric(rng, 1, 8, 1.0)[0], rotation(jax.random.key(1), 1, 8, 1.0)[0]
+    b = jax.random.normal(rng, (8,))
+    f = lambda z: jnp.tanh(a @ z + b)
+    z, stats = solve(f, jnp.zeros(8), Solver(rtol=1e-6))
+    rotated, rotated_stats = solve(lambda y: q @ f(q.T @ y), jnp.zeros(8), Solver(rtol=1e-6))
+    assert stats.steps == rotated_stats.steps
+    np.testing.assert_allclose(q.T @ rotated, z, rtol=1e-9, atol=1e-12)
+
+
+@each_solver
+def test_leaves_are_one_vector(x64, rng, Solver):
+    a, b = 0.9 * symmetric(rng, 1, 8, 1.0)[0], jax.random.normal(rng, (8,))
+    f = lambda z: jnp.tanh(a @ z + b)
+
+    def split(z):
+        return {"head": z[:1], "tail": (z[1:3].reshape(1, 2), [z[3:4], None, z[4:]])}
+
+    def joined(tree):
+        return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+
+    z, stats = solve(f, jnp.zeros(8), Solver(rtol=1e-6))
+    tree, tree_stats = solve(lambda t: split(f(joined(t))), split(jnp.zeros(8)), Solver(rtol=1e-6))
+    assert jax.tree.structure(tree) == jax.tree.structure(split(z))
+    np.testing.assert_array_equal(joined(tree), z)
+    np.testing.assert_array_equal(tree_stats.steps, stats.steps)
+    np.testing.assert_array_equal(tree_stats.residual, stats.residual)
+
+
+# ---- dtypes ------------------------------------------------------------------------------------------------
+
+
+def slow_tanh(z):
+    return jnp.tanh(0.8 * jnp.flip(z) + jnp.linspace(-1, 1, z.size).astype(z.dtype))
+
+
+@each_solver
+@pytest.mark.parametrize("wide", [False, True], ids=["x64 off", "x64 on"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_dtypes(request, Solver, dtype, wide):
+    if dtype == "float64" and not wide:
+        pytest.skip("float64 needs x64")
+    if wide:
+        request.getfixturevalue("x64")
+    eps, stat = float(jnp.finfo(dtype).eps), jnp.float64 if dtype == "float64" else jnp.float32
+    z, stats = solve_jit(slow_tanh, jnp.zeros(16, dtype), Solver(rtol=5 * eps, max_steps=5000), 0)
+    assert stats.converged
+    assert z.dtype == dtype and stats.residual.dtype == stat and stats.steps.dtype == jnp.int32
+    # The reported residual is the norm, in float32 or wider, of what f itself returned in its dtype.
+    true = jnp.linalg.norm(slow_tanh(z).astype(stat) - z.astype(stat))
+    np.testing.assert_allclose(stats.residual, true, rtol=0.02, atol=4 * eps * 16**0.5)
+
+    # At the floor of the dtype the solve ends, with all that the dtype can hold.
+    z, stats = solve_jit(slow_tanh, jnp.zeros(16, dtype), Solver(rtol=0.0, max_steps=5000), 0)
+    assert stats.status == (Status.CONVERGED if stats.residual == 0 else Status.STALLED)
+    assert stats.steps < 300
+    assert stats.relative_residual < 4 * eps
+
+
+@each_solver
+def test_a_large_low_precision_state_is_summed_in_float32(Solver):
+    # ‖z‖ ≈ 6e4: a float16 norm overflows, and a bfloat16 sum stops growing at 256.
+    for dtype in ("float16", "bfloat16"):
+        z, stats = solve(lambda z: 0.5 * z + 100, jnp.zeros(100_000, dtype), Solver(rtol=2e-2))
+        assert stats.converged, dtype
+        np.testing.assert_allclose(z.astype(jnp.float32), 200, rtol=0.05)
+
+
+def test_mixed_dtypes_in_one_state():
+    f = lambda z: {"a": jnp.cos(z["a"]), "b": (0.5 * z["b"] + 1).astype(jnp.bfloat16)}
+    z, stats = solve(f, {"a": jnp.zeros(3), "b": jnp.zeros(2, jnp.bfloat16)}, deq.Anderson(rtol=1e-3))
+    assert stats.converged and z["a"].dtype == jnp.float32 and z["b"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(z["a"], 0.739085, rtol=5e-3)
+
+
+@each_solver
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+def test_complex_states(x64, Solver, dtype):
+    # z = c z + 1 with |c| = .9: the residual must be a norm, not a complex square that can vanish.
+    c = (0.9 * jnp.exp(1j * jnp.array([0.3, 1.2, 2.8]))).astype(dtype)
+    z, stats = solve(lambda z: c * z + 1, jnp.zeros(3, dtype), Solver(rtol=1e-5, max_steps=300))
+    assert stats.converged and z.dtype == dtype and not jnp.iscomplexobj(stats.residual)
+    np.testing.assert_allclose(stats.residual, np.linalg.norm(c * z + 1 - z), rtol=0.05)
+    np.testing.assert_allclose(z, 1 / (1 - c), rtol=1e-3)
+
+
+# ---- laws --------------------------------------------------------------------------------------------------
+
+FAMILIES = {
+    "symmetric .5": (symmetric, 0.5, "affine"),
+    "symmetric .95": (symmetric, 0.95, "affine"),
+    "symmetric .95 tanh": (symmetric, 0.95, "tanh"),
+    "gaussian .6 tanh": (gaussian, 0.6, "tanh"),
+    "gaussian .9 tanh": (gaussian, 0.9, "tanh"),
+    "rotation .5": (rotation, 0.5, "affine"),
+    "rotation .9": (rotation, 0.9, "affine"),
+    "rotation .9 tanh": (rotation, 0.9, "tanh"),
+}
+
+
+def family(name, key, n, dim):
+    make, radius, kind = FAMILIES[name]
+    return make(key, n, dim, radius), jax.random.normal(jax.random.fold_in(key, 1), (n, dim)), kind
+
+
+@pytest.mark.parametrize("rtol", [1e-2, 1e-4, 1e-8])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_anderson_needs_at_most_a_fifth_more_than_picard(x64, rng, name, rtol):
+    a, b, kind = family(name, rng, 20, 30)
+    z0 = jnp.zeros_like(b)
+    _, picard = solve_batch(a, b, z0, deq.Picard(rtol=rtol, max_steps=1000), kind)
+    _, anderson = solve_batch(a, b, z0, deq.Anderson(rtol=rtol, max_steps=1000), kind)
+    assert jnp.all(anderson.converged | ~picard.converged)
+    worst = jnp.max(jnp.where(picard.converged, anderson.steps / picard.steps, 0))
+    assert worst <= 1.2, f"{name}: {anderson.steps} against Picard's {picard.steps}"
+
+
+def test_acceleration_is_really_happening(x64, rng):
+    a, b, kind = family("symmetric .95", rng, 20, 30)
+    z0 = jnp.zeros_like(b)
+    _, picard = solve_batch(a, b, z0, deq.Picard(rtol=1e-8, max_steps=1000), kind)
+    for solver in (deq.Anderson(rtol=1e-8, max_steps=1000), deq.Broyden(rtol=1e-8, max_steps=1000, rank=40)):
+        _, stats = solve_batch(a, b, z0, solver, kind)
+        assert jnp.all(stats.converged)
+        assert jnp.mean(stats.steps) < 0.4 * jnp.mean(picard.steps)
+
+
+def test_a_linear_system_ends_within_the_dimension(x64, rng):
+    # Gay (1979): good Broyden ends on a d-dimensional linear system within 2d steps, so 2d + 1 evaluations;
+    # Anderson with d differences is GMRES.
+    d = 20
+    a = jnp.concatenate([gaussian(rng, 10, d, 0.9), symmetric(rng, 10, d, 0.95)])
+    b, z0 = jax.random.normal(rng, (20, d)), jnp.zeros((20, d))
+    _, broyden = solve_batch(a, b, z0, deq.Broyden(rtol=1e-9, rank=50))
+    assert jnp.all(broyden.converged) and broyden.steps.max() <= 2 * d + 1, broyden.steps
+    _, anderson = solve_batch(a, b, z0, deq.Anderson(rtol=1e-9, history=d))
+    assert jnp.all(anderson.converged) and anderson.steps.max() <= d + 9, anderson.steps
+
+
+@pytest.mark.parametrize("kind", ["affine", "tanh"])
+@pytest.mark.parametrize("make", [symmetric, gaussian])
+def test_limited_memory_broyden_converges_on_30_of_30(x64, rng, make, kind):
+    a, b = make(rng, 30, 50, 0.9), jax.random.normal(rng, (30, 50))
+    solver = deq.Broyden(rtol=1e-6, rank=6, max_steps=300)
+    z, stats = solve_batch(a, b, jnp.zeros((30, 50)), solver, kind)
+    assert jnp.all(stats.converged), stats
+
+
+def test_anderson_survives_dependent_differences(x64):
+    # A rank-one map: after two iterations every new difference depends on the older ones.
+    a = 0.9 * jnp.ones((6, 6)) / 6
+    z, stats = solve(lambda z: a @ z + jnp.arange(6.0), jnp.zeros(6), deq.Anderson(rtol=1e-12, history=6))
+    assert stats.converged and stats.steps < 10
+    np.testing.assert_allclose(z, np.linalg.solve(np.eye(6) - a, np.arange(6.0)), rtol=1e-9)
+
+
+def test_anderson_step_is_the_least_squares_one(x64, rng):
+    f = lambda z: jnp.cos(jnp.arange(1.0, 9) * z[::-1])
+    solver = deq.Anderson(history=3, damping=0.7)
+    z, zs, gs = jax.random.normal(rng, (8,)), [], []
+    state = solver.init(z)
+    for _ in range(7):
+        g = f(z) - z
+        step, state = solver.update(g, state, z)
+        zs, gs = [*zs, z], [*gs, g]
+        dz, dg = np.diff(zs, axis=0)[-3:], np.diff(gs, axis=0)[-3:]
+        gamma = np.linalg.lstsq(dg.T, g, rcond=None)[0] if len(dg) else np.zeros(0)
+        expected = 0.7 * g - gamma @ (dz + 0.7 * dg) if len(dg) else 0.7 * g
+        np.testing.assert_allclose(step, expected, rtol=1e-8, atol=1e-10)
+        z = z + step
+
+
+def test_picard_step():
+    step, _ = deq.Picard(damping=0.25).update(jnp.array([4.0, -8.0]), (), jnp.zeros(2))
+    np.testing.assert_array_equal(step, [1.0, -2.0])
+
+
+# ---- Broyden's estimate, from its public state -------------------------------------------------------------
+
+
+def dense(state, rank_used, dim):
+    """B = −I + Σ uᵢ vᵢᵀ over the slots in use."""
+    return -np.eye(dim) + np.einsum("ri,rj->ij", state.u[:rank_used], state.v[:rank_used])
+
+
+def trajectory(solver, f, z, count):
+    """Iterates, residuals and states after each update."""
+    state, out = solver.init(z), []
+    for _ in range(count):
+        g = f(z) - z
+        step, state = solver.update(g, state, z)
+        out.append((np.asarray(z), np.asarray(g), np.asarray(step), state))
+        z = z + step
+    return out
+
+
+@pytest.fixture
+def contraction(x64, rng):
+    a, b = gaussian(rng, 1, 10, 0.6)[0], jax.random.normal(rng, (10,))
+    return lambda z: jnp.tanh(a @ z + b)
+
+
+def test_broyden_meets_the_secant_condition(contraction):
+    run = trajectory(deq.Broyden(rank=12), contraction, jnp.zeros(10), 9)
+    for k in range(1, 9):
+        (z0, g0, *_), (z1, g1, step, state) = run[k - 1], run[k]
+        B = dense(state, k, 10)
+        np.testing.assert_allclose(B @ (g1 - g0), z1 - z0, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(step, -B @ g1, rtol=1e-9, atol=1e-11)
+
+
+def test_low_rank_broyden_equals_the_dense_update(contraction):
+    run, B = trajectory(deq.Broyden(rank=12), contraction, jnp.zeros(10), 9), -np.eye(10)
+    for k in range(1, 9):
+        dz, dg = run[k][0] - run[k - 1][0], run[k][1] - run[k - 1][1]
+        B = B + np.outer(dz - B @ dg, dz @ B) / (dz @ B @ dg)
+        np.testing.assert_allclose(dense(run[k][3], k, 10), B, rtol=1e-8, atol=1e-10)
+
+
+def test_broyden_restarts_when_full(contraction):
+    run = trajectory(deq.Broyden(rank=3), contraction, jnp.zeros(10), 9)
+    B = -np.eye(10)
+    for k in range(1, 9):
+        dz, dg = run[k][0] - run[k - 1][0], run[k][1] - run[k - 1][1]
+        B = -np.eye(10) if (k - 1) % 3 == 0 else B  # afresh, with the latest pair
+        B = B + np.outer(dz - B @ dg, dz @ B) / (dz @ B @ dg)
+        np.testing.assert_allclose(run[k][2], -B @ run[k][1], rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(dense(run[k][3], (k - 1) % 3 + 1, 10), B, rtol=1e-8, atol=1e-10)
+
+
+def test_broyden_update_that_would_be_singular_is_damped(x64):
+    # g(z) = f(z) − z with dg ⟂ dz: the undamped denominator dzᵀ B dg is zero.
+    solver = deq.Broyden(rank=4)
+    state = solver.init(jnp.zeros(2))
+    step, state = solver.update(jnp.array([1.0, 0.0]), state, jnp.zeros(2))
+    step, state = solver.update(jnp.array([1.0, 1.0]), state, jnp.array([1.0, 0.0]))
+    assert jnp.all(jnp.isfinite(step))
+    assert abs(np.linalg.det(dense(state, 1, 2))) >= 0.0999
