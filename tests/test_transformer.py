@@ -16,7 +16,7 @@ from deq_jax.models.transformer import History, Masks, TransformerCell, Weight, 
 
 # A strong injection: Picard converges, so that equilibria are known to 1e-12 and a long unroll agrees.
 TINY = TransformerConfig(
-    vocab_size=11, dim=8, heads=2, inner_dim=12, mem_len=4, init_std=0.2, embedding_std=8.0, tie=False
+    vocab_size=11, dim=8, heads=2, inner_dim=12, mem_len=4, init_std=0.2, embedding_std=3.0, tie=False
 )
 # Half the time of these tests is compilation; the level halves it.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -179,7 +179,7 @@ def test_no_gradient_reaches_a_later_token(x64):
     grads = jit(jax.vmap(jax.grad(logit), (None, 0)))(model.embedding[...], jnp.arange(6))
     size = np.abs(grads).max(axis=-1)[:, :6]  # [logit at, token at]
     assert (size[np.triu_indices(6, k=1)] < 1e-12).all()
-    assert (size[np.tril_indices(6)] > 1e-6).all()
+    assert (size.diagonal() > 1e-2).all() and (np.tril(size, -1)[1:].max(axis=1) > 1e-4).all()
 
 
 @pytest.mark.parametrize("segment, mem_len", [(4, 2), (2, 4)])
