@@ -60,9 +60,11 @@ class Adjoint(Protocol):
 # ---- at the equilibrium ------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _equilibrium(f, batch_ndim, adjoint, solver, z0, inputs, other, probe):
+def _solve(f, batch_ndim, adjoint, solver, z0, inputs, other, probe):
     return solve(lambda z: f(z, inputs, other), z0, solver, batch_ndim)
+
+
+_equilibrium: Any = jax.custom_vjp(_solve, nondiff_argnums=(0, 1))
 
 
 def _equilibrium_fwd(f, batch_ndim, adjoint, solver, z0, inputs, other, probe):

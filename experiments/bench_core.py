@@ -17,6 +17,7 @@ from flax import nnx
 
 import deq_jax as deq
 from deq_jax.models import DEQTransformer, TransformerConfig
+from experiments import lm
 
 CONFIG = TransformerConfig(vocab_size=65, dim=128, heads=4, inner_dim=512, mem_len=64)
 
@@ -38,7 +39,9 @@ def main() -> None:
         picard = deq.Picard(max_steps=depth)
         plain = gradient_bytes(picard, deq.Unroll())
         per_step = gradient_bytes(picard, deq.Unroll(checkpoint=1))
-        print(f"  Unroll,   depth {depth:3}: {plain / 1e6:8.2f} MB; checkpointed at every step {per_step / 1e6:8.2f} MB")
+        print(
+            f"  Unroll,   depth {depth:3}: {plain / 1e6:8.2f} MB; checkpointed at every step {per_step / 1e6:8.2f} MB"
+        )
 
     print("\nan eager call of fixed_point on a module-level function (64 × 64, Anderson)")
     w, x = 0.5 * jax.random.normal(jax.random.key(0), (64, 64)) / 8, jnp.ones((64, 64))
@@ -58,7 +61,10 @@ def main() -> None:
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     plain = jax.jit(lambda params: params["decoder_bias"] + 1)
     module = nnx.jit(lambda model: model.decoder_bias[...] + 1)
-    print(f"  {len(jax.tree.leaves(params))} leaves: jax.jit over a dict {milliseconds(lambda: plain(params)):.3f} ms, ", end="")
+    print(
+        f"  {len(jax.tree.leaves(params))} leaves: jax.jit over a dict {milliseconds(lambda: plain(params)):.3f} ms, ",
+        end="",
+    )
     print(f"nnx.jit over the module {milliseconds(lambda: module(model)):.3f} ms")
 
 
@@ -69,7 +75,7 @@ def gradient_bytes(solver: Any, adjoint: Any) -> int:
     tokens = jnp.zeros((8, 64), jnp.int32)
     loss = lambda params: nnx.merge(graphdef, params)(tokens).logits.astype(jnp.float32).var()
     compiled = jax.jit(jax.grad(loss)).lower(params).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    return lm.temp_bytes(compiled)
 
 
 def milliseconds(f: Callable[[], Any], repeats: int = 20) -> float:

@@ -60,9 +60,7 @@ class RunDirectory:
     ```
     """
 
-    def __init__(
-        self, path: str | Path, config: Any, *, harmless: Collection[str] = frozenset(), keep: int = 2
-    ):
+    def __init__(self, path: str | Path, config: Any, *, harmless: Collection[str] = frozenset(), keep: int = 2):
         if keep < 2:
             # Orbax removes the old step before the new one has its manifest: with one, there would be none.
             raise ValueError(f"expected keep >= 2, got {keep}")
@@ -178,9 +176,7 @@ def config_to_json(config: Any, name: str = "config") -> Any:
         case _ if dataclasses.is_dataclass(config):
             values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
             return {"__type__": type(config).__name__, **config_to_json(values, name)}
-    raise TypeError(
-        f"expected numbers, strings, sequences or dataclasses in a configuration, {name} is {config!r}"
-    )
+    raise TypeError(f"expected numbers, strings, sequences or dataclasses in a configuration, {name} is {config!r}")
 
 
 def config_changes(old: Any, new: Any, name: str = "") -> dict[str, str]:
@@ -247,9 +243,7 @@ def _check_directory(path: Path) -> None:
     # These two alone: a run that was killed while it was being made.
     foreign = sorted(entries - {"lock", "config.json.tmp"})
     if foreign and "config.json" not in entries:
-        raise ValueError(
-            f"{path} is not a run directory: it holds {', '.join(foreign[:3])} and no config.json"
-        )
+        raise ValueError(f"{path} is not a run directory: it holds {', '.join(foreign[:3])} and no config.json")
 
 
 def _take_lock(path: Path) -> IO[str]:
@@ -372,10 +366,7 @@ def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def _versions() -> dict[str, str]:
-    return {
-        name: importlib.metadata.version(name)
-        for name in ("jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
-    }
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")}
 
 
 _ABSENT = {"__type__": "absent"}

@@ -78,9 +78,7 @@ CORPORA = {
         267_735,
         (_WIKI.format(103),),
     ),
-    "text8": Source(
-        ("text8/text8",), "char", (90_000_000, 5_000_000, 5_000_000), 27, (_MAHONEY.format("text8"),)
-    ),
+    "text8": Source(("text8/text8",), "char", (90_000_000, 5_000_000, 5_000_000), 27, (_MAHONEY.format("text8"),)),
     "enwik8": Source(
         ("enwik8/enwik8",),
         "char",
@@ -150,9 +148,7 @@ class Vocabulary:
         if (found < 0).any():
             at = int(np.argmax(found < 0))
             kind = "character" if self.level == "char" else "word"
-            raise ValueError(
-                f"{kind} {units[at]!r} at position {at} is not in this vocabulary of {len(self)}"
-            )
+            raise ValueError(f"{kind} {units[at]!r} at position {at} is not in this vocabulary of {len(self)}")
         return found
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -410,9 +406,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
     commands = {"download": download, "list": list_corpora, "check": check}
     try:
-        result = tyro.extras.subcommand_cli_from_dict(
-            commands, args=args, config=(tyro.conf.PositionalRequiredArgs,)
-        )
+        result = tyro.extras.subcommand_cli_from_dict(commands, args=args, config=(tyro.conf.PositionalRequiredArgs,))
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     if result is False:
@@ -540,9 +534,7 @@ def _decode(raw: bytes, start: int, file: Path, source: Source) -> str:
         text = raw.decode(source.encoding)
     except UnicodeDecodeError as error:
         byte, at = raw[error.start], start + error.start
-        raise ValueError(
-            f"{file}: expected {source.encoding} text, got byte {byte:#04x} at offset {at}"
-        ) from None
+        raise ValueError(f"{file}: expected {source.encoding} text, got byte {byte:#04x} at offset {at}") from None
     if source.encoding == "utf-8":  # as Windows editors write it
         text = text.removeprefix("\ufeff" if start == 0 else "").replace("\r\n", "\n")
     return text.replace(" ", "").replace("_", " ") if source.spelled else text
@@ -562,9 +554,7 @@ def _content_key(splits: list[list[Path]], source: Source, level: Level) -> str:
 @contextmanager
 def _replacing(file: Path) -> Iterator[Path]:
     """A path to write to, which becomes `file` at the end, or goes away with an exception."""
-    part = file.with_name(
-        f"{file.name}.{uuid.uuid4().hex}.part"
-    )  # its own, should two processes write at once
+    part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")  # its own, should two processes write at once
     try:
         yield part
         os.replace(part, file)
@@ -584,8 +574,7 @@ def _check_tokens(tokens: np.ndarray, batch: int, length: int, needed: int) -> n
         raise TypeError(f"expected tokens as integers [n], got {tokens.dtype} {list(tokens.shape)}")
     if len(tokens) < needed:
         raise ValueError(
-            f"batch {batch} and length {length} need at least {needed} tokens, got {len(tokens)}: "
-            "less than one segment"
+            f"batch {batch} and length {length} need at least {needed} tokens, got {len(tokens)}: less than one segment"
         )
     return tokens
 
@@ -596,9 +585,7 @@ def _take(tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 def _share(rows: range, process_index: int, process_count: int) -> range:
     if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"expected 0 <= process_index < process_count, got {process_index} of {process_count}"
-        )
+        raise ValueError(f"expected 0 <= process_index < process_count, got {process_index} of {process_count}")
     if len(rows) % process_count:
         raise ValueError(f"a batch of {len(rows)} cannot be shared evenly by {process_count} processes")
     share = len(rows) // process_count

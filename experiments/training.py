@@ -55,9 +55,7 @@ class TrainState(NamedTuple):
     carry: PyTree  # from segment to segment: the detached history of a language model
 
 
-def init_state(
-    params: PyTree, tx, key: Key[Array, ""], *, rest: PyTree = (), carry: PyTree = ()
-) -> TrainState:
+def init_state(params: PyTree, tx, key: Key[Array, ""], *, rest: PyTree = (), carry: PyTree = ()) -> TrainState:
     """The state before the first step, in buffers of its own: a train step donates them."""
     state = TrainState(jnp.zeros((), jnp.int32), params, rest, tx.init(params), key, carry)
     return jax.tree.map(jnp.copy, state)

@@ -116,9 +116,7 @@ def losses(path):
 
 
 def assert_bitwise_equal(a, b):
-    a, b = (
-        jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, t) for t in (a, b)
-    )
+    a, b = (jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, t) for t in (a, b))
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
@@ -262,9 +260,7 @@ def test_a_damaged_step_is_passed_over_by_name_and_kept(run, finished, damage):
         pytest.skip("this Orbax writes no marker")
     inflict(checkpoint / "12")
     whole = "12" if named == "999999" else "8"
-    message = (
-        rf"^checkpoint {named} is damaged \(.*{what}.*\): using checkpoint {whole} instead; kept as {named}\."
-    )
+    message = rf"^checkpoint {named} is damaged \(.*{what}.*\): using checkpoint {whole} instead; kept as {named}\."
     with pytest.warns(DamagedCheckpointWarning, match=message), RunDirectory(run, Config()) as directory:
         state, _ = directory.restore(like())
         assert int(state.step) == int(whole)
@@ -323,9 +319,7 @@ def test_a_state_comes_back_as_it_was_while_its_buffers_are_reused(tmp_path):
             run.save(step, state, data={"epoch": step, "position": [3, 4]})
             state["large"] = double(state["large"])
     with RunDirectory(tmp_path, Config()) as run:
-        restored, data = run.restore(
-            jax.tree.map(lambda leaf: leaf if _is_key(leaf) else jnp.zeros_like(leaf), state)
-        )
+        restored, data = run.restore(jax.tree.map(lambda leaf: leaf if _is_key(leaf) else jnp.zeros_like(leaf), state))
     assert data == {"epoch": 2, "position": [3, 4]}
     assert_bitwise_equal(restored, jax.tree.map(jnp.asarray, state) | {"large": 2 * jnp.arange(300_000.0)})
     assert jax.random.key_impl(restored["key"]) == jax.random.key_impl(state["key"])

@@ -66,9 +66,7 @@ def test_unknown_tokens():
 
 
 def test_fingerprint_tells_vocabularies_apart():
-    prints = [
-        data.Vocabulary(*args).fingerprint for args in [(("a", "b"),), (("b", "a"),), (("a", "b"), "word")]
-    ]
+    prints = [data.Vocabulary(*args).fingerprint for args in [(("a", "b"),), (("b", "a"),), (("a", "b"), "word")]]
     assert len(set(prints)) == 3
     # A checkpoint outlives a process: the value must not depend on hash seeds or versions.
     assert prints[0] == hashlib.sha256(b'["char", ["a", "b"]]').hexdigest()
@@ -402,9 +400,7 @@ def test_fetch_starts_over_from_a_wrong_part(server, tmp_path):
 
 def test_fetch_verifies(server, tmp_path):
     expected, got = "0" * 64, sha256(server.body)
-    with pytest.raises(
-        ValueError, match=f"a.txt: expected sha256 {expected}, got {got}; what came was deleted"
-    ):
+    with pytest.raises(ValueError, match=f"a.txt: expected sha256 {expected}, got {got}; what came was deleted"):
         data.fetch(server.url, expected, [tmp_path / "a.txt"])
     assert list(tmp_path.iterdir()) == []
 
@@ -464,8 +460,7 @@ def test_download_lays_files_where_load_looks(server, tmp_path, monkeypatch, cap
 def test_spelling_is_the_published_one(split):
     published("ptb"), published("ptb-char")
     (words,), (letters,) = (
-        [data.default_data_dir() / name.format(split)]
-        for name in ("ptb/ptb.{}.txt", "ptb-char/ptb.char.{}.txt")
+        [data.default_data_dir() / name.format(split)] for name in ("ptb/ptb.{}.txt", "ptb-char/ptb.char.{}.txt")
     )
     with data._open(data._find(words)) as plain, data._open(data._find(letters)) as spelled:
         assert data._spell(plain.read().decode()) == spelled.read().decode()

@@ -130,9 +130,7 @@ def test_declared_floors_are_the_tested_ones():
     lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
     tested = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     extras = project["optional-dependencies"]
-    for requirement in [
-        r for r in project["dependencies"] + extras["flax"] + extras["experiments"] + extras["test"]
-    ]:
+    for requirement in [r for r in project["dependencies"] + extras["flax"] + extras["experiments"] + extras["test"]]:
         name, _, floor = requirement.partition(">=")
         if floor:
             assert tested[name] == floor or tested[name].startswith(floor + ".0"), requirement

@@ -80,9 +80,7 @@ def test_a_step_without_a_finite_gradient_is_skipped(bad):
     after, metrics = train_step(after, 1.0)
     assert metrics["skipped"] == 0 and np.all(np.isfinite(after.params["w"]))
 
-    unguarded, metrics = make_train_step(quadratic, optax.sgd(0.1), guard=False)(
-        start(optax.sgd(0.1)), np.nan
-    )
+    unguarded, metrics = make_train_step(quadratic, optax.sgd(0.1), guard=False)(start(optax.sgd(0.1)), np.nan)
     assert metrics["skipped"] == 0 and np.all(np.isnan(unguarded.params["w"]))
 
 
@@ -191,9 +189,7 @@ def test_a_resume_drops_the_lines_it_will_write_again_and_a_torn_one(tmp_path):
     path.write_bytes(whole[0] + foreign + b"".join(whole[1:]) + b'{"step": 1, "lo')
     seconds = write_lines(path, [3], after=2)[0]["seconds"]
     lines = path.read_bytes().splitlines(keepends=True)
-    assert (
-        lines[:3] == [whole[0], foreign, whole[1]] and json.loads(lines[3])["step"] == 3 and len(lines) == 4
-    )
+    assert lines[:3] == [whole[0], foreign, whole[1]] and json.loads(lines[3])["step"] == 3 and len(lines) == 4
     assert seconds >= json.loads(whole[1])["seconds"]
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 

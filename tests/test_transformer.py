@@ -179,7 +179,7 @@ def test_no_gradient_reaches_a_later_token(x64):
     grads = jit(jax.vmap(jax.grad(logit), (None, 0)))(model.embedding[...], jnp.arange(6))
     size = np.abs(grads).max(axis=-1)[:, :6]  # [logit at, token at]
     assert (size[np.triu_indices(6, k=1)] < 1e-12).all()
-    assert (size.diagonal() > 1e-2).all() and (np.tril(size, -1)[1:].max(axis=1) > 1e-4).all()
+    assert (size.diagonal() > 1e-4).all() and (np.tril(size, -1)[1:].max(axis=1) > 1e-4).all()
 
 
 @pytest.mark.parametrize("segment, mem_len", [(4, 2), (2, 4)])

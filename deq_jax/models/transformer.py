@@ -304,7 +304,7 @@ class TransformerCell(nnx.Module):
         self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
 
         def weight(*shape: int, fan_in_axes: int = 1) -> Weight:
-            options = dict(weight_norm=config.weight_norm, fan_in_axes=fan_in_axes)
+            options: dict[str, Any] = dict(weight_norm=config.weight_norm, fan_in_axes=fan_in_axes)
             return Weight(shape, config.init_std, **options, param_dtype=param_dtype, rngs=rngs)
 
         def bias(*shape: int, std: float = 0.0) -> nnx.Param:
