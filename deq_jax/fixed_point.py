@@ -123,7 +123,7 @@ def _collect(f: Any, values: dict) -> bool:
     defaults = tuple(f.__defaults__ or ()) + tuple((f.__kwdefaults__ or {}).values())
     if f.__closure__ or not all(_is_constant(v) for v in defaults):
         return False
-    values[f] = defaults
+    values[f] = f.__code__, defaults
     for name in _names(f.__code__):
         if name not in f.__globals__:
             continue
