@@ -51,13 +51,14 @@ def test_committed_outputs(path):
     assert len(text) < 1_000_000
 
 
-def test_runs(path, tmp_path):
+def test_runs(path, tmp_path, monkeypatch):
     """All cells, in a fresh kernel of this interpreter and in an empty folder, with DEQ_JAX_FAST=1."""
     for name in ("nbclient", "nbformat", "ipykernel", "matplotlib", "optax", "flax"):
         pytest.importorskip(name, reason=f"needs {name} (the docs and experiments extras)")
     with warnings.catch_warnings():
         # Jupyter's own: its clients warn of platform directories and of event loops, each release of others.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
+        monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
         error = run(path, tmp_path)
     assert error is None, error
 
@@ -66,8 +67,6 @@ def run(path: pathlib.Path, folder: pathlib.Path) -> str | None:
     """The failing cell's number, source and traceback; None if all is well."""
     import nbclient
     import nbformat
-    from jupyter_client.kernelspec import KernelSpecManager
-    from jupyter_client.manager import AsyncKernelManager
 
     # The kernel that is named python3 may be any on this machine, or none; ours is this interpreter.
     spec = {
@@ -75,13 +74,9 @@ def run(path: pathlib.Path, folder: pathlib.Path) -> str | None:
         "display_name": "Python 3",
         "language": "python",
     }
-    specs = folder / "kernels"
-    (specs / "python3").mkdir(parents=True)
-    (specs / "python3" / "kernel.json").write_text(json.dumps(spec))
-    manager = AsyncKernelManager(
-        kernel_name="python3",
-        kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(specs)], ensure_native_kernel=False),
-    )
+    kernel = folder / "kernels" / "this-interpreter"  # where JUPYTER_PATH points
+    kernel.mkdir(parents=True)
+    (kernel / "kernel.json").write_text(json.dumps(spec))
 
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # the tests' four devices
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -92,7 +87,10 @@ def run(path: pathlib.Path, folder: pathlib.Path) -> str | None:
 
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
-        notebook, km=manager, timeout=CELL_TIMEOUT, resources={"metadata": {"path": str(folder / "empty")}}
+        notebook,
+        kernel_name=kernel.name,
+        timeout=CELL_TIMEOUT,
+        resources={"metadata": {"path": str(folder / "empty")}},
     )
     try:
         client.execute(env=environment)

@@ -1,6 +1,7 @@
 """One loop for every solver: it calls f, tests convergence, counts, freezes and keeps the best iterate."""
 
 import enum
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -151,8 +152,8 @@ def raveler(example: PyTree, batch_ndim: int) -> tuple[Callable, Callable]:
     """The two maps between a pytree and `[*batch, dim]` in float32 or wider; complex leaves as two reals."""
     leaves, treedef = jax.tree.flatten(example)
     wide = jnp.result_type(jnp.float32, *(jnp.finfo(leaf.dtype).dtype for leaf in leaves))
-    # jnp.size of a real view: a complex number is two reals, so that norms and inner products are real.
-    sizes = [leaf[(0,) * batch_ndim].size * (2 if jnp.iscomplexobj(leaf) else 1) for leaf in leaves]
+    # A complex number is two reals, so that norms and inner products are real.
+    sizes = [math.prod(leaf.shape[batch_ndim:]) * (2 if jnp.iscomplexobj(leaf) else 1) for leaf in leaves]
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
 
     def ravel_leaf(leaf):
