@@ -107,7 +107,7 @@ class Implicit:
     solver: Any = None
 
     def __post_init__(self):
-        if self.solver is not None and not hasattr(self.solver, "update"):
+        if self.solver is not None and (isinstance(self.solver, type) or not hasattr(self.solver, "update")):
             raise TypeError(f"Implicit.solver must be a solver such as Anderson(), got {self.solver!r}")
 
     run = _run_at_equilibrium

@@ -161,9 +161,9 @@ def _check(f, z0, args, solver, adjoint, batch_ndim, probe) -> PyTree:
     """z0 as arrays, or TypeError/ValueError."""
     if not callable(f):
         raise TypeError(f"f must be callable as f(z, *args), got {type(f).__name__}")
-    if not hasattr(solver, "update"):
+    if isinstance(solver, type) or not hasattr(solver, "update"):
         raise TypeError(f"solver must be a solver such as Anderson(), got {solver!r}")
-    if not hasattr(adjoint, "run"):
+    if isinstance(adjoint, type) or not hasattr(adjoint, "run"):
         raise TypeError(f"adjoint must be an adjoint such as Implicit(), got {adjoint!r}")
     if isinstance(batch_ndim, bool) or not isinstance(batch_ndim, int) or batch_ndim < 0:
         raise ValueError(f"batch_ndim must be an int >= 0, got {batch_ndim!r}")
