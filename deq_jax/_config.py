@@ -61,10 +61,12 @@ def _is_static(value) -> bool:
     return value is None or isinstance(value, bool | int | str)
 
 
-def check_number(owner: object, name: str, *, at_least: float, whole: bool = False, below: float = math.inf):
+def check_number(
+    owner: object, name: str, *, at_least: float, whole: bool = False, static: bool = False, below: float = math.inf
+):
     """Raise TypeError or ValueError unless the field is a number in [at_least, below], or an array of one."""
     value, where = getattr(owner, name), f"{type(owner).__name__}.{name}"
-    if isinstance(value, jax.Array) or not isinstance(value, int | float | str | bool | None):
+    if not static and (isinstance(value, jax.Array) or not isinstance(value, int | float | str | bool | None)):
         return  # traced or an array: its value is not ours to read
     kind = int if whole else int | float
     if isinstance(value, bool) or not isinstance(value, kind):

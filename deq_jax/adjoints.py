@@ -143,7 +143,7 @@ class Neumann:
     terms: int = 5
 
     def __post_init__(self):
-        check_number(self, "terms", at_least=1, whole=True)
+        check_number(self, "terms", at_least=1, whole=True, static=True)
 
     run = _run_at_equilibrium
 
@@ -187,7 +187,7 @@ class Phantom:
     damping: float = 0.5
 
     def __post_init__(self):
-        check_number(self, "steps", at_least=1, whole=True)
+        check_number(self, "steps", at_least=1, whole=True, static=True)
         check_number(self, "damping", at_least=0, below=1)
 
     run = _run_at_equilibrium
@@ -222,7 +222,7 @@ class Unroll:
 
     def __post_init__(self):
         if self.checkpoint is not None:
-            check_number(self, "checkpoint", at_least=1, whole=True)
+            check_number(self, "checkpoint", at_least=1, whole=True, static=True)
 
     def run(self, f, z0, inputs, other, solver, batch_ndim, probe):
         if not isinstance(solver.max_steps, int):

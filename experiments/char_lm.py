@@ -41,7 +41,7 @@ from experiments.training import (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A DEQ-Transformer on Tiny Shakespeare: about 4 minutes on two quiet CPU cores, validation loss <= 1.9 nats.
+    """A DEQ-Transformer on Tiny Shakespeare: 5 minutes on two quiet CPU cores, validation loss below 1.95 nats.
 
     python -m experiments.char_lm train
 

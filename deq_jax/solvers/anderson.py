@@ -42,7 +42,7 @@ class Anderson:
         check_number(self, "rtol", at_least=0)
         check_number(self, "atol", at_least=0)
         check_number(self, "max_steps", at_least=0, whole=True)
-        check_number(self, "history", at_least=1, whole=True)
+        check_number(self, "history", at_least=1, whole=True, static=True)
         check_number(self, "ridge", at_least=0)
         check_number(self, "damping", at_least=0, below=2)
 

@@ -41,7 +41,7 @@ class Broyden:
         check_number(self, "rtol", at_least=0)
         check_number(self, "atol", at_least=0)
         check_number(self, "max_steps", at_least=0, whole=True)
-        check_number(self, "rank", at_least=1, whole=True)
+        check_number(self, "rank", at_least=1, whole=True, static=True)
         check_number(self, "damping", at_least=0, below=2)
 
     def init(self, z: Float[Array, "*batch dim"]) -> BroydenState:
