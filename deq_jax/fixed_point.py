@@ -149,9 +149,12 @@ def _is_constant(value: Any) -> bool:
 
 
 def _is_library(value: Any) -> bool:
-    if isinstance(value, types.ModuleType | type | types.BuiltinFunctionType):
-        return True
-    return callable(value) and (getattr(value, "__module__", None) or "").startswith(("jax.", "numpy"))
+    """A module, class or function that nobody changes under us; a user's own may hold anything."""
+    if isinstance(value, types.ModuleType):
+        name = value.__name__
+    else:
+        name = getattr(value, "__module__", None) if callable(value) else None  # an array is not callable
+    return (name or "").split(".")[0] in {"jax", "jaxlib", "numpy", "builtins", "math"}
 
 
 # ---- checks ------------------------------------------------------------------------------------------------

@@ -95,7 +95,12 @@ def run(path: pathlib.Path, folder: pathlib.Path) -> str | None:
     try:
         client.execute(env=environment)
     except nbclient.exceptions.CellExecutionError:
-        pass
+        pass  # found below, with its cell
+    except (nbclient.exceptions.DeadKernelError, nbclient.exceptions.CellTimeoutError) as error:
+        left = [
+            cell for cell in notebook.cells if cell.cell_type == "code" and "shell.execute_reply" not in times(cell)
+        ]
+        return f"{path.name}: {error}\n\nin or before\n\n{left[0].source if left else ''}"
     for number, cell in enumerate(notebook.cells):
         for output in cell.get("outputs", ()):
             if output["output_type"] == "error":
@@ -104,3 +109,7 @@ def run(path: pathlib.Path, folder: pathlib.Path) -> str | None:
             if output["output_type"] == "stream" and "Warning" in output["text"]:
                 return f"{path.name}, cell {number} warns:\n\n{cell.source}\n\n{output['text']}"
     return None
+
+
+def times(cell) -> dict:
+    return cell.metadata.get("execution", {})
