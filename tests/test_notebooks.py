@@ -97,10 +97,9 @@ def run(path: pathlib.Path, folder: pathlib.Path) -> str | None:
     except nbclient.exceptions.CellExecutionError:
         pass  # found below, with its cell
     except (nbclient.exceptions.DeadKernelError, nbclient.exceptions.CellTimeoutError) as error:
-        left = [
-            cell for cell in notebook.cells if cell.cell_type == "code" and "shell.execute_reply" not in times(cell)
-        ]
-        return f"{path.name}: {error}\n\nin or before\n\n{left[0].source if left else ''}"
+        done = lambda cell: "shell.execute_reply" in cell.metadata.get("execution", {})
+        code = [cell.source for cell in notebook.cells if cell.cell_type == "code" and not done(cell)]
+        return f"{path.name}: {error}\n\nin\n\n{code[0] if code else ''}"
     for number, cell in enumerate(notebook.cells):
         for output in cell.get("outputs", ()):
             if output["output_type"] == "error":
@@ -109,7 +108,3 @@ def run(path: pathlib.Path, folder: pathlib.Path) -> str | None:
             if output["output_type"] == "stream" and "Warning" in output["text"]:
                 return f"{path.name}, cell {number} warns:\n\n{cell.source}\n\n{output['text']}"
     return None
-
-
-def times(cell) -> dict:
-    return cell.metadata.get("execution", {})
