@@ -85,7 +85,9 @@ def _fixed_point(f, reads, batch_ndim, has_aux, z0, args, solver, adjoint, probe
     out = jax.eval_shape(fun, z0, inputs, other)
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"with has_aux=True, f must return a pair (z, aux), got {_describe(out)}")
-    _check_output(out[0] if has_aux else out, z0)
+    out = out[0] if has_aux else out
+    _check_output(out, z0)
+    z0 = jax.tree.map(_shard_like, z0, out)
 
     cell = (lambda z, inputs, other: fun(z, inputs, other)[0]) if has_aux else fun
     probe = Probe.like(z0, batch_ndim) if probe is None else probe
@@ -219,6 +221,13 @@ def _check_output(out: PyTree, z0: PyTree) -> None:
             raise TypeError(
                 f"{where} must have the dtype of z0, {want.dtype}; got {got.dtype}. Cast z0, or what f returns"
             )
+
+
+def _shard_like(z: jax.Array, out: jax.ShapeDtypeStruct) -> jax.Array:
+    """z with the explicit sharding of f(z), if there is one: jnp.zeros_like drops it on jax 0.12."""
+    if out.sharding is None or out.sharding == jax.typeof(z).sharding:
+        return z
+    return jax.sharding.reshard(z, out.sharding)
 
 
 def _describe(tree: PyTree) -> str:
