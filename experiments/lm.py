@@ -73,6 +73,12 @@ def _implicit(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.Struc
     return tyro.constructors.StructConstructorSpec(instantiate=deq.Implicit, fields=(solver,))
 
 
+def require(condition: bool, name: str, expected: str, got: Any) -> None:
+    """ValueError that names the option unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"--{name.replace('_', '-')} must be {expected}, got {got}")
+
+
 # Corpora and run directories.
 
 

@@ -53,7 +53,7 @@ def draw_losses(by_step: Axes, by_time: Axes, summary: dict, logs: dict[str, lis
         for axes, x, end in (by_step, "step", "steps"), (by_time, "train_seconds", "train_seconds"):
             axes.plot([line[x] for line in log], loss, color=colour, lw=1.2, label=f"{name}, training")
             axes.plot(result[end], result["valid_loss"], "o", color=colour, label=valid)
-    warm_up = summary["config"]["shallow_steps"]
+    warm_up = summary["shallow_steps"]
     if 0 < warm_up < summary["deq"]["steps"]:
         by_step.axvline(warm_up, color="0.6", lw=0.8, ls=":")
         label = f" warm-up ends ({summary['config']['shallow_depth']} layers)"

@@ -26,7 +26,7 @@ from experiments.char_lm import Config
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Config(
     steps=60,
-    shallow_steps=15,
+    shallow_share=0.25,
     batch=4,
     length=16,
     mem_len=8,
@@ -34,7 +34,7 @@ TINY = Config(
     heads=2,
     inner_dim=32,
     lr=2e-2,
-    warmup_steps=2,
+    warmup_share=1 / 30,
     log_every=15,
     eval_every=30,
     save_every=15,
@@ -118,7 +118,7 @@ def test_a_run_trains_and_its_log_says_how(trained, run):
     log = read_log(run)
     assert [line["step"] for line in log] == [15, 30, 45, 60]
     assert log[-1]["loss"] < log[0]["loss"] - 0.3
-    assert "fwd_steps" not in log[0], "the warm-up has no solver"
+    assert not [name for name in log[0] if name.startswith(("fwd", "bwd"))], "the warm-up has no solver"
     for line in log[1:]:
         assert 1 < line["fwd_steps"] <= line["fwd_steps_max"] <= TINY.solver.max_steps
         assert 1 < line["bwd_steps"] <= TINY.adjoint.solver.max_steps
@@ -195,8 +195,31 @@ def test_what_is_wrong_is_said_before_compilation(run, trained, text, tmp_path, 
     assert "--steps" in error(capsys, "--stesp", 3)
     assert "--solver.rank" in error(capsys, "train", "solver:broyden", "--solver.rnak", 3)
     assert "--steps" in error(capsys, "ptb", "--stesp", 3, main=word_lm.main)
-    assert "warmup_steps < total_steps" in error(capsys, "--steps", 10, "--run", tmp_path / "new")
+    new = ["--run", tmp_path / "new"]
+    for option, value, expected in (
+        ("--steps", 0, "--steps must be at least 1, got 0"),
+        ("--log-every", 0, "--log-every must be at least 1, got 0"),
+        ("--shallow-share", 1, "--shallow-share must be in [0, 1), got 1.0"),
+        ("--lr", "nan", "--lr must be positive and finite, got nan"),
+        ("--batch", 0, "batch must be at least 1, got 0"),
+        ("--heads", 3, "dim must be divisible by heads"),
+        ("--dropout", 1, "dropout must be in [0, 1), got 1.0"),
+        ("--seed", -1, "seed must be at least 0, got -1"),
+    ):
+        assert expected in error(capsys, *new, option, value)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_of_any_length_ends_with_the_equilibrium():
+    """`--steps 20` is a run too: its warm-ups are shares, and the solver that was asked for is used."""
+    default = Config()
+    assert (default.shallow_steps, default.warmup_steps) == (1000, 50)
+    paper = word_lm.PRESETS["wikitext-103"][1]
+    assert (paper.shallow_steps, paper.warmup_steps) == (32_000, 16_000)
+    for config in (default, paper):
+        for steps in (1, 2, 20, 1000):
+            short = dataclasses.replace(config, steps=steps)
+            assert 0 <= short.shallow_steps < steps and 0 <= short.warmup_steps < steps
 
 
 def test_the_commands_solvers_and_adjoints_are_objects(monkeypatch, capsys):
@@ -317,7 +340,7 @@ def test_the_demo_writes_its_figure_log_and_summary(text, tmp_path, capsys):
 
 
 def test_words_are_counted_in_perplexity(data_dir, tmp_path, capsys):
-    few = options(dataclasses.replace(TINY, steps=6, shallow_steps=2))
+    few = options(dataclasses.replace(TINY, steps=6))
     word_lm.main(["ptb", "--run", str(tmp_path / "ptb"), "--data-dir", str(data_dir), *few])
     report = json.loads("{" + capsys.readouterr().out.partition("{")[2])
     assert report["valid_tokens"] == 73_760 - 1
