@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -101,7 +102,10 @@ def load_corpus(name_or_path: str, *, level: data.Level, data_dir: Path | None =
 def identity(config: dict[str, Any], corpus: data.Corpus) -> dict[str, Any]:
     """What a resume must agree with: the configuration in JSON, and what the data are."""
     sizes = [len(corpus.train), len(corpus.valid), len(corpus.test)]
-    return {**config, "vocabulary": corpus.vocabulary.fingerprint, "tokens": sizes}
+    text = hashlib.sha256()
+    for stream in (corpus.train, corpus.valid, corpus.test):
+        text.update(np.ascontiguousarray(stream))
+    return {**config, "vocabulary": corpus.vocabulary.fingerprint, "tokens": sizes, "text": text.hexdigest()}
 
 
 def save_vocabulary(run: Path, vocabulary: data.Vocabulary) -> None:
@@ -123,7 +127,7 @@ def read_run(run: Path, config_class: type) -> tuple[Any, dict[str, Any], data.V
             f"fingerprint {stored['vocabulary'][:12]}, got {vocabulary.fingerprint[:12]}"
         )
     names = {field.name for field in dataclasses.fields(config_class)}
-    if unknown := (stored.keys() - {"__type__", "vocabulary", "tokens"}) ^ names:
+    if unknown := (stored.keys() - {"__type__", "vocabulary", "tokens", "text"}) ^ names:
         raise ValueError(f"{run} was trained by another version: it differs in {', '.join(sorted(unknown))}")
     return config_class(**{name: _from_json(stored[name]) for name in names}), stored, vocabulary
 
@@ -234,7 +238,7 @@ class Meter:
         self.spent = [total + more for total, more in zip(self.spent, elapsed, strict=True)]
         speed = len(values) * self._tokens / elapsed[0]
         self._window = []
-        timing = {"train_seconds": self.spent[0], "tokens_per_second": speed}
+        timing = {"train_seconds": self.spent[0], "train_cpu_seconds": self.spent[1], "tokens_per_second": speed}
         return _average(values) | {name: np.round(value, 2) for name, value in timing.items()}
 
 
@@ -313,10 +317,14 @@ def reporting(title: str, start: int, total: int, level: data.Level) -> Iterator
 
 
 def _remaining(start: int, total: int) -> Callable[[int], str]:
-    began, first = time.monotonic(), start
+    then, before = time.monotonic(), start
 
     def eta(step: int) -> str:
-        seconds = (time.monotonic() - began) / max(step - first, 1) * (total - step)
+        # From the last line's pace alone: a step at the equilibrium costs several of the warm-up's.
+        nonlocal then, before
+        now = time.monotonic()
+        seconds = (now - then) / max(step - before, 1) * (total - step)
+        then, before = now, step
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
     return eta

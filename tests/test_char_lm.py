@@ -188,6 +188,12 @@ def test_what_is_wrong_is_said_before_compilation(run, trained, text, tmp_path, 
     said = error(capsys, "--run", run, "--data", tmp_path / "text.txt", *OPTIONS)
     assert "vocabulary:" in said and "tokens:" in said
 
+    edited = tmp_path / "edited" / "text.txt"
+    edited.parent.mkdir()
+    edited.write_text(text.read_text()[::-1])
+    said = error(capsys, "--run", run, "--data", edited, *OPTIONS)
+    assert " text:" in said and "vocabulary:" not in said and "tokens:" not in said
+
     short = tmp_path / "short.txt"
     short.write_text("too short " * 3)
     assert "less than one segment" in error(capsys, "--run", tmp_path / "new", "--data", short, *OPTIONS)
