@@ -14,7 +14,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -143,31 +143,8 @@ def loss_fn(
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    args = list(sys.argv[1:] if args is None else args)
-    commands: dict[str, Callable] = {"train": train_command, "demo": demo, "sample": sample}
-    prog = "python -m experiments.char_lm"
-    if args[:1] in (["-h"], ["--help"]):
-        return tyro.extras.subcommand_cli_from_dict(commands, args=args, prog=prog, description=__doc__)
-    name = args.pop(0) if args and args[0] in commands else "train"
-    # The one command's own parser: what it suggests for a misspelled option is then an option of that command.
-    run_command(lambda: tyro.cli(commands[name], args=args, prog=f"{prog} {name}"))
-
-
-def run_command(command: Callable[[], Any]) -> None:
-    """Call it, and leave with one line where something about the command, its files or its run is wrong."""
-    try:
-        with lm.OPTIONS:
-            command()
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        # While data are read or results measured: nothing is lost. In the training loop it is a flag.
-        print("interrupted; the same command continues", file=sys.stderr)
-        raise SystemExit(130) from None
-    except RuntimeError as error:
-        if type(error) is not RuntimeError:  # XLA's own
-            raise
-        raise SystemExit(f"error: {error}") from error
+    commands = {"train": train_command, "demo": demo, "sample": sample}
+    lm.run_command(commands, args, prog="python -m experiments.char_lm", description=__doc__, default="train")
 
 
 # The commands.

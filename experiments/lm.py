@@ -74,6 +74,41 @@ def _implicit(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.Struc
     return tyro.constructors.StructConstructorSpec(instantiate=deq.Implicit, fields=(solver,))
 
 
+def run_command(
+    commands: dict[str, Callable],
+    args: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    default: str | None = None,
+) -> None:
+    """Call the command that the first word names, or `default`, with the options after it.
+
+    It leaves with one line where something about the command, its files or its run is wrong.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if args and args[0] in commands:
+        name = args.pop(0)
+    elif default is not None and args[:1] not in (["-h"], ["--help"]):
+        name = default
+    else:  # the list of commands
+        return tyro.extras.subcommand_cli_from_dict(commands, args=args, prog=prog, description=description)
+    try:
+        with OPTIONS:
+            # This command's own parser: what it suggests for a misspelled option is an option of this command.
+            tyro.cli(commands[name], args=args, prog=f"{prog} {name}")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        # While data are read or results measured: nothing is lost. In the training loop it is a flag.
+        print("interrupted; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # XLA's own
+            raise
+        raise SystemExit(f"error: {error}") from error
+
+
 def require(condition: bool, name: str, expected: str, got: Any) -> None:
     """ValueError that names the option unless `condition` holds."""
     if not condition:
@@ -104,7 +139,7 @@ def identity(config: dict[str, Any], corpus: data.Corpus) -> dict[str, Any]:
     sizes = [len(corpus.train), len(corpus.valid), len(corpus.test)]
     text = hashlib.sha256()
     for stream in (corpus.train, corpus.valid, corpus.test):
-        text.update(np.ascontiguousarray(stream))
+        text.update(np.ascontiguousarray(stream).data)
     return {**config, "vocabulary": corpus.vocabulary.fingerprint, "tokens": sizes, "text": text.hexdigest()}
 
 

@@ -7,14 +7,15 @@
 A newline is `<eos>`, and the loss is reported as perplexity: exp of nats a word, `<eos>` counted.
 """
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 import deq_jax as deq
-from experiments.char_lm import Config, run_command, sample, train_command
+from experiments import lm
+from experiments.char_lm import Config, sample, train_command
 
 PRESETS = {
     "ptb": (
@@ -88,13 +89,16 @@ PRESETS = {
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    args = list(sys.argv[1:] if args is None else args)
-    prog = "python -m experiments.word_lm"
-    if args[:1] == ["sample"]:
-        return run_command(lambda: tyro.cli(sample, args=args[1:], prog=f"{prog} sample"))
-    run_command(
-        lambda: train_command(tyro.extras.overridable_config_cli(PRESETS, args=args, prog=prog, description=__doc__))
-    )
+    commands = {name: _train(*preset) for name, preset in PRESETS.items()} | {"sample": sample}
+    lm.run_command(commands, args, prog="python -m experiments.word_lm", description=__doc__)
+
+
+def _train(about: str, preset: Config) -> Callable:
+    def command(config: Annotated[Config, tyro.conf.arg(name="")] = preset) -> None:
+        train_command(config)
+
+    command.__doc__ = about + "."
+    return command
 
 
 if __name__ == "__main__":

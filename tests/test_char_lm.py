@@ -4,8 +4,11 @@ Run as a script, this file is the run that dies: `test_char_lm.py DIRECTORY TEXT
 """
 
 import dataclasses
+import functools
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -213,6 +216,7 @@ def test_what_is_wrong_is_said_before_compilation(run, trained, text, tmp_path, 
         ("--seed", -1, "seed must be at least 0, got -1"),
     ):
         assert expected in error(capsys, *new, option, value)
+    assert "ptb, wikitext-2" in error(capsys, "ptbb", main=word_lm.main)
     assert not (tmp_path / "new").exists()
 
 
@@ -235,12 +239,34 @@ def test_the_commands_solvers_and_adjoints_are_objects(monkeypatch, capsys):
     char_lm.main("train adjoint:implicit adjoint.solver:picard --adjoint.solver.damping 0.5".split())
     char_lm.main([])
     word_lm.main(["wikitext-103", "--batch", "7"])
-    broyden, picard, default, words = seen
+    word_lm.main("wikitext-2 --steps 2000 solver:broyden adjoint:implicit adjoint.solver:broyden".split())
+    broyden, picard, default, words, changed = seen
     assert broyden.steps == 200 and broyden.solver == deq.Broyden(**lm.FORWARD, rank=12)
     assert broyden.adjoint == deq.Phantom(steps=3)
     assert picard.adjoint == deq.Implicit(deq.Picard(**lm.BACKWARD, damping=0.5))
     assert default == Config()
     assert words == dataclasses.replace(word_lm.PRESETS["wikitext-103"][1], batch=7)
+    both = dict(solver=deq.Broyden(**lm.FORWARD), adjoint=deq.Implicit(deq.Broyden(**lm.BACKWARD)))
+    assert changed == dataclasses.replace(word_lm.PRESETS["wikitext-2"][1], steps=2000, **both)
+
+
+def documented_commands() -> list[str]:
+    pages = [char_lm.__doc__, Config.__doc__, word_lm.__doc__, (ROOT / "README.md").read_text()]
+    found = [re.findall(r"^ *python -m experiments\.((?:char|word)_lm\b.*?)(?:  +#.*)?$", page, re.M) for page in pages]
+    assert all(found), "a page without a command"
+    return sorted({line for lines in found for line in lines})
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_the_documented_commands_are_understood(line, monkeypatch):
+    called = []
+    for module in char_lm, word_lm:
+        for name in {"train_command", "demo", "sample"} & vars(module).keys():
+            command = functools.wraps(getattr(module, name))(lambda *args, **options: called.append(1))
+            monkeypatch.setattr(module, name, command)
+    module, *words = shlex.split(line)
+    {"char_lm": char_lm, "word_lm": word_lm}[module].main(words)
+    assert called == [1]
 
 
 def test_text_is_sampled_from_a_run(trained, run, text, tmp_path, capsys):
