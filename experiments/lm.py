@@ -79,7 +79,7 @@ def run_command(
     args: Sequence[str] | None,
     *,
     prog: str,
-    description: str,
+    description: str | None,
     default: str | None = None,
 ) -> None:
     """Call the command that the first word names, or `default`, with the options after it.
@@ -152,7 +152,9 @@ def save_vocabulary(run: Path, vocabulary: data.Vocabulary) -> None:
 def read_run(run: Path, config_class: type) -> tuple[Any, dict[str, Any], data.Vocabulary]:
     """The configuration, the stored JSON and the vocabulary of a run; ValueError if `run` holds none."""
     if not (run / "config.json").is_file() or not (run / "vocabulary.json").is_file():
-        raise ValueError(f"{run} holds no run (no config.json and vocabulary.json): train one with --run {run}")
+        inside = sorted(path.parent.name for path in run.glob("*/vocabulary.json"))
+        remedy = f"the runs inside are {', '.join(inside)}" if inside else f"train one with --run {run}"
+        raise ValueError(f"{run} holds no run (no config.json and vocabulary.json): {remedy}")
     stored = json.loads((run / "config.json").read_bytes())
     values = json.loads((run / "vocabulary.json").read_bytes())
     vocabulary = data.Vocabulary(tuple(values["tokens"]), values["level"])
@@ -301,7 +303,7 @@ def per_unit(loss: float, level: data.Level) -> tuple[str, float]:
 def describe(line: dict[str, Any], level: data.Level) -> str:
     """One line of the log in words; what was not measured is left out."""
     name, value = per_unit(line["loss"], level)
-    words = [f"loss {line['loss']:.3f}", f"{value:.3g} {name}"]
+    words = [f"loss {line['loss']:.3f}", f"{value:.3g} {name}" if value < 1000 else f"{value:,.0f} {name}"]
     if "fwd_steps" in line:
         words.append(f"fwd {line['fwd_steps']:.1f} steps to {line['fwd_residual']:.0e}")
         words.append(f"{100 * line['converged']:.0f}% converged")

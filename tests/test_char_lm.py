@@ -285,6 +285,7 @@ def test_text_is_sampled_from_a_run(trained, run, text, tmp_path, capsys):
     assert "prompt is empty" in error(capsys, "sample", "--run", run, "--prompt", "")
     assert "temperature must be at least 0" in error(capsys, "sample", "--run", run, "--temperature", -1)
     assert "holds no run" in error(capsys, "sample", "--run", tmp_path)
+    assert "the runs inside are whole" in error(capsys, "sample", "--run", run.parent)
     assert not list(tmp_path.iterdir())
 
 
