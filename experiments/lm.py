@@ -307,6 +307,8 @@ def describe(line: dict[str, Any], level: data.Level) -> str:
     if "fwd_steps" in line:
         words.append(f"fwd {line['fwd_steps']:.1f} steps to {line['fwd_residual']:.0e}")
         words.append(f"{100 * line['converged']:.0f}% converged")
+    else:
+        words.append("unrolled")  # the warm-up, or a network of layers: there is no solver to report
     if line.get("bwd_steps"):
         reached = f" to {line['bwd_residual']:.0e}" if math.isfinite(line["bwd_residual"]) else ""
         words.append(f"bwd {line['bwd_steps']:.1f} steps{reached}")

@@ -250,6 +250,14 @@ def test_the_commands_solvers_and_adjoints_are_objects(monkeypatch, capsys):
     assert changed == dataclasses.replace(word_lm.PRESETS["wikitext-2"][1], steps=2000, **both)
 
 
+def test_an_interrupt_outside_the_training_loop_is_one_line_and_130(monkeypatch, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(char_lm, "train", interrupted)
+    assert error(capsys, "train") == "130 interrupted; the same command continues\n"
+
+
 def documented_commands() -> list[str]:
     pages = [char_lm.__doc__, Config.__doc__, word_lm.__doc__, (ROOT / "README.md").read_text()]
     found = [re.findall(r"^ *python -m experiments\.((?:char|word)_lm\b.*?)(?:  +#.*)?$", page, re.M) for page in pages]
