@@ -61,7 +61,7 @@ class Adjoint(Protocol):
 
 
 def _solve(f, batch_ndim, adjoint, solver, z0, inputs, other, probe):
-    return solve(lambda z: f(z, inputs, other), z0, solver, batch_ndim)
+    return solve(lambda z: f(z, inputs, other), z0, solver, batch_ndim)[:2]
 
 
 _equilibrium: Any = jax.custom_vjp(_solve, nondiff_argnums=(0, 1))
