@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PyTree
 
 from deq_jax._config import check_number, config
 from deq_jax.solvers import Anderson, Solver, Stats, Status, solve
-from deq_jax.solvers.base import measure, raveler
+from deq_jax.solvers.base import measure, raveler, zeros_from
 
 
 class Probe(NamedTuple):
@@ -45,7 +45,7 @@ class Probe(NamedTuple):
         """Zeros made from z, so that they share its sharding."""
         leaf = jax.tree.leaves(z)[0]
         corner = leaf.reshape(*leaf.shape[:batch_ndim], -1)[..., 0]
-        zero = jnp.zeros_like(corner, dtype=jnp.float32)
+        zero = zeros_from(corner.real.astype(jnp.float32))
         return cls(zero, zero, zero)
 
 
@@ -298,7 +298,7 @@ def _power_of_two(tree: PyTree, batch_ndim: int) -> Float[Array, "*batch"]:
     top = functools.reduce(jnp.maximum, tops)
     usable = jnp.isfinite(top) & (top > 0)
     _, exponent = jnp.frexp(jnp.where(usable, top, 1))
-    return jnp.ldexp(jnp.ones_like(top), jnp.clip(exponent, -120, 120))
+    return jnp.ldexp(zeros_from(top) + 1, jnp.clip(exponent, -120, 120))
 
 
 def _broadcast(scale: Float[Array, "*batch"], leaf: Array) -> Array:

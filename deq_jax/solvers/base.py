@@ -165,7 +165,7 @@ def solve(
 
     z = ravel(z0)
     # Carries are made from the data, never from a bare constant: under sharding they inherit its type.
-    zero = jnp.zeros_like(z[..., 0])
+    zero = zeros_from(z[..., 0])
     count = zero.astype(jnp.int32)
     status = jnp.where(jnp.asarray(solver.max_steps) > 0, RUNNING, Status.MAX_STEPS).astype(jnp.int32) + count
     memory = solver.init(z) if memory is None else memory
@@ -185,7 +185,7 @@ def measure(f: Callable, z: PyTree, solver: Solver, steps: int, batch_ndim: int)
     residual = jnp.where(finite, residual, jnp.inf)
     converged = finite & (residual <= solver.atol + solver.rtol * scale)
     status = jnp.where(finite, jnp.where(converged, Status.CONVERGED, Status.MAX_STEPS), Status.NONFINITE)
-    count = jnp.zeros_like(residual).astype(jnp.int32)
+    count = zeros_from(residual).astype(jnp.int32)
     return Stats(count + steps + 1, residual, ratio(residual, scale), status + count)
 
 
@@ -217,6 +217,11 @@ def raveler(example: PyTree, batch_ndim: int) -> tuple[Callable, Callable]:
         return jax.tree.unflatten(treedef, [unravel_leaf(p, leaf) for p, leaf in zip(parts, leaves, strict=True)])
 
     return ravel, unravel
+
+
+def zeros_from(x: Array) -> Array:
+    """Zeros with the shape, dtype and sharding of x: jax 0.12's zeros_like drops an explicit sharding."""
+    return jnp.where(False, x, jnp.zeros((), x.dtype))
 
 
 def norm(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch"]:
