@@ -170,13 +170,15 @@ def solve(
     status = jnp.where(jnp.asarray(solver.max_steps) > 0, RUNNING, Status.MAX_STEPS).astype(jnp.int32) + count
     memory = solver.init(z) if memory is None else memory
     folded = None if fold is None else fold.init(z0, batch_ndim)
-    start = _Loop(z, z, zero + jnp.inf, zero, zero, zero, count, count, status, memory, folded, jnp.zeros((), jnp.int32))
+    start = _Loop(
+        z, z, zero + jnp.inf, zero, zero, zero, count, count, status, memory, folded, jnp.zeros((), jnp.int32)
+    )
     end = jax.lax.while_loop(lambda loop: jnp.any(loop.status == RUNNING), body, start)
     stats = Stats(end.steps, end.best_residual, ratio(end.best_residual, end.best_norm), end.status)
     return Solved(unravel(end.best), stats, end.solver, end.folded)
 
 
-def measure(f: Callable, z: PyTree, solver: Solver, steps: int, batch_ndim: int) -> Stats:
+def measure(f: Callable, z: PyTree, solver: Solver, steps: Any, batch_ndim: int) -> Stats:
     """Stats of a z that is returned as it is, after `steps` evaluations and the one made here."""
     ravel, _ = raveler(z, batch_ndim)
     fz = ravel(f(z))
