@@ -1,6 +1,5 @@
 """`fixed_point`: find z with f(z, *args) = z, and differentiate it."""
 
-import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from deq_jax.adjoints import Adjoint, Implicit, Probe, hoist
-from deq_jax.solvers import Anderson, Solver, Stats
+from deq_jax._cache import reads as what_it_reads
+from deq_jax.adjoints import Adjoint, Found, Implicit, Probe, hoist
+from deq_jax.solvers import Anderson, Fold, Solved, Solver, Stats
+from deq_jax.solvers import solve as _solve
 
 
 class Solution(NamedTuple):
@@ -45,8 +46,9 @@ def fixed_point(
         it is called eagerly, so wrap the caller in `jax.jit`.
       z0: where to start, a pytree of float or complex arrays. Its cotangent is zero (but see `Unroll`).
       *args: pytrees of arrays, of any dtype.
-      solver: `Picard`, `Anderson` or `Broyden`.
-      adjoint: `Implicit`, `Phantom`, `Neumann`, `JFB` or `Unroll`.
+      solver: `Picard`, `Anderson`, `Broyden`, `NewtonKrylov` or `Robust`; for hard problems see `Robust`.
+      adjoint: exact, `Implicit` or for forward mode `ImplicitJVP`; cheaper and biased, `Shine`, `Phantom`,
+        `Neumann` or `JFB`; through the iterations, `Unroll` or `Reversible`.
       batch_ndim: how many leading axes of every leaf index independent problems, each with its own tolerance
         test and stopping time.
       has_aux: return aux of one more evaluation, at the solution.
@@ -73,7 +75,7 @@ def fixed_point(
     (3, 3)
     """
     z0 = _check(f, z0, args, solver, adjoint, batch_ndim, probe)
-    reads = _reads(f)
+    reads = what_it_reads(f)
     run = _fixed_point if reads is None else _compiled
     return run(f, reads, batch_ndim, has_aux, z0, args, solver, adjoint, probe)
 
@@ -103,60 +105,91 @@ def _fixed_point(f, reads, batch_ndim, has_aux, z0, args, solver, adjoint, probe
 _compiled = jax.jit(_fixed_point, static_argnums=(0, 1, 2, 3))
 
 
-# ---- what f reads ------------------------------------------------------------------------------------------
+def solve(
+    f: Callable,
+    z0: PyTree,
+    *args: PyTree,
+    solver: Solver = Anderson(),  # noqa: B008
+    batch_ndim: int = 0,
+    memory: Any = None,
+    fold: Fold | None = None,
+) -> Solved:
+    """The forward half of `fixed_point`, with all that the solver leaves: no gradient flows through it.
 
+    Args:
+      f, z0, *args, solver, batch_ndim: as for `fixed_point`.
+      memory: that of an earlier solve with the same solver and the same shapes of z0. Where f has changed little,
+        a quasi-Newton method need not learn its Jacobian again.
+      fold: accumulates over the evaluations inside the loop: `ResidualTrace`, `Snapshots`, or an object of your
+        own with `init(z0, batch_ndim)` and `update(folded, seen)`, see `Seen`.
 
-def _reads(f: Callable) -> tuple | None:
-    """The values f reads besides its arguments, as a hashable key; None where they cannot be compared.
+    Returns:
+      Solved(value, stats, memory, folded). Give the value a derivative with `attach`.
 
-    JAX caches a compiled function by the identity of f, and would miss that a global array, a closure or a
-    module's weights have changed. Only functions whose surroundings can be compared by value are cached.
+    Raises:
+      TypeError, ValueError: as `fixed_point`.
+
+    >>> import jax.numpy as jnp, deq_jax as deq
+    >>> cell = lambda z, x: jnp.tanh(2 * z[::-1] + x)
+    >>> first = deq.solve(cell, jnp.zeros(2), jnp.array([0.1, 0.2]), solver=deq.Broyden())
+    >>> again = deq.solve(cell, first.value, jnp.array([0.1, 0.21]), solver=deq.Broyden(), memory=first.memory)
+    >>> bool(again.stats.steps < first.stats.steps), bool(again.stats.converged)
+    (True, True)
     """
-    values: dict[Any, Any] = {}
-    return tuple(values.items()) if _collect(f, values) else None
+    z0 = _check(f, z0, args, solver, Implicit(), batch_ndim, None)
+    frozen = jax.lax.stop_gradient(args)
+    z0 = jax.lax.stop_gradient(z0)
+    out = jax.eval_shape(f, z0, *frozen)
+    _check_output(out, z0)
+    z0 = jax.tree.map(_shard_like, z0, out)
+    return jax.lax.stop_gradient(_solve(lambda z: f(z, *frozen), z0, solver, batch_ndim, memory=memory, fold=fold))
 
 
-def _collect(f: Any, values: dict) -> bool:
-    f = getattr(f, "__wrapped__", f) if type(f).__module__.startswith("jax") else f
-    if not isinstance(f, types.FunctionType):
-        return False
-    if f in values:
-        return True
-    defaults = tuple(f.__defaults__ or ()) + tuple((f.__kwdefaults__ or {}).values())
-    if f.__closure__ or not all(_is_constant(v) for v in defaults):
-        return False
-    values[f] = f.__code__, defaults
-    for name in _names(f.__code__):
-        if name not in f.__globals__:
-            continue
-        value = f.__globals__[name]
-        if _is_constant(value):
-            values[f, name] = type(value), value
-        elif not (_is_library(value) or _collect(value, values)):
-            return False
-        else:
-            values[f, name] = id(value)
-    return True
+def attach(
+    f: Callable,
+    z: PyTree,
+    *args: PyTree,
+    adjoint: Adjoint = Implicit(),  # noqa: B008
+    solver: Solver = Anderson(),  # noqa: B008
+    batch_ndim: int = 0,
+    found: Solved | None = None,
+    probe: Probe | None = None,
+) -> PyTree:
+    """z, however it was found, with the derivative that a fixed point of f has in args and in what f captures.
 
+    The value is z itself, and no gradient flows to z: that of `adjoint` is taken as if f(z, *args) = z. This is
+    how a solver of your own, a cached equilibrium, or a state on the way to one becomes differentiable.
 
-def _names(code: types.CodeType) -> set[str]:
-    inner = [const for const in code.co_consts if isinstance(const, types.CodeType)]
-    return set(code.co_names).union(*(_names(c) for c in inner))
+    Args:
+      f, *args, batch_ndim, probe: as for `fixed_point`.
+      adjoint: one that is taken at the equilibrium: `Implicit`, `ImplicitJVP`, `Phantom`, `Neumann`, `JFB`, or
+        `Shine` with `found`.
+      solver: what the adjoint derives its own backward solver from, where it was given none.
+      found: the result of `solve` that z comes from, for `Shine` and for `Implicit(on_failure=...)`.
 
+    Raises:
+      TypeError, ValueError: as `fixed_point`; for an adjoint that goes through the iterations.
 
-def _is_constant(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_constant(v) for v in value)
-    return value is None or isinstance(value, int | float | complex | str | bytes)
-
-
-def _is_library(value: Any) -> bool:
-    """A module, class or function that nobody changes under us; a user's own may hold anything."""
-    if isinstance(value, types.ModuleType):
-        name = value.__name__
-    else:
-        name = getattr(value, "__module__", None) if callable(value) else None  # an array is not callable
-    return (name or "").split(".")[0] in {"jax", "jaxlib", "numpy", "builtins", "math"}
+    >>> import jax, jax.numpy as jnp, deq_jax as deq
+    >>> def square_root(a):  # by bisection, say; here by numpy
+    ...     z = jnp.sqrt(jax.lax.stop_gradient(a))
+    ...     return deq.attach(lambda z: 0.5 * (z + a / z), z)
+    >>> bool(abs(jax.grad(square_root)(4.0) - 0.25) < 1e-6)
+    True
+    """
+    z = jax.lax.stop_gradient(_check(f, z, args, solver, adjoint, batch_ndim, probe))
+    at = getattr(adjoint, "at", None)
+    if at is None:
+        raise TypeError(
+            f"{type(adjoint).__name__} differentiates the iterations of a solve, and z comes without them; "
+            "use Implicit, ImplicitJVP, Phantom, Neumann or JFB"
+        )
+    fun, inputs, other = hoist(lambda z: f(z, *args), z)
+    _check_output(jax.eval_shape(fun, z, inputs, other), z)
+    probe = Probe.like(z, batch_ndim) if probe is None else probe
+    stats, memory = (None, None) if found is None else (found.stats, found.memory)
+    memory = memory if getattr(adjoint, "reads_memory", False) else None
+    return at(fun, Found(z, stats, memory), inputs, other, solver, batch_ndim, probe)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------

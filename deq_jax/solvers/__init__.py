@@ -1,8 +1,8 @@
 """Solvers: frozen numbers with two pure functions, driven by the one loop in `base`."""
 
 from deq_jax.solvers.anderson import Anderson
-from deq_jax.solvers.base import Solver, Stats, Status, solve
+from deq_jax.solvers.base import Fold, Seen, Solved, Solver, Stats, Status, solve
 from deq_jax.solvers.broyden import Broyden
 from deq_jax.solvers.picard import Picard
 
-__all__ = ["Anderson", "Broyden", "Picard", "Solver", "Stats", "Status", "solve"]
+__all__ = ["Anderson", "Broyden", "Fold", "Picard", "Seen", "Solved", "Solver", "Stats", "Status", "solve"]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deq_jax._config import check_number, config
+from deq_jax.solvers.base import zeros_from
 
 UNROLLED = 8  # eliminate without a loop up to this history: faster to run, slower to compile
 
@@ -47,7 +48,7 @@ class Anderson:
         check_number(self, "damping", at_least=0, below=2)
 
     def init(self, z: Float[Array, "*batch dim"]) -> AndersonState:
-        zero, m = jnp.zeros_like(z), self.history
+        zero, m = zeros_from(z), self.history
         slots = jnp.stack([zero] * m, axis=-2)
         gram = jnp.stack([slots[..., 0]] * m, axis=-1)
         return AndersonState(jnp.zeros((), jnp.int32), zero, zero, slots, slots, gram)

@@ -54,6 +54,34 @@ class Solver(Protocol):
     ) -> tuple[Float[Array, "*batch dim"], Any]: ...
 
 
+class Seen(NamedTuple):
+    """One evaluation of f, as a `Fold` sees it. A problem that has stopped shows its best iterate again."""
+
+    step: Int[Array, ""]  # 0 at z0, and one more at each evaluation
+    z: PyTree
+    fz: PyTree
+    residual: Float[Array, "*batch"]
+    relative_residual: Float[Array, "*batch"]
+    running: Bool[Array, "*batch"]  # problems that had not stopped before this evaluation
+
+
+class Fold(Protocol):
+    """Accumulates over the evaluations of a solve inside its loop: no callback, no change to the solve."""
+
+    def init(self, z0: PyTree, batch_ndim: int) -> Any: ...
+
+    def update(self, folded: Any, seen: Seen) -> Any: ...
+
+
+class Solved(NamedTuple):
+    """What `solve` returns; not differentiable."""
+
+    value: PyTree
+    stats: Stats
+    memory: Any  # the solver's state after its last update: a start for a solve of a similar problem
+    folded: Any  # the fold's result, or None
+
+
 class _Loop(NamedTuple):
     z: Float[Array, "*batch dim"]
     best: Float[Array, "*batch dim"]
@@ -65,14 +93,19 @@ class _Loop(NamedTuple):
     steps: Int[Array, "*batch"]
     status: Int[Array, "*batch"]
     solver: Any
+    folded: Any
+    evaluation: Int[Array, ""]
 
 
-def solve(f: Callable, z0: PyTree, solver: Solver, batch_ndim: int = 0) -> tuple[PyTree, Stats]:
+def solve(
+    f: Callable, z0: PyTree, solver: Solver, batch_ndim: int = 0, *, memory: Any = None, fold: Fold | None = None
+) -> Solved:
     """Iterate `solver` on f(z) = z from z0 until each problem has stopped.
 
     The state is handled as one vector a problem, float32 or wider, so that inner products run over the whole
     of it; f sees it in its own structure and dtypes. The loop is native to the batch: a problem that stopped
-    is frozen at its best iterate, and the loop ends with the last one.
+    is frozen at its best iterate, and the loop ends with the last one. `memory` is that of an earlier solve,
+    with the same solver and shapes.
     """
     ravel, unravel = raveler(z0, batch_ndim)
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(z0))
@@ -80,7 +113,9 @@ def solve(f: Callable, z0: PyTree, solver: Solver, batch_ndim: int = 0) -> tuple
 
     def body(loop: _Loop) -> _Loop:
         running = loop.status == RUNNING
-        fz = ravel(f(unravel(loop.z)))
+        z_tree = unravel(loop.z)
+        fz_tree = f(z_tree)
+        fz = ravel(fz_tree)
         g = fz - loop.z
         residual, scale = norm(g), norm(fz)
 
@@ -112,6 +147,7 @@ def solve(f: Callable, z0: PyTree, solver: Solver, batch_ndim: int = 0) -> tuple
         best = jnp.where(better[..., None], loop.z, loop.best)
         step, state = solver.update(g, loop.solver, loop.z)
         z = jnp.where((status == RUNNING)[..., None], ravel(unravel(loop.z + step)), best)
+        seen = Seen(loop.evaluation, z_tree, fz_tree, residual, ratio(residual, scale), running)
         return _Loop(
             z=z,
             best=best,
@@ -123,19 +159,26 @@ def solve(f: Callable, z0: PyTree, solver: Solver, batch_ndim: int = 0) -> tuple
             steps=steps,
             status=status,
             solver=state,
+            folded=None if fold is None else fold.update(loop.folded, seen),
+            evaluation=loop.evaluation + 1,
         )
 
     z = ravel(z0)
     # Carries are made from the data, never from a bare constant: under sharding they inherit its type.
-    zero = jnp.zeros_like(z[..., 0])
+    zero = zeros_from(z[..., 0])
     count = zero.astype(jnp.int32)
     status = jnp.where(jnp.asarray(solver.max_steps) > 0, RUNNING, Status.MAX_STEPS).astype(jnp.int32) + count
-    start = _Loop(z, z, zero + jnp.inf, zero, zero, zero, count, count, status, solver.init(z))
+    memory = solver.init(z) if memory is None else memory
+    folded = None if fold is None else fold.init(z0, batch_ndim)
+    start = _Loop(
+        z, z, zero + jnp.inf, zero, zero, zero, count, count, status, memory, folded, jnp.zeros((), jnp.int32)
+    )
     end = jax.lax.while_loop(lambda loop: jnp.any(loop.status == RUNNING), body, start)
-    return unravel(end.best), Stats(end.steps, end.best_residual, ratio(end.best_residual, end.best_norm), end.status)
+    stats = Stats(end.steps, end.best_residual, ratio(end.best_residual, end.best_norm), end.status)
+    return Solved(unravel(end.best), stats, end.solver, end.folded)
 
 
-def measure(f: Callable, z: PyTree, solver: Solver, steps: int, batch_ndim: int) -> Stats:
+def measure(f: Callable, z: PyTree, solver: Solver, steps: Any, batch_ndim: int) -> Stats:
     """Stats of a z that is returned as it is, after `steps` evaluations and the one made here."""
     ravel, _ = raveler(z, batch_ndim)
     fz = ravel(f(z))
@@ -144,7 +187,7 @@ def measure(f: Callable, z: PyTree, solver: Solver, steps: int, batch_ndim: int)
     residual = jnp.where(finite, residual, jnp.inf)
     converged = finite & (residual <= solver.atol + solver.rtol * scale)
     status = jnp.where(finite, jnp.where(converged, Status.CONVERGED, Status.MAX_STEPS), Status.NONFINITE)
-    count = jnp.zeros_like(residual).astype(jnp.int32)
+    count = zeros_from(residual).astype(jnp.int32)
     return Stats(count + steps + 1, residual, ratio(residual, scale), status + count)
 
 
@@ -176,6 +219,11 @@ def raveler(example: PyTree, batch_ndim: int) -> tuple[Callable, Callable]:
         return jax.tree.unflatten(treedef, [unravel_leaf(p, leaf) for p, leaf in zip(parts, leaves, strict=True)])
 
     return ravel, unravel
+
+
+def zeros_from(x: Array) -> Array:
+    """Zeros with the shape, dtype and sharding of x: jax 0.12's zeros_like drops an explicit sharding."""
+    return jnp.where(False, x, jnp.zeros((), x.dtype))
 
 
 def norm(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch"]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deq_jax._config import check_number, config
+from deq_jax.solvers.base import zeros_from
 
 DAMPED_BELOW = 0.1  # Moré & Trangenstein's σ: an update may shrink det B⁻¹ by no more than this
 
@@ -45,7 +46,7 @@ class Broyden:
         check_number(self, "damping", at_least=0, below=2)
 
     def init(self, z: Float[Array, "*batch dim"]) -> BroydenState:
-        zero = jnp.zeros_like(z)
+        zero = zeros_from(z)
         slots = jnp.stack([zero] * self.rank, axis=-2)
         return BroydenState(jnp.zeros((), jnp.int32), zero, zero, slots, slots)
 

@@ -1,0 +1,223 @@
+"""What all adjoints share: the custom rule at an equilibrium, `Probe`, and the hoisting of captured values.
+
+Throughout this package f is pure in three arguments: `f(z, inputs, other)`, where `inputs` is a list of all
+float arrays it reads (arguments and captured values alike) and `other` of all the rest (ints, keys, masks).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.core import eval_jaxpr
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float, PyTree
+
+from deq_jax.solvers import Solver, Stats, Status, solve
+from deq_jax.solvers.base import zeros_from
+
+
+class Probe(NamedTuple):
+    """The backward solve's statistics, handed out as a cotangent: an entry per problem.
+
+    Pass zeros, differentiate with respect to them, and read. Calls that share one probe add up in it. An
+    adjoint that solves no backward equation reports its vector-Jacobian products, and a residual of inf;
+    `ImplicitJVP`, `Unroll` and `Reversible` leave the zeros as they are.
+
+    >>> import jax, jax.numpy as jnp, deq_jax as deq
+    >>> def loss(w, probe):
+    ...     return deq.fixed_point(lambda z: jnp.cos(w * z), jnp.zeros(()), probe=probe).value
+    >>> _, backward = jax.grad(loss, argnums=(0, 1))(1.0, deq.Probe.zeros())
+    >>> bool(backward.steps > 0), deq.Status(int(backward.status)).name
+    (True, 'CONVERGED')
+    """
+
+    steps: Float[Array, "*batch"]  # Jᵀ-vector products
+    residual: Float[Array, "*batch"]  # ‖z̄ + Jᵀu − u‖₂ over ‖z̄ + Jᵀu‖₂
+    status: Float[Array, "*batch"]  # a Status, as a float
+
+    @classmethod
+    def zeros(cls, batch_shape: tuple[int, ...] = ()) -> "Probe":
+        zero = jnp.zeros(batch_shape, jnp.float32)
+        return cls(zero, zero, zero)
+
+    @classmethod
+    def like(cls, z: PyTree, batch_ndim: int) -> "Probe":
+        """Zeros made from z, so that they share its sharding."""
+        leaf = jax.tree.leaves(z)[0]
+        corner = leaf.reshape(*leaf.shape[:batch_ndim], -1)[..., 0]
+        zero = zeros_from(corner.real.astype(jnp.float32))
+        return cls(zero, zero, zero)
+
+
+class Found(NamedTuple):
+    """What the forward solve leaves for the backward pass."""
+
+    z: PyTree
+    stats: Stats | None  # None where another solver found z
+    memory: Any  # the solver's, where the adjoint reads it
+
+
+class Adjoint(Protocol):
+    """`run` solves and returns a value whose derivative is this adjoint's."""
+
+    def run(
+        self, f: Callable, z0: PyTree, inputs: list, other: list, solver: Solver, batch_ndim: int, probe: Probe
+    ) -> tuple[PyTree, Stats]: ...
+
+
+# ---- the rule at an equilibrium ----------------------------------------------------------------------------
+
+
+def run_at_equilibrium(
+    self, f: Callable, z0: PyTree, inputs: list, other: list, solver: Solver, batch_ndim: int, probe: Probe
+) -> tuple[PyTree, Stats]:
+    """`run` for adjoints that do not care how z* was found: solve, then `at` it."""
+    # The derivative is that of `at` alone, so the loop must not be differentiated.
+    frozen_z0, frozen, solver = jax.lax.stop_gradient((z0, inputs, solver))
+    solved = solve(lambda z: f(z, frozen, other), frozen_z0, solver, batch_ndim)
+    memory = solved.memory if getattr(self, "reads_memory", False) else None
+    found = Found(solved.value, solved.stats, memory)
+    return self.at(f, found, inputs, other, solver, batch_ndim, probe), solved.stats
+
+
+def at_equilibrium(
+    self, f: Callable, found: Found, inputs: list, other: list, solver: Solver, batch_ndim: int, probe: Probe
+) -> PyTree:
+    """`at` for adjoints with a `pullback(f, found, inputs, z_bar, solver, batch_ndim)`: z*, differentiable."""
+    try:
+        return _value(f, batch_ndim, self, solver, found, reverse_mode_only(inputs), other, probe)
+    except TypeError as error:  # under jit(jacfwd(...)) jax's own refusal comes first
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(_FORWARD_MODE) from error
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _value(f, batch_ndim, adjoint, solver, found, inputs, other, probe):
+    return found.z
+
+
+def _value_fwd(f, batch_ndim, adjoint, solver, found, inputs, other, probe):
+    # Through the rule itself: z* depends on the inputs, so a second derivative takes the implicit path again.
+    z_star = _value(f, batch_ndim, adjoint, solver, found, reverse_mode_only(inputs), other, probe)
+    return z_star, (adjoint, solver, found._replace(z=z_star), inputs, other)
+
+
+def _value_bwd(f, batch_ndim, saved, z_bar):
+    adjoint, solver, found, inputs, other = saved
+    pure = lambda z, inputs: f(z, inputs, other)
+    inputs_bar, probe_bar = adjoint.pullback(pure, found, inputs, z_bar, solver, batch_ndim)
+    return None, None, None, inputs_bar, None, probe_bar
+
+
+_value.defvjp(_value_fwd, _value_bwd)
+
+
+# A custom_vjp refuses forward mode with a message that cannot say what to do. The identity below has a
+# derivative that can be transposed but not evaluated: reverse mode passes, forward mode meets our message.
+_FORWARD_MODE = (
+    "this adjoint is for reverse mode (grad, vjp, jacrev) alone; for jvp, jacfwd, linearize or hessian use "
+    "fixed_point(..., adjoint=ImplicitJVP()), or Unroll()"
+)
+
+
+def _refuse(*_, **__):
+    raise TypeError(_FORWARD_MODE)
+
+
+_reverse_only_p = Primitive("reverse_mode_only")
+_reverse_only_p.def_impl(_refuse)
+_reverse_only_p.def_abstract_eval(lambda x: x)
+ad.deflinear2(_reverse_only_p, lambda cotangent, _: [cotangent])
+batching.defvectorized(_reverse_only_p)
+mlir.register_lowering(_reverse_only_p, _refuse)
+
+
+@jax.custom_jvp
+def _identity(x):
+    return x
+
+
+_identity.defjvp(lambda primals, tangents: (primals[0], _reverse_only_p.bind(tangents[0])))
+
+
+def reverse_mode_only(tree: PyTree) -> PyTree:
+    """The tree itself; forward-mode differentiation through it is a TypeError that names ImplicitJVP."""
+    return jax.tree.map(_identity, tree)
+
+
+# ---- what f reads ------------------------------------------------------------------------------------------
+
+
+def hoist(f: Callable, *example: PyTree) -> tuple[Callable, list, list]:
+    """(pure, inputs, other) with f(*z) = pure(*z, inputs, other): all that f captures becomes an argument.
+
+    f is traced once, and `pure` replays the trace. `jax.closure_convert` hoists floats only.
+    """
+    # A fresh lambda: JAX caches traces by function identity, and a module updated in place keeps its own.
+    closed, out_shape = jax.make_jaxpr(lambda *example: f(*example), return_shape=True)(*example)
+    out_tree = jax.tree.structure(out_shape)
+    inexact = [jnp.issubdtype(c.dtype, jnp.inexact) for c in closed.consts]
+    inputs = [c for c, diff in zip(closed.consts, inexact, strict=True) if diff]
+    other = [c for c, diff in zip(closed.consts, inexact, strict=True) if not diff]
+
+    def pure(*args):
+        *example, inputs, other = args
+        inputs, other = iter(inputs), iter(other)
+        consts = [next(inputs) if diff else next(other) for diff in inexact]
+        return jax.tree.unflatten(out_tree, eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(example)))
+
+    return pure, inputs, other
+
+
+# ---- arithmetic on states ----------------------------------------------------------------------------------
+
+
+def as_probe(stats: Stats) -> Probe:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), Probe(stats.steps, stats.relative_residual, stats.status))
+
+
+def unmeasured(products: int, like: PyTree, batch_ndim: int) -> Probe:
+    zero = Probe.like(like, batch_ndim)
+    return Probe(zero.steps + products, zero.residual + jnp.inf, zero.status + Status.MAX_STEPS)
+
+
+def power_of_two(tree: PyTree, batch_ndim: int) -> Float[Array, "*batch"]:
+    """The power of two just above the largest entry of each problem; 1 for zero, no gradient."""
+    tops = [
+        jnp.max(jnp.abs(leaf.reshape(*leaf.shape[:batch_ndim], -1)), axis=-1).astype(jnp.float32)
+        for leaf in jax.tree.leaves(jax.lax.stop_gradient(tree))
+    ]
+    top = functools.reduce(jnp.maximum, tops)
+    usable = jnp.isfinite(top) & (top > 0)
+    _, exponent = jnp.frexp(jnp.where(usable, top, 1))
+    return jnp.ldexp(zeros_from(top) + 1, jnp.clip(exponent, -120, 120))
+
+
+def _broadcast(scale: Float[Array, "*batch"], leaf: Array) -> Array:
+    return scale.reshape(scale.shape + (1,) * (leaf.ndim - scale.ndim)).astype(leaf.real.dtype)
+
+
+def multiply(tree: PyTree, scale: Float[Array, "*batch"]) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf * _broadcast(scale, leaf), tree)
+
+
+def divide(tree: PyTree, scale: Float[Array, "*batch"]) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf / _broadcast(scale, leaf), tree)
+
+
+def add(a: PyTree, b: PyTree) -> PyTree:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def choose(where: Array, a: PyTree, b: PyTree) -> PyTree:
+    """a where the problem's entry of `where` is true, b elsewhere."""
+    pick = lambda a, b: jnp.where(where.reshape(where.shape + (1,) * (a.ndim - where.ndim)), a, b)
+    return jax.tree.map(pick, a, b)
+
+
+def lerp(a: PyTree, b: PyTree, weight: Any) -> PyTree:
+    return jax.tree.map(lambda a, b: (a + weight * (b - a)).astype(a.dtype), a, b)

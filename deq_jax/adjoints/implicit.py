@@ -1,0 +1,96 @@
+"""The exact gradient, by the implicit function theorem, in reverse mode."""
+
+import enum
+from typing import Any
+
+import jax
+
+from deq_jax._config import config
+from deq_jax.adjoints.base import (
+    Found,
+    Probe,
+    add,
+    as_probe,
+    at_equilibrium,
+    choose,
+    divide,
+    hoist,
+    multiply,
+    power_of_two,
+    run_at_equilibrium,
+)
+from deq_jax.solvers import Anderson, Solver
+
+
+class OnFailure(enum.IntEnum):
+    """What the gradient of a problem is whose forward or backward solve did not converge."""
+
+    KEEP = 0  # what the best backward iterate gives; the statistics carry the flag
+    ZERO = 1  # nothing, so that the problem has no say in the parameters' gradient
+    ONE_STEP = 2  # that of one application of f at the returned z (as JFB)
+
+    def __repr__(self):
+        return f"OnFailure.{self.name}"
+
+
+@config
+class Implicit:
+    """The exact gradient by the implicit function theorem (paper Theorem 1), in memory free of depth.
+
+    The backward equilibrium is solved by `solver`, any of the forward ones; None takes Anderson with a longer
+    history (the system is linear, so that is GMRES) and a tolerance a hundredth of the forward one. Reverse
+    mode of any order; for forward mode use `ImplicitJVP`.
+
+    `on_failure` decides, problem by problem, about a solve that did not converge, in either direction. The
+    default keeps the best iterate, which is finite and no larger than its residual allows, and leaves the flag
+    to `Stats.status` and `Probe.status`. Where f itself is NaN or Inf at the returned z, as are its derivatives,
+    no policy helps the gradient of shared parameters: mask such a problem's input.
+
+    >>> import deq_jax as deq
+    >>> deq.Implicit(deq.Broyden(rtol=1e-6)).solver.rtol
+    1e-06
+    >>> deq.Implicit(on_failure=deq.OnFailure.ZERO).on_failure.name
+    'ZERO'
+    """
+
+    solver: Any = None
+    on_failure: OnFailure = OnFailure.KEEP
+
+    def __post_init__(self):
+        check_backward_solver(self)
+        if not isinstance(self.on_failure, OnFailure):
+            names = ", ".join(f"OnFailure.{p.name}" for p in OnFailure)
+            raise TypeError(f"Implicit.on_failure must be one of {names}; got {self.on_failure!r}")
+
+    run = run_at_equilibrium
+    at = at_equilibrium
+
+    def pullback(self, f, found: Found, inputs, z_bar, solver, batch_ndim):
+        # z = f(z, a)  ⇒  dz = (I − J)⁻¹ fₐ da, so ā = fₐᵀu with u = z̄ + Jᵀu: a fixed point again.
+        _, vjp = jax.vjp(f, found.z, inputs)
+        # Solved for u / scale, a power of two a problem: exact, and tiny cotangents keep their digits.
+        scale = power_of_two(z_bar, batch_ndim)
+
+        def backward_cell(u):
+            return divide(add(z_bar, vjp(multiply(u, scale))[0]), scale)
+
+        one_step = divide(z_bar, scale)
+        backward = default_backward(solver) if self.solver is None else self.solver
+        fun, u_inputs, u_other = hoist(backward_cell, one_step)
+        probe = Probe.like(one_step, batch_ndim)
+        u, stats = self.run(fun, one_step, u_inputs, u_other, backward, batch_ndim, probe)
+        if self.on_failure != OnFailure.KEEP:
+            sound = stats.converged if found.stats is None else stats.converged & found.stats.converged
+            instead = one_step if self.on_failure == OnFailure.ONE_STEP else jax.tree.map(lambda u: u * 0, one_step)
+            u = choose(sound, u, instead)
+        return vjp(multiply(u, scale))[1], as_probe(stats)
+
+
+def default_backward(forward: Solver) -> Solver:
+    return Anderson(rtol=0.01 * forward.rtol, max_steps=forward.max_steps, history=16)
+
+
+def check_backward_solver(adjoint: Any) -> None:
+    solver, name = adjoint.solver, type(adjoint).__name__
+    if solver is not None and (isinstance(solver, type) or not hasattr(solver, "update")):
+        raise TypeError(f"{name}.solver must be a solver such as Anderson(), got {solver!r}")

@@ -1,0 +1,81 @@
+"""Inexact gradients, taken at the equilibrium: cheaper than `Implicit`, and biased."""
+
+import jax
+
+from deq_jax._config import check_number, config
+from deq_jax.adjoints.base import add, at_equilibrium, lerp, run_at_equilibrium, unmeasured
+
+
+@config
+class Neumann:
+    """The first `terms` terms of the Neumann series of the exact gradient: u = Σ (Jᵀ)ᵏ z̄, k < terms.
+
+    Biased unless the series has converged, and useless where the spectral radius is above one.
+    Geng et al. (2021), "On Training Implicit Models", NPG with damping 1.
+
+    >>> import deq_jax as deq
+    >>> deq.Neumann(terms=5)
+    Neumann(terms=5)
+    """
+
+    terms: int = 5
+
+    def __post_init__(self):
+        check_number(self, "terms", at_least=1, whole=True, static=True)
+
+    run = run_at_equilibrium
+    at = at_equilibrium
+
+    def pullback(self, f, found, inputs, z_bar, solver, batch_ndim):
+        _, vjp = jax.vjp(f, found.z, inputs)
+        # u_{k+1} = z̄ + Jᵀuₖ from u₁ = z̄
+        u = jax.lax.fori_loop(1, self.terms, lambda k, u: add(z_bar, vjp(u)[0]), z_bar)
+        return vjp(u)[1], unmeasured(self.terms - 1, z_bar, batch_ndim)
+
+
+@config
+class JFB:
+    """Jacobian-free backpropagation, u = z̄: the gradient of one application of f at the equilibrium.
+
+    The cheapest, and a descent direction for a strong enough contraction. Fung et al. (2022), Eq 9.
+
+    >>> import deq_jax as deq
+    >>> deq.JFB()
+    JFB()
+    """
+
+    run = run_at_equilibrium
+    at = at_equilibrium
+
+    def pullback(self, f, found, inputs, z_bar, solver, batch_ndim):
+        return Neumann(1).pullback(f, found, inputs, z_bar, solver, batch_ndim)
+
+
+@config
+class Phantom:
+    """The gradient of `steps` damped applications of f that start at the equilibrium.
+
+    Geng et al. (2021), unrolled phantom gradient: h ← h + damping (f(h) − h) from h = z*. The value that is
+    returned is z* itself. Backward memory grows with `steps`.
+
+    >>> import deq_jax as deq
+    >>> deq.Phantom(steps=5, damping=0.8)
+    Phantom(steps=5, damping=0.8)
+    """
+
+    steps: int = 5
+    damping: float = 0.5
+
+    def __post_init__(self):
+        check_number(self, "steps", at_least=1, whole=True, static=True)
+        check_number(self, "damping", at_least=0, below=1)
+
+    run = run_at_equilibrium
+    at = at_equilibrium
+
+    def pullback(self, f, found, inputs, z_bar, solver, batch_ndim):
+        def unrolled(inputs):
+            step = lambda h, _: (lerp(h, f(h, inputs), self.damping), None)
+            return jax.lax.scan(step, found.z, length=self.steps)[0]
+
+        return jax.vjp(unrolled, inputs)[1](z_bar)[0], unmeasured(self.steps, z_bar, batch_ndim)
