@@ -162,10 +162,10 @@ class RunDirectory:
 def config_to_json(config: Any, name: str = "config") -> Any:
     """A configuration as JSON values: a dataclass becomes its fields, with its class under `__type__`."""
     match config:
+        case enum.Enum():  # first: an IntEnum is an int as well
+            return config.name
         case None | bool() | int() | float() | str():
             return config
-        case enum.Enum():
-            return config.name
         case type():
             return config.__name__
         case Path() | np.dtype():

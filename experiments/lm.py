@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import enum
 import hashlib
 import json
 import math
@@ -33,9 +34,12 @@ SOLVERS_AND_ADJOINTS = (
     deq.Anderson,
     deq.Broyden,
     deq.Implicit,
+    deq.ImplicitJVP,
     deq.Phantom,
     deq.Neumann,
     deq.JFB,
+    deq.Shine,
+    deq.Reversible,
     deq.Unroll,
 )
 
@@ -58,20 +62,27 @@ BackwardOption: Any = (
     | Annotated[deq.Broyden, tyro.conf.subcommand("broyden", default=deq.Broyden(**BACKWARD))]
     | NONE
 )
-AdjointOption = deq.Implicit | deq.Phantom | deq.Neumann | deq.JFB | deq.Unroll
+AdjointOption = (
+    deq.Implicit | deq.ImplicitJVP | deq.Phantom | deq.Neumann | deq.JFB | deq.Shine | deq.Reversible | deq.Unroll
+)
 OPTIONS = tyro.constructors.ConstructorRegistry()
 
 
 @OPTIONS.struct_rule
 def _implicit(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
-    # The core cannot name the solvers in Implicit's annotation for a command line's sake; here they are.
-    if info.type is not deq.Implicit:
+    # The core cannot name the solvers in an annotation for a command line's sake; here they are.
+    cls: Any = info.type
+    if cls not in (deq.Implicit, deq.ImplicitJVP):
         return None
-    given = info.default if isinstance(info.default, deq.Implicit) else deq.Implicit(deq.Anderson(**BACKWARD))
-    solver = tyro.constructors.StructFieldSpec(
-        name="solver", type=BackwardOption, default=given.solver, helptext="of the backward equilibrium"
-    )
-    return tyro.constructors.StructConstructorSpec(instantiate=deq.Implicit, fields=(solver,))
+    given = info.default if isinstance(info.default, cls) else cls(deq.Anderson(**BACKWARD))
+    types = {"solver": BackwardOption, "on_failure": deq.OnFailure}
+    texts = {"solver": "of the backward equilibrium", "on_failure": "the gradient of a problem that failed"}
+    fields = [field.name for field in dataclasses.fields(cls)]
+    options = [
+        tyro.constructors.StructFieldSpec(name=n, type=types[n], default=getattr(given, n), helptext=texts[n])
+        for n in fields
+    ]
+    return tyro.constructors.StructConstructorSpec(instantiate=cls, fields=tuple(options))
 
 
 def run_command(
@@ -173,7 +184,13 @@ def _from_json(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     classes = {cls.__name__: cls for cls in SOLVERS_AND_ADJOINTS}
-    return classes[value["__type__"]](**{k: _from_json(v) for k, v in value.items() if k != "__type__"})
+    cls = classes[value["__type__"]]
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    options = {name: _from_json(given) for name, given in value.items() if name != "__type__"}
+    for name, default in defaults.items():
+        if isinstance(default, enum.Enum) and name in options:
+            options[name] = type(default)[options[name]]
+    return cls(**options)
 
 
 # Inside the compiled step.

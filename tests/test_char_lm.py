@@ -19,12 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 import deq_jax as deq
 from experiments import char_lm, data, generation, lm, word_lm
 from experiments.char_lm import Config
+from experiments.checkpoints import config_to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Config(
@@ -218,6 +220,24 @@ def test_what_is_wrong_is_said_before_compilation(run, trained, text, tmp_path, 
         assert expected in error(capsys, *new, option, value)
     assert "ptb, wikitext-2" in error(capsys, "ptbb", main=word_lm.main)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("cls", lm.SOLVERS_AND_ADJOINTS, ids=lambda cls: cls.__name__)
+def test_every_solver_and_adjoint_is_an_option_and_comes_back_from_a_file(cls):
+    kind = "adjoint" if hasattr(cls, "run") else "solver"
+    with lm.OPTIONS:
+        config = tyro.cli(Config, args=[f"{kind}:{'implicit-jvp' if cls is deq.ImplicitJVP else cls.__name__.lower()}"])
+    value = getattr(config, kind)
+    assert type(value) is cls
+    assert lm._from_json(json.loads(json.dumps(config_to_json(value)))) == value
+
+
+def test_what_happens_to_a_failed_problem_is_an_option():
+    with lm.OPTIONS:
+        config = tyro.cli(Config, args=["adjoint:implicit", "--adjoint.on-failure", "ZERO"])
+    assert config.adjoint == dataclasses.replace(Config().adjoint, on_failure=deq.OnFailure.ZERO)
+    stored = config_to_json(config.adjoint)
+    assert stored["on_failure"] == "ZERO" and lm._from_json(stored) == config.adjoint
 
 
 def test_a_run_of_any_length_ends_with_the_equilibrium():
