@@ -310,8 +310,9 @@ def make_steps(config: Config, graphdef: Any) -> tuple[Any, Any]:
     tx = optimizer(config)
 
     def step(solver, adjoint):
-        # An unrolled network has no backward solve: zeros in the log would read as one that converged at once.
-        probe = None if isinstance(adjoint, deq.Unroll) else deq.Probe.zeros((config.batch,))
+        # These leave the probe as it is, and zeros in the log would read as a solve that converged at once.
+        silent = isinstance(adjoint, deq.Unroll | deq.Reversible | deq.ImplicitJVP)
+        probe = None if silent else deq.Probe.zeros((config.batch,))
         return make_train_step(functools.partial(loss_fn, graphdef, solver, adjoint), tx, probe=probe)
 
     return step(deq.Picard(max_steps=config.shallow_depth), deq.Unroll()), step(config.solver, config.adjoint)
