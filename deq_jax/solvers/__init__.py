@@ -3,6 +3,19 @@
 from deq_jax.solvers.anderson import Anderson
 from deq_jax.solvers.base import Fold, Seen, Solved, Solver, Stats, Status, solve
 from deq_jax.solvers.broyden import Broyden
+from deq_jax.solvers.newton_krylov import NewtonKrylov
 from deq_jax.solvers.picard import Picard
 
-__all__ = ["Anderson", "Broyden", "Fold", "Picard", "Seen", "Solved", "Solver", "Stats", "Status", "solve"]
+__all__ = [
+    "Anderson",
+    "Broyden",
+    "Fold",
+    "NewtonKrylov",
+    "Picard",
+    "Seen",
+    "Solved",
+    "Solver",
+    "Stats",
+    "Status",
+    "solve",
+]

@@ -41,8 +41,11 @@ class Solver(Protocol):
     """Frozen numbers and two pure functions, with optax's signature. A solver never calls f.
 
     A problem that has stopped is evaluated at its best z again while others run: where z did not move, `update`
-    keeps what the state remembers. A third pure function is optional, `resume(state) -> state`: it prepares the
-    memory of an earlier solve for this one.
+    keeps what the state remembers. Optional are
+    - `resume(state) -> state`: prepares the memory of an earlier solve for this one;
+    - `recovers = True`: an evaluation that is huge or not finite, after one that was, is not the end;
+    - `asks(state) -> z`: the next point itself, which z + step would round;
+    - `patience`: evaluations that may pass without a better residual before a solve counts as stalled.
     """
 
     @property
@@ -115,6 +118,8 @@ def solve(
     ravel, unravel = raveler(z0, batch_ndim)
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(z0))
     floor = min(64 * eps, 0.05)  # relative residual at which rounding in f may hide all progress
+    recovers, asks = getattr(solver, "recovers", False), getattr(solver, "asks", None)
+    patience = max(STALE_EVALUATIONS, getattr(solver, "patience", 0))
 
     def body(loop: _Loop) -> _Loop:
         running = loop.status == RUNNING
@@ -139,19 +144,20 @@ def solve(
         escaped = lost | (residual > DIVERGED_GROWTH * first_scale)
         converged = finite & within & ~lost & (~outgrown | (residual <= 0.1 * first_residual))
         stale = jnp.where(finite & (residual < 0.99 * loop.best_residual), 0, loop.stale + 1)
-        stalled = (stale >= STALE_EVALUATIONS) & (loop.best_residual <= floor * loop.best_norm)
+        stalled = (stale >= patience) & (loop.best_residual <= floor * loop.best_norm)
 
         status = jnp.where(steps >= solver.max_steps, Status.MAX_STEPS, RUNNING)
         status = jnp.where(stalled, Status.STALLED, status)
-        status = jnp.where(escaped, Status.DIVERGED, status)
-        status = jnp.where(finite, status, Status.NONFINITE)
+        status = jnp.where(escaped & ~recovers, Status.DIVERGED, status)
+        status = jnp.where(finite | (recovers & ~first), status, Status.NONFINITE)
         status = jnp.where(converged, Status.CONVERGED, status)
         status = jnp.where(running, status, loop.status)
 
         better = running & finite & (converged | (residual < loop.best_residual))
         best = jnp.where(better[..., None], loop.z, loop.best)
         step, state = solver.update(g, loop.solver, loop.z)
-        z = jnp.where((status == RUNNING)[..., None], ravel(unravel(loop.z + step)), best)
+        z = loop.z + step if asks is None else asks(state)
+        z = jnp.where((status == RUNNING)[..., None], ravel(unravel(z)), best)
         seen = Seen(loop.evaluation, z_tree, fz_tree, residual, ratio(residual, scale), running)
         return _Loop(
             z=z,
