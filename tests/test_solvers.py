@@ -1,5 +1,6 @@
 """The loop cannot lie, scale is immaterial, and the solvers obey the laws of their papers."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 import deq_jax as deq
 from deq_jax import Status
-from deq_jax.solvers import solve
+from deq_jax import solvers as deq_solvers
 
 # Short memories: compiling Anderson's elimination takes time that grows with its history.
 SOLVERS = {
@@ -18,6 +19,12 @@ SOLVERS = {
     "broyden": functools.partial(deq.Broyden, rank=8),
 }
 each_solver = pytest.mark.parametrize("Solver", SOLVERS.values(), ids=SOLVERS.keys())
+
+
+def solve(*args):
+    """Value and stats of a solve."""
+    return deq_solvers.solve(*args)[:2]
+
 
 solve_jit = jax.jit(solve, static_argnums=(0, 3))  # solvers are pytrees: a tolerance or damping is traced
 
@@ -553,3 +560,62 @@ def test_broyden_update_that_would_be_singular_is_damped(x64):
     step, state = solver.update(jnp.array([1.0, 1.0]), state, jnp.array([1.0, 0.0]))
     assert jnp.all(jnp.isfinite(step))
     assert abs(np.linalg.det(dense(state, 1, 2))) >= 0.0999
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+WITH_MEMORY = {
+    "anderson": functools.partial(deq.Anderson, history=4),
+    "broyden": functools.partial(deq.Broyden, rank=4),
+}
+with_memory = pytest.mark.parametrize("Solver", WITH_MEMORY.values(), ids=WITH_MEMORY.keys())
+
+
+@with_memory
+def test_the_memory_of_a_problem_that_stopped_is_frozen(x64, rng, Solver):
+    # The first problem stops long before the second, whose memory wraps around more than once meanwhile.
+    a, b = symmetric(rng, 2, 30, 1.0) * jnp.array([0.2, 0.98])[:, None, None], jax.random.normal(rng, (2, 30))
+    f = lambda a, b: lambda z: jnp.einsum("nij,nj->ni", a, z) + b
+    both = deq_solvers.solve(f(a, b), jnp.zeros((2, 30)), Solver(rtol=1e-6), 1)
+    alone = deq_solvers.solve(f(a[:1], b[:1]), jnp.zeros((1, 30)), Solver(rtol=1e-6), 1)
+    assert both.stats.steps[1] > both.stats.steps[0] + 8
+    for name, before, after in zip(alone.memory._fields, alone.memory, both.memory, strict=True):
+        if name != "count":
+            np.testing.assert_allclose(after[0], before[0], rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+@with_memory
+def test_a_memory_helps_the_solve_of_a_similar_problem_and_harms_no_other(x64, rng, Solver):
+    solver = dataclasses.replace(Solver(rtol=1e-6), **{"rank" if Solver.func is deq.Broyden else "history": 20})
+    a, b = 0.9 * symmetric(rng, 4, 8, 1.0), jax.random.normal(rng, (4, 8))
+    cell = lambda a, b: lambda z: jnp.tanh(jnp.einsum("nij,nj->ni", a, z) + b)
+    first = deq_solvers.solve(cell(a, b), jnp.zeros((4, 8)), solver, 1)
+    near, other = cell(a, b + 0.01), cell(-a, 3 * b)
+    cold = deq_solvers.solve(near, first.value, solver, 1).stats
+    warm = deq_solvers.solve(near, first.value, solver, 1, memory=first.memory).stats
+    assert jnp.all(warm.converged) and jnp.sum(warm.steps) < jnp.sum(cold.steps)
+    far = deq_solvers.solve(other, first.value, solver, 1, memory=first.memory)
+    assert jnp.all(far.stats.converged)
+
+
+@with_memory
+def test_the_first_pair_after_a_resume_does_not_mix_two_problems(x64, Solver):
+    solver = Solver()
+    state = solver.init(jnp.zeros(3))
+    for z, g in ([0.0, 0, 0], [1.0, 2, 3]), ([1.0, 0, 0], [0.5, 1, 1]):
+        _, state = solver.update(jnp.array(g), state, jnp.array(z))
+    resumed = solver.resume(state)
+    _, after = solver.update(jnp.array([9.0, 9, 9]), resumed, jnp.array([5.0, 5, 5]))
+    for name, old, new in zip(state._fields, state, after, strict=True):
+        if name not in ("count", "z", "g", "known"):
+            np.testing.assert_array_equal(old, new, err_msg=name)
+
+
+@with_memory
+def test_a_problem_that_met_nan_remembers_only_finite_pairs(x64, Solver):
+    f = lambda z: jnp.where(z > 1, jnp.nan, z + 0.5 - 0.3 * z)
+    slow = lambda z: jnp.cos(jnp.arange(1.0, 3.0) * z)
+    solved = deq_solvers.solve(lambda z: jnp.stack([f(z[0]), slow(z[1])]), jnp.zeros((2, 2)), Solver(rtol=1e-9), 1)
+    assert solved.stats.status[0] == Status.NONFINITE
+    for leaf in jax.tree.leaves(solved.memory):
+        assert jnp.all(jnp.isfinite(leaf))

@@ -1,13 +1,14 @@
 """Anderson acceleration (type II): extrapolate with the residuals' own differences."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax._config import check_number, config
-from deq_jax.solvers.base import zeros_from
+from deq_jax.solvers.base import write_slot, zeros_from
 
 UNROLLED = 8  # eliminate without a loop up to this history: faster to run, slower to compile
 
@@ -16,9 +17,10 @@ class AndersonState(NamedTuple):
     count: Int[Array, ""]  # residuals seen
     z: Float[Array, "*batch dim"]  # the previous iterate
     g: Float[Array, "*batch dim"]  # and its residual
-    dz: Float[Array, "*batch history dim"]  # slot k mod history holds z_{k+1} − z_k
+    known: Bool[Array, "*batch"]  # whether z and g belong to this f
+    dz: Float[Array, "*batch history dim"]  # slot k mod history holds z_{k+1} − z_k; zeros where none is held
     dg: Float[Array, "*batch history dim"]
-    gram: Float[Array, "*batch history history"]  # ⟨dg_i, dg_j⟩, newest first
+    gram: Float[Array, "*batch history history"]  # ⟨dg_i, dg_j⟩
 
 
 @config
@@ -51,35 +53,39 @@ class Anderson:
         zero, m = zeros_from(z), self.history
         slots = jnp.stack([zero] * m, axis=-2)
         gram = jnp.stack([slots[..., 0]] * m, axis=-1)
-        return AndersonState(jnp.zeros((), jnp.int32), zero, zero, slots, slots, gram)
+        return AndersonState(jnp.zeros((), jnp.int32), zero, zero, zero[..., 0] > 0, slots, slots, gram)
+
+    def resume(self, state: AndersonState) -> AndersonState:
+        """The memory of a solve of a similar problem: its differences are a start, its last residual is not ours."""
+        return state._replace(known=state.known & False)
 
     def update(
         self, residual: Float[Array, "*batch dim"], state: AndersonState, z: Float[Array, "*batch dim"]
     ) -> tuple[Float[Array, "*batch dim"], AndersonState]:
-        m = self.history
-        # The first call has no difference yet: its column stays zero, and a zero column is dropped below.
-        known = (state.count > 0).astype(z.dtype)
-        dz, dg = known * (z - state.z), known * (residual - state.g)
-        slot = (state.count - 1) % m
-        dzs = jax.lax.dynamic_update_index_in_dim(state.dz, dz, slot, axis=-2)
-        dgs = jax.lax.dynamic_update_index_in_dim(state.dg, dg, slot, axis=-2)
+        slot = (state.count - 1) % self.history
+        dz, dg = z - state.z, residual - state.g
+        # A problem that stopped is shown its best z again: it does not move, and what it holds must survive.
+        new = state.known & jnp.any(dz != 0, axis=-1) & jnp.isfinite(jnp.einsum("...d,...d->...", dg, dg))
+        dzs, dgs = write_slot(state.dz, dz, slot, new), write_slot(state.dg, dg, slot, new)
 
-        row = _newest_first(jnp.einsum("...md,...d->...m", dgs, dg), slot)
-        gram = jnp.concatenate([row[..., 1:, None], state.gram[..., :-1, :-1]], axis=-1)
-        gram = jnp.concatenate([row[..., None, :], gram], axis=-2)
-        target = _newest_first(jnp.einsum("...md,...d->...m", dgs, residual), slot)
+        row = jnp.einsum("...md,...d->...m", dgs, jnp.where(new[..., None], dg, 0))
+        here = jnp.arange(self.history) == slot
+        fresh = new[..., None, None] & (here[:, None] | here)
+        gram = jnp.where(fresh, jnp.where(here, row[..., :, None], row[..., None, :]), state.gram)
+        target = jnp.einsum("...md,...d->...m", dgs, residual)
 
         # γ = argmin ‖g − Σ γᵢ dgᵢ‖; then z + g, both less Σ γᵢ times their differences, is the new iterate.
-        gamma = _newest_first(_least_squares(gram, target, self.ridge), slot)  # the order is its own inverse
+        turn = lambda x, axes: functools.reduce(lambda x, axis: _newest_first(x, slot, axis), axes, x)
+        gamma = turn(_least_squares(turn(gram, (-1, -2)), turn(target, (-1,)), self.ridge), (-1,))
         step = self.damping * residual - jnp.einsum("...m,...md->...d", gamma, dzs + self.damping * dgs)
-        return step, AndersonState(state.count + 1, z, residual, dzs, dgs, gram)
+        return step, AndersonState(state.count + 1, z, residual, state.known | True, dzs, dgs, gram)
 
 
-def _newest_first(x: Float[Array, "*batch m"], slot: Int[Array, ""]) -> Float[Array, "*batch m"]:
-    """x at (slot − i) mod m for i = 0 … m − 1."""
-    flipped = jnp.flip(x, axis=-1)
-    twice = jnp.concatenate([flipped, flipped], axis=-1)
-    return jax.lax.dynamic_slice_in_dim(twice, (-1 - slot) % x.shape[-1], x.shape[-1], axis=-1)
+def _newest_first(x: Float[Array, "..."], slot: Int[Array, ""], axis: int) -> Float[Array, "..."]:
+    """x at (slot − i) mod m for i = 0 … m − 1, along an axis of length m. It is its own inverse."""
+    flipped, m = jnp.flip(x, axis=axis), x.shape[axis]
+    twice = jnp.concatenate([flipped, flipped], axis=axis)
+    return jax.lax.dynamic_slice_in_dim(twice, (-1 - slot) % m, m, axis=axis)
 
 
 def _least_squares(

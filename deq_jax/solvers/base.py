@@ -38,7 +38,12 @@ class Stats(NamedTuple):
 
 
 class Solver(Protocol):
-    """Frozen numbers and two pure functions, with optax's signature. A solver never calls f."""
+    """Frozen numbers and two pure functions, with optax's signature. A solver never calls f.
+
+    A problem that has stopped is evaluated at its best z again while others run: where z did not move, `update`
+    keeps what the state remembers. A third pure function is optional, `resume(state) -> state`: it prepares the
+    memory of an earlier solve for this one.
+    """
 
     @property
     def rtol(self) -> Any: ...
@@ -168,7 +173,9 @@ def solve(
     zero = zeros_from(z[..., 0])
     count = zero.astype(jnp.int32)
     status = jnp.where(jnp.asarray(solver.max_steps) > 0, RUNNING, Status.MAX_STEPS).astype(jnp.int32) + count
-    memory = solver.init(z) if memory is None else memory
+    # The previous z and residual of another problem's memory must not be paired with this f: see `Solver`.
+    resume = getattr(solver, "resume", lambda memory: memory)
+    memory = solver.init(z) if memory is None else resume(memory)
     folded = None if fold is None else fold.init(z0, batch_ndim)
     start = _Loop(
         z, z, zero + jnp.inf, zero, zero, zero, count, count, status, memory, folded, jnp.zeros((), jnp.int32)
@@ -224,6 +231,17 @@ def raveler(example: PyTree, batch_ndim: int) -> tuple[Callable, Callable]:
 def zeros_from(x: Array) -> Array:
     """Zeros with the shape, dtype and sharding of x: jax 0.12's zeros_like drops an explicit sharding."""
     return jnp.where(False, x, jnp.zeros((), x.dtype))
+
+
+def write_slot(
+    slots: Float[Array, "*batch slots dim"],
+    new: Float[Array, "*batch dim"],
+    slot: Int[Array, ""],
+    where: Bool[Array, "*batch"],
+) -> Float[Array, "*batch slots dim"]:
+    """slots with `new` at one index, in the problems named by `where`; XLA writes it in place in a loop."""
+    old = jax.lax.dynamic_index_in_dim(slots, slot, axis=-2, keepdims=False)
+    return jax.lax.dynamic_update_index_in_dim(slots, jnp.where(where[..., None], new, old), slot, axis=-2)
 
 
 def norm(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch"]:
