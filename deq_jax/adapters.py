@@ -1,5 +1,6 @@
 """Other people's solvers with our derivative, and our solvers in other people's loops."""
 
+import difflib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -54,6 +55,20 @@ def implicit(
     return decorate
 
 
+SCIPY_METHODS = (
+    "hybr",
+    "lm",
+    "broyden1",
+    "broyden2",
+    "anderson",
+    "linearmixing",
+    "diagbroyden",
+    "excitingmixing",
+    "krylov",
+    "df-sane",
+)
+
+
 def scipy_root(
     f: Callable,
     z0: PyTree,
@@ -70,7 +85,8 @@ def scipy_root(
     'df-sane' take more. For hard small systems, and as a reference: any solver of ours is faster.
 
     Args:
-      method, options: as for `scipy.optimize.root`, whose `tol` is rtol.
+      method, options: as for `scipy.optimize.root`, whose `tol` is rtol. Where SciPy gives up with an exception,
+        the value is z0.
       rtol: also decides, as everywhere here, whether Stats says CONVERGED: ‖f(z) − z‖ ≤ rtol ‖f(z)‖ at the z
         that SciPy returns, whatever SciPy says about it.
 
@@ -80,6 +96,10 @@ def scipy_root(
     >>> bool(root(1.0).stats.converged), round(float(jax.grad(lambda a: root(a).value)(1.0)), 3)
     (True, -0.297)
     """
+    if method not in SCIPY_METHODS:
+        close = difflib.get_close_matches(str(method), SCIPY_METHODS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"they are {', '.join(SCIPY_METHODS)}"
+        raise ValueError(f"scipy.optimize.root has no method {method!r}; {hint}")
     z0 = jax.tree.map(jnp.asarray, jax.lax.stop_gradient(z0))
     # All that f reads travels through the callback: a traced value cannot be captured there.
     pure, inputs, other = hoist(lambda z: f(z, *args), z0)
@@ -101,8 +121,18 @@ def _scipy(residual, jacobian, method, rtol, options, start, *reads):
     start, reads = np.asarray(start), jax.tree.map(np.asarray, reads)
     at = lambda flat: flat.astype(start.dtype)
     fun = lambda flat: np.asarray(residual(at(flat), *reads), np.float64)
-    jac = (lambda flat: np.asarray(jacobian(at(flat), *reads), np.float64)) if method in ("hybr", "lm") else None
-    found = optimize.root(fun, start.astype(np.float64), method=method, jac=jac, tol=rtol, options=options)
+    if method in ("hybr", "lm"):
+        options = {"jac": lambda flat: np.asarray(jacobian(at(flat), *reads), np.float64), "options": options}
+    elif method == "krylov":
+        # Its difference quotients take f for exact in float64.
+        rdiff = {"rdiff": float(np.finfo(start.dtype).eps) ** 0.5}
+        options = {"options": {**(options or {}), "jac_options": rdiff | (options or {}).get("jac_options", {})}}
+    else:
+        options = {"options": options}
+    try:
+        found = optimize.root(fun, start.astype(np.float64), method=method, tol=rtol, **options)
+    except (ValueError, ArithmeticError, np.linalg.LinAlgError):  # no exception may leave a compiled program
+        return start, np.int32(0)
     return at(found.x), np.int32(found.get("nfev", found.get("nit", 0)))
 
 
