@@ -80,9 +80,10 @@ def scipy_root(
 ) -> Solution:
     """The fixed point of f by `scipy.optimize.root`, differentiable; works under jit, grad and vmap.
 
-    SciPy runs on the host in float64, in a callback, and calls f on the CPU from there. One problem, of some
-    hundreds of unknowns at most for 'hybr' and 'lm', which get the dense Jacobian; 'krylov' and
-    'df-sane' take more. For hard small systems, and as a reference: any solver of ours is faster.
+    SciPy runs on the host in float64, under jit in a callback, and calls f on the CPU from there. One problem, of
+    some hundreds of unknowns at most for 'hybr' and 'lm', which get the dense Jacobian; 'krylov' and 'df-sane'
+    take more. For hard small systems, and as a reference: any solver of ours is faster. Under jit on a machine
+    with one core a callback that reads megabytes can wait for ever for JAX's only thread: call it eagerly there.
 
     Args:
       method, options: as for `scipy.optimize.root`, whose `tol` is rtol. Where SciPy gives up with an exception,
@@ -108,7 +109,10 @@ def scipy_root(
     start, reads = ravel(z0), jax.lax.stop_gradient((inputs, other))
     on_host = functools.partial(_scipy, jax.jit(residual), jax.jit(jax.jacfwd(residual)), method, rtol, options)
     shapes = jax.ShapeDtypeStruct(start.shape, start.dtype), jax.ShapeDtypeStruct((), jnp.int32)
-    flat, steps = jax.pure_callback(on_host, shapes, start, *reads, vmap_method="sequential")
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((start, reads))):
+        flat, steps = jax.pure_callback(on_host, shapes, start, *reads, vmap_method="sequential")
+    else:
+        flat, steps = map(jnp.asarray, on_host(start, *reads))
 
     z = unravel(flat)
     stats = measure(lambda z: pure(z, *reads), z, Picard(rtol=rtol), steps, 0)

@@ -107,7 +107,7 @@ def fixed_point_correction(losses: Sequence[Array], gamma: float = 0.8) -> Array
     if len(losses) == 0:
         raise ValueError("fixed_point_correction needs at least one loss")
     n = len(losses)
-    return sum((gamma ** (n - k - 1) * loss for k, loss in enumerate(losses)), jnp.zeros(()))
+    return jnp.asarray(sum(gamma ** (n - k - 1) * loss for k, loss in enumerate(losses)))
 
 
 # ---- folds -------------------------------------------------------------------------------------------------

@@ -85,8 +85,8 @@ class FixedPointCache(NamedTuple):
         for (path, leaf), cached in zip(leaves, jax.tree.leaves(self.z), strict=True):
             if jnp.shape(leaf)[1:] != cached.shape[1:] or jnp.ndim(leaf) == 0:
                 where = name + jax.tree_util.keystr(path)
-                want = ("batch", *cached.shape[1:])
-                raise ValueError(f"{where} must have the shape {want}, got {jnp.shape(leaf)}".replace("'", ""))
+                want = ", ".join(["batch", *map(str, cached.shape[1:])])
+                raise ValueError(f"{where} must have the shape ({want}), got {jnp.shape(leaf)}")
 
 
 def first_guess_loss(z_star: PyTree, z0: PyTree) -> Float[Array, ""]:
@@ -107,4 +107,4 @@ def first_guess_loss(z_star: PyTree, z0: PyTree) -> Float[Array, ""]:
     wide = lambda leaf: jnp.promote_types(jnp.result_type(leaf), jnp.float32)
     square = lambda z, z0: jnp.sum(jnp.abs(z0.astype(wide(z0)) - jax.lax.stop_gradient(z).astype(wide(z))) ** 2)
     sums = jax.tree.leaves(jax.tree.map(square, z_star, z0))
-    return sum(sums, jnp.zeros(())) / sum(leaf.size for leaf in jax.tree.leaves(z0))
+    return jnp.asarray(sum(sums) / sum(leaf.size for leaf in jax.tree.leaves(z0)))
