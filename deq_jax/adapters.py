@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from deq_jax._config import check_number, config
@@ -109,7 +110,7 @@ def scipy_root(
     start, reads = ravel(z0), jax.lax.stop_gradient((inputs, other))
     on_host = functools.partial(_scipy, jax.jit(residual), jax.jit(jax.jacfwd(residual)), method, rtol, options)
     shapes = jax.ShapeDtypeStruct(start.shape, start.dtype), jax.ShapeDtypeStruct((), jnp.int32)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((start, reads))):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((start, reads))):
         flat, steps = jax.pure_callback(on_host, shapes, start, *reads, vmap_method="sequential")
     else:
         flat, steps = map(jnp.asarray, on_host(start, *reads))

@@ -193,9 +193,9 @@ class Snapshots:
         return tuple(keep(k, old) for k, old in zip(self.at, folded, strict=True))
 
 
-def _check_at(at: Sequence[int]) -> tuple[int, ...]:
-    at = tuple(at) if isinstance(at, Sequence) and not isinstance(at, str) else (at,)
-    whole = all(isinstance(k, int) and not isinstance(k, bool) and k >= 0 for k in at)
-    if not at or not whole or any(a >= b for a, b in zip(at, at[1:], strict=False)):
-        raise ValueError(f"at must be increasing numbers of steps, ints >= 0 such as (2, 5); got {at}")
-    return at
+def _check_at(at: Any) -> tuple[int, ...]:
+    steps = tuple(at) if isinstance(at, list | tuple | range) else (at,)
+    whole = all(isinstance(k, int) and not isinstance(k, bool) and k >= 0 for k in steps)
+    if not steps or not whole or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+        raise ValueError(f"at must be increasing numbers of steps, ints >= 0 such as (2, 5); got {at!r}")
+    return steps

@@ -1,7 +1,5 @@
 """Other people's solvers with our derivative, and the other way round."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -79,8 +79,7 @@ def test_an_unused_trace_is_removed():
 def test_a_fold_leaves_the_bits_of_the_solve(w, xs):
     solver = deq.Anderson(history=3)
     plain, folded = (
-        deq.solve(cell, 0 * xs, w, xs, solver=solver, batch_ndim=1, fold=fold)
-        for fold in (None, deq.ResidualTrace(20))
+        deq.solve(cell, 0 * xs, w, xs, solver=solver, batch_ndim=1, fold=fold) for fold in (None, deq.ResidualTrace(20))
     )
     np.testing.assert_array_equal(plain.value, folded.value)
     np.testing.assert_array_equal(plain.stats.steps, folded.stats.steps)
@@ -131,9 +130,7 @@ def test_with_picard_the_state_at_k_is_f_applied_k_times(w, xs):
 
 @pytest.mark.parametrize("solver", [deq.Anderson(history=3), deq.Broyden(rank=8)], ids=repr)
 def test_states_have_their_true_residual_and_stopped_problems_repeat_their_last_state(w, xs, solver):
-    value, stats, states, state_stats = deq.trajectory(
-        cell, 0 * xs, w, xs, at=(2, 90), solver=solver, batch_ndim=1
-    )
+    value, stats, states, state_stats = deq.trajectory(cell, 0 * xs, w, xs, at=(2, 90), solver=solver, batch_ndim=1)
     assert stats.converged.all() and stats.steps.max() < 90
     np.testing.assert_array_equal(states[1], value)  # all had stopped
     for a, b in zip(state_stats[1], stats, strict=True):

@@ -141,7 +141,10 @@ def test_shapes_that_do_not_fit_are_named(default, error, words):
 
 
 def test_first_guess_loss_is_per_element_and_pulls_on_the_guess_alone(x64):
-    z_star, z0 = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(1j)}, {"a": jnp.array([3.0, 2.0]), "b": jnp.array(1.0 + 0j)}
+    z_star, z0 = (
+        {"a": jnp.array([1.0, 2.0]), "b": jnp.array(1j)},
+        {"a": jnp.array([3.0, 2.0]), "b": jnp.array(1.0 + 0j)},
+    )
     np.testing.assert_allclose(deq.first_guess_loss(z_star, z0), (4 + 2) / 3)
     real = lambda tree: tree["a"]
     at_star, at_guess = jax.grad(deq.first_guess_loss, argnums=(0, 1))(real(z_star), real(z0))
