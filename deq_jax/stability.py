@@ -1,5 +1,6 @@
 """How far an equilibrium is from instability: the spectral radius of its Jacobian, the norm of a weight."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -48,6 +49,7 @@ def spectral_radius(
     return jax.lax.stop_gradient(jnp.where(invariant, radius, jnp.maximum(radius, growth)))
 
 
+@functools.partial(jax.jit, static_argnames="only_shrink")
 def spectral_normalize(
     weight: Float[Array, "*rows columns"], target: float = 1.0, *, only_shrink: bool = False
 ) -> Float[Array, "*rows columns"]:

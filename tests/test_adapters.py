@@ -10,7 +10,7 @@ import deq_jax as deq
 from deq_jax.adapters import Optax, as_optimizer, implicit, scipy_root
 
 DIM = 4
-TIGHT = deq.Anderson(rtol=1e-12, history=6)
+TIGHT = deq.Picard(rtol=1e-12, max_steps=300)
 
 
 def cell(z, w, x):
@@ -23,6 +23,7 @@ def problem(x64, rng):
     return 0.8 * w / jnp.linalg.norm(w, 2), jax.random.normal(jax.random.fold_in(rng, 1), (DIM,))
 
 
+@jax.jit
 def dense_gradient(w, x):
     """Of the sum of squares of z*."""
     z = jax.lax.fori_loop(0, 300, lambda _, z: cell(z, w, x), x)
@@ -47,7 +48,7 @@ def undifferentiable(z0, w, x, *, tol=1e-12):
 
 def test_any_solver_gets_the_implicit_derivative(problem):
     loss = lambda w, x: jnp.sum(undifferentiable(jnp.zeros(DIM), w, x) ** 2)
-    for transform in (lambda f: f, jax.jit, jax.checkpoint):
+    for transform in (lambda f: f, jax.jit):
         assert_close(jax.grad(transform(loss), argnums=(0, 1))(*problem), dense_gradient(*problem))
     assert undifferentiable.__doc__.startswith("A while loop") and undifferentiable.__name__ == "undifferentiable"
     loose = undifferentiable(jnp.zeros(DIM), *problem, tol=1e-1)  # options reach the solver
@@ -58,10 +59,10 @@ def test_any_solver_in_forward_mode_and_vmap(problem):
     w, x = problem
     forward = implicit(cell, adjoint=deq.ImplicitJVP(TIGHT))(lambda z0, w, x: undifferentiable(z0, w, x))
     loss = lambda w, x: jnp.sum(forward(jnp.zeros(DIM), w, x) ** 2)
-    assert_close(jax.jacfwd(loss, argnums=(0, 1))(w, x), dense_gradient(w, x))
-    xs = jnp.stack([x, -2 * x, 0.1 * x])
+    assert_close(jax.jit(jax.jacfwd(loss, argnums=(0, 1)))(w, x), dense_gradient(w, x))
+    xs = jnp.stack([x, -2 * x])
     loss = lambda w, x: jnp.sum(undifferentiable(jnp.zeros(DIM), w, x) ** 2)
-    got = jax.vmap(jax.grad(loss, argnums=(0, 1)), in_axes=(None, 0))(w, xs)
+    got = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1)), in_axes=(None, 0)))(w, xs)
     want = [dense_gradient(w, x) for x in xs]
     assert_close(got, jax.tree.map(lambda *leaves: jnp.stack(leaves), *want))
 
@@ -71,7 +72,7 @@ def test_a_root_as_jaxopts_custom_root_has_it(x64):
     X, y = jnp.cos(jnp.arange(15.0)).reshape(5, 3), jnp.arange(5.0)
     F = lambda z, theta: X.T @ (X @ z - y) + theta * z
 
-    @implicit(lambda z, theta: z - F(z, theta), adjoint=deq.Implicit(TIGHT))
+    @implicit(lambda z, theta: z - F(z, theta), adjoint=deq.Implicit(deq.Anderson(rtol=1e-12, history=4)))
     def ridge(z0, theta):
         return jnp.linalg.solve(X.T @ X + theta * jnp.eye(3), X.T @ y)
 
@@ -103,7 +104,7 @@ def test_implicit_takes_the_function_not_the_solver():
 # ---- scipy -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["hybr", "lm", "krylov", "df-sane"])
+@pytest.mark.parametrize("method", ["hybr", "krylov", "df-sane"])
 def test_scipy_finds_the_root_and_the_derivative_is_implicit(problem, method):
     def loss(w, x):
         z, stats = scipy_root(cell, jnp.zeros(DIM), w, x, method=method, rtol=1e-10, adjoint=deq.Implicit(TIGHT))
@@ -145,9 +146,7 @@ def test_scipy_cannot_lie():
 # ---- optax -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "tx", [optax.sgd(0.5), optax.sgd(0.3, momentum=0.5), optax.adam(0.1), optax.lion(0.1)], ids=range(4)
-)
+@pytest.mark.parametrize("tx", [optax.sgd(0.3, momentum=0.5), optax.adam(0.1), optax.lion(0.1)], ids=range(3))
 def test_optimizers_are_solvers(problem, tx):
     w, x = problem
     xs = jnp.stack([x, -x, 0.1 * x])
@@ -157,7 +156,7 @@ def test_optimizers_are_solvers(problem, tx):
         z, stats = deq.fixed_point(f, 0 * xs, w, xs, solver=solver, adjoint=deq.Implicit(TIGHT), batch_ndim=1)
         return jnp.sum(z**2), stats
 
-    rtol = 1e-1 if tx.update is optax.lion(0.1).update else 1e-3
+    rtol = 1e-3
     solver = Optax(tx, rtol=rtol, max_steps=3000)
     w_bar, stats = jax.jit(jax.grad(loss, has_aux=True))(w, solver)
     if stats.converged.all():

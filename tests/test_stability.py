@@ -151,13 +151,14 @@ def test_spectral_radius_of_a_cell_at_its_equilibrium(problem):
     z = deq.fixed_point(cell, jnp.ones_like(x), params, x, batch_ndim=1).value
     J = jax.vmap(jax.jacobian(cell), in_axes=(0, None, 0))(z, params, x)
     want = exact_radii(np.asarray(J))
-    np.testing.assert_allclose(spectral_radius(cell, z, params, x, batch_ndim=1), want, rtol=1e-6)
-    alone = spectral_radius(cell, z[1], params, x[1])
+    radius = jax.jit(spectral_radius, static_argnums=0, static_argnames="batch_ndim")
+    np.testing.assert_allclose(radius(cell, z, params, x, batch_ndim=1), want, rtol=1e-6)
+    alone = radius(cell, z[1], params, x[1])
     assert alone.shape == ()
     np.testing.assert_allclose(alone, want[1], rtol=1e-6)
     split = {"a": z[:, :2], "b": z[:, 2:]}
     f = lambda s: (lambda out: {"a": out[:, :2], "b": out[:, 2:]})(cell(jnp.concatenate([*s.values()], -1), params, x))
-    np.testing.assert_allclose(spectral_radius(f, split, batch_ndim=1), want, rtol=1e-6)
+    np.testing.assert_allclose(radius(f, split, batch_ndim=1), want, rtol=1e-6)
     with pytest.raises(ValueError, match="iterations must be an int >= 2"):
         spectral_radius(cell, z, params, x, iterations=1)
 
@@ -176,10 +177,9 @@ def test_no_eigensolver_for_nonsymmetric_matrices_is_in_the_program():
 # ---- spectral_normalize ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(50, 30), (30, 50), (200, 200), (3, 3, 8, 16), (1, 7), (7, 1), (5,)])
-@pytest.mark.parametrize("target", [0.9, 2.0])
-def test_spectral_norm_is_met_at_the_first_call(rng, shape, target):
-    for scale in (1.0, 1e-20):
+@pytest.mark.parametrize("shape", [(200, 200), (30, 50), (3, 3, 8, 16), (1, 7), (7, 1), (5,)])
+def test_spectral_norm_is_met_at_the_first_call(rng, shape):
+    for scale, target in [(1.0, 0.9), (1e-20, 2.0)]:
         w = spectral_normalize(scale * jax.random.normal(rng, shape), target)
         assert w.shape == shape
         np.testing.assert_allclose(np.linalg.norm(np.asarray(w).reshape(-1, shape[-1]), 2), target, rtol=2e-3)
@@ -219,8 +219,9 @@ def test_gradient_bias_equals_the_gradients_by_hand(problem):
     params = {"w": 0.3 * params["w"], "c": jnp.array(0.5)}
     exact = deq.Implicit(TIGHT)
     meter = jax.jit(functools.partial(gradient_bias, loss, inexact=deq.JFB(), exact=exact))
+    grad = jax.jit(jax.grad(loss), static_argnames="adjoint")
     cheap, true = (
-        np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jax.grad(loss)(params, x, adjoint=adjoint))])
+        np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grad(params, x, adjoint=adjoint))])
         for adjoint in (deq.JFB(), exact)
     )
     bias = meter(params, x)
@@ -228,8 +229,8 @@ def test_gradient_bias_equals_the_gradients_by_hand(problem):
     np.testing.assert_allclose(bias.relative_error, np.linalg.norm(cheap - true) / np.linalg.norm(true), rtol=1e-9)
     np.testing.assert_allclose(bias.size, np.linalg.norm(cheap) / np.linalg.norm(true), rtol=1e-9)
     assert 0.5 < bias.cosine < 1
-    errors = [gradient_bias(loss, params, x, inexact=deq.Neumann(k), exact=exact).relative_error for k in (1, 4, 60)]
-    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-6
+    close = jax.jit(functools.partial(gradient_bias, loss, inexact=deq.Neumann(60), exact=exact))(params, x)
+    assert close.relative_error < 1e-6 < bias.relative_error
 
 
 def test_gradient_bias_every_few_steps_of_a_training_loop(problem):
