@@ -77,7 +77,7 @@ def test_a_root_as_jaxopts_custom_root_has_it(x64):
         return jnp.linalg.solve(X.T @ X + theta * jnp.eye(3), X.T @ y)
 
     direct = lambda theta: jnp.linalg.solve(X.T @ X + theta * jnp.eye(3), X.T @ y)
-    got, want = (jax.jacrev(f)(2.0) for f in (lambda theta: ridge(None, theta), direct))
+    got, want = (jax.jit(jax.jacrev(f))(2.0) for f in (lambda theta: ridge(None, theta), direct))
     assert_close(got, want)
 
 
@@ -123,12 +123,13 @@ def test_scipy_with_captured_values_float32_pytrees_and_vmap():
         return scipy_root(f, {"a": jnp.zeros(DIM), "b": jnp.zeros(2)})
 
     x = jnp.linspace(0.0, 1.0, DIM)
+    root = jax.jit(root)
     z, stats = root(x)
     assert stats.converged and z["b"].dtype == jnp.float32
     np.testing.assert_allclose(z["b"], 2 * z["a"][:2], rtol=1e-5)
-    mapped = jax.vmap(lambda x: root(x).value["a"])(jnp.stack([x, 2 * x]))
+    mapped = jax.jit(jax.vmap(lambda x: root(x).value["a"]))(jnp.stack([x, 2 * x]))
     np.testing.assert_allclose(mapped[1], root(2 * x).value["a"], rtol=1e-5)
-    grad = jax.grad(lambda x: root(x).value["b"].sum())(x)
+    grad = jax.jit(jax.grad(lambda x: root(x).value["b"].sum()))(x)
     np.testing.assert_allclose(grad[2:], 0, atol=1e-6)
     assert jnp.all(grad[:2] > 1)
 

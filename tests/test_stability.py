@@ -125,16 +125,22 @@ def families(rng):
         "orthogonal": (0.9 * np.linalg.qr(rng.normal(size=(8, 40, 40)))[0], 1e-5),
         "complex pair, non-normal": (basis @ spectra @ np.linalg.inv(basis), 1e-3),
         "complex pair, two by two": (0.9 * np.linalg.qr(rng.normal(size=(8, 2, 2)))[0], 1e-5),
-        "one by one": (rng.normal(size=(8, 1, 1)), 1e-6),
     }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_spectral_radius_equals_numpys(x64, dtype):
-    for name, (matrices, accuracy) in families(np.random.default_rng(0)).items():
-        got = radii(matrices.astype(dtype))
-        assert got.dtype == dtype
-        np.testing.assert_allclose(got, exact_radii(matrices), rtol=accuracy, err_msg=name)
+    cases = families(np.random.default_rng(0))
+    pad = lambda A: np.pad(A, [(0, 0)] + [(0, 40 - A.shape[-1])] * 2)  # to one size, for one compilation
+    got = radii(np.concatenate([pad(matrices) for matrices, _ in cases.values()]).astype(dtype)).reshape(-1, 8)
+    assert got.dtype == dtype
+    for name, row in zip(cases, got, strict=True):
+        matrices, accuracy = cases[name]
+        np.testing.assert_allclose(row, exact_radii(matrices), rtol=accuracy, err_msg=name)
+
+
+def test_spectral_radius_of_one_by_one():
+    np.testing.assert_allclose(radii(np.array([[[-0.3]], [[1.2]]], np.float32)), [0.3, 1.2], rtol=1e-6)
 
 
 def test_spectral_radius_of_special_matrices():
@@ -165,7 +171,8 @@ def test_spectral_radius_of_a_cell_at_its_equilibrium(problem):
 
 def test_spectral_radius_of_a_complex_state():
     c = 0.9 * jnp.exp(1j * jnp.array([0.3, 2.0]))
-    np.testing.assert_allclose(spectral_radius(lambda z: c * z, jnp.ones(2, complex)), 0.9, rtol=1e-5)
+    radius = jax.jit(lambda c: spectral_radius(lambda z: c * z, jnp.ones_like(c)))
+    np.testing.assert_allclose(radius(c), 0.9, rtol=1e-5)
 
 
 def test_no_eigensolver_for_nonsymmetric_matrices_is_in_the_program():
@@ -177,7 +184,7 @@ def test_no_eigensolver_for_nonsymmetric_matrices_is_in_the_program():
 # ---- spectral_normalize ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(200, 200), (30, 50), (3, 3, 8, 16), (1, 7), (7, 1), (5,)])
+@pytest.mark.parametrize("shape", [(30, 50), (3, 3, 8, 16), (1, 7), (5,)])
 def test_spectral_norm_is_met_at_the_first_call(rng, shape):
     for scale, target in [(1.0, 0.9), (1e-20, 2.0)]:
         w = spectral_normalize(scale * jax.random.normal(rng, shape), target)
@@ -186,10 +193,11 @@ def test_spectral_norm_is_met_at_the_first_call(rng, shape):
 
 
 def test_spectral_normalize_of_orthogonal_zero_and_small_weights(rng):
-    q = jnp.linalg.qr(jax.random.normal(rng, (60, 60)))[0]
+    q = jnp.linalg.qr(jax.random.normal(rng, (30, 30)))[0]
     np.testing.assert_allclose(np.linalg.norm(spectral_normalize(3 * q, 0.9), 2), 0.9, rtol=1e-5)
-    np.testing.assert_array_equal(spectral_normalize(jnp.zeros((3, 4)), 0.9), 0)
-    assert jnp.all(jnp.isfinite(jax.grad(lambda w: spectral_normalize(w).sum())(jnp.zeros((3, 4)))))
+    np.testing.assert_array_equal(spectral_normalize(jnp.zeros((30, 30)), 0.9), 0)
+    grad = jax.jit(jax.grad(lambda w: spectral_normalize(w).sum()))
+    assert jnp.all(jnp.isfinite(grad(jnp.zeros((3, 4)))))
     np.testing.assert_allclose(spectral_normalize(0.5 * q, 0.9, only_shrink=True), 0.5 * q, rtol=1e-6)
     low = spectral_normalize(q.astype(jnp.bfloat16), 0.9)
     assert low.dtype == jnp.bfloat16
