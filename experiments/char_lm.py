@@ -11,9 +11,10 @@ Without a word before the options, `train` is meant.
 import dataclasses
 import functools
 import json
+import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -54,7 +55,7 @@ class Config:
     data_dir: Path | None = None  # where corpora lie; default $DEQ_JAX_DATA or ~/.cache/deq_jax
     level: Literal["char", "word"] = "char"
     steps: int = 1600
-    shallow_steps: int = 1000  # of these, first, through an unrolled network: the paper's warm-up
+    shallow_share: float = 0.625  # of the steps, first, through an unrolled network: the paper's warm-up
     shallow_depth: int = 2  # of this many layers
     batch: int = 16
     length: int = 64  # of a segment, in tokens
@@ -66,17 +67,36 @@ class Config:
     pre_norm: bool = False
     embedding_std: float = 0.05
     lr: float = 2e-3
-    warmup_steps: int = 50
+    warmup_share: float = 0.03125  # of the steps, first, with a rising learning rate
     clip: float = 1.0  # of the gradient's global norm
     weight_decay: float = 0.0
     jacobian_weight: float = 0.0  # of the penalty on the Jacobian's norm at the equilibrium, after the warm-up
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the state; parameters are float32
     seed: int = 0
-    log_every: int = 50
+    log_every: int = 20
     eval_every: int = 400  # on the first segments of the validation split; the whole of it at the end
     save_every: int = 200
     solver: lm.SolverOption = deq.Anderson(**lm.FORWARD, history=6)
     adjoint: lm.AdjointOption = deq.Implicit(deq.Anderson(**lm.BACKWARD, history=6))
+
+    def __post_init__(self):
+        for name in ("steps", "shallow_depth", "log_every", "eval_every", "save_every"):
+            lm.require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("shallow_share", "warmup_share"):
+            lm.require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        for name in ("lr", "clip"):
+            lm.require(0 < getattr(self, name) < math.inf, name, "positive and finite", getattr(self, name))
+        lm.require(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0 and finite", self.weight_decay)
+
+    # Shares, so that a run of 20 steps or of 100,000 has all three phases: the last step is never a warm-up's.
+
+    @property
+    def shallow_steps(self) -> int:
+        return min(round(self.shallow_share * self.steps), self.steps - 1)
+
+    @property
+    def warmup_steps(self) -> int:
+        return min(round(self.warmup_share * self.steps), self.steps - 1)
 
 
 HARMLESS = {"run", "data_dir", "log_every", "eval_every", "save_every"}  # may change in a resume
@@ -106,7 +126,7 @@ def loss_fn(
     solver: deq.Solver,
     adjoint: Any,
     params: PyTree,
-    probe: deq.Probe,
+    probe: deq.Probe | None,
     rest: PyTree,
     batch: Any,
     key: Array,
@@ -133,25 +153,8 @@ def loss_fn(
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    args = list(sys.argv[1:] if args is None else args)
-    commands: dict[str, Callable] = {"train": train_command, "demo": demo, "sample": sample}
-    if not args or (args[0] not in commands and args[0] not in ("-h", "--help")):
-        args = ["train", *args]
-    cli = functools.partial(tyro.extras.subcommand_cli_from_dict, commands, args=args, description=__doc__)
-    run_command(lambda: cli(prog="python -m experiments.char_lm"))
-
-
-def run_command(command: Callable[[], Any]) -> None:
-    """Call it, and leave with one line where something about the command, its files or its run is wrong."""
-    try:
-        with lm.OPTIONS:
-            command()
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except RuntimeError as error:
-        if type(error) is not RuntimeError:  # XLA's own
-            raise
-        raise SystemExit(f"error: {error}") from error
+    commands = {"train": train_command, "demo": demo, "sample": sample}
+    lm.run_command(commands, args, prog="python -m experiments.char_lm", description=__doc__, default="train")
 
 
 # The commands.
@@ -220,6 +223,7 @@ def demo(
         "gradient": config_to_json(config.adjoint),
         "config": {k: v for k, v in config_to_json(config).items() if k not in ("run", "data_dir")},
         **lm.environment(),
+        "shallow_steps": config.shallow_steps,
         "deq": equilibrium.report,
         "unrolled": {"layers": layers, **baseline.report},
         "residuals": residual_curves(deep, graphdef, params, corpus, max_evaluations),
@@ -229,7 +233,8 @@ def demo(
     write_atomically(config.run / "sample.txt", (text + "\n").encode())
     write_atomically(config.run / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     plots.draw_demo(config.run)
-    print(text, plots.table(summary), f"figure: {config.run / 'figure.png'}", sep="\n\n", flush=True)
+    more = f"python -m experiments.char_lm sample --run {shlex.quote(str(deep.run))}"
+    print(text, plots.table(summary), f"figure: {config.run / 'figure.png'}\nmore text: {more}", sep="\n\n", flush=True)
 
 
 # The loop.
@@ -310,9 +315,12 @@ def optimizer(config: Config) -> Any:
 
 def make_steps(config: Config, graphdef: Any) -> tuple[Any, Any]:
     """The compiled steps of the warm-up and of the rest; they share one state."""
-    tx, probe = optimizer(config), deq.Probe.zeros((config.batch,))
+    tx = optimizer(config)
 
     def step(solver, adjoint, weight):
+        # These leave the probe as it is, and zeros in the log would read as a solve that converged at once.
+        silent = isinstance(adjoint, deq.Unroll | deq.Reversible | deq.ImplicitJVP)
+        probe = None if silent else deq.Probe.zeros((config.batch,))
         loss = functools.partial(loss_fn, graphdef, solver, adjoint, jacobian_weight=weight)
         return make_train_step(loss, tx, probe=probe)
 

@@ -92,7 +92,7 @@ class RunDirectory:
         self._exit.__exit__(*exception)
 
     def restore(self, like: PyTree) -> tuple[PyTree, Any]:
-        """The newest whole step's state and data position; `(like, None)` in a new run.
+        """The newest whole step's state and the `data` saved with it; `(like, None)` in a new run.
 
         `like` is the state that the same program starts from: it gives structure, dtypes, shardings and the
         kind of random keys. A checkpoint of another shape is a `ValueError` that names the leaf.
@@ -108,7 +108,10 @@ class RunDirectory:
         return _from_arrays(arrays, like), meta["data"]
 
     def save(self, step: int, state: PyTree, data: Any = None) -> None:
-        """Start saving `state` and the data position `data` (any JSON value), and return at once.
+        """Start saving `state` and `data`, and return at once.
+
+        `data` is any JSON value that the host has to remember: the data position, where the step does not
+        give it, or the seconds spent.
 
         Orbax returns when it has the arrays on the host, so that the next step may donate them. Saving the
         newest step again does nothing.
@@ -159,10 +162,10 @@ class RunDirectory:
 def config_to_json(config: Any, name: str = "config") -> Any:
     """A configuration as JSON values: a dataclass becomes its fields, with its class under `__type__`."""
     match config:
+        case enum.Enum():  # first: an IntEnum is an int as well
+            return config.name
         case None | bool() | int() | float() | str():
             return config
-        case enum.Enum():
-            return config.name
         case type():
             return config.__name__
         case Path() | np.dtype():

@@ -406,7 +406,13 @@ def main(args: Sequence[str] | None = None) -> None:
 
     commands = {"download": download, "list": list_corpora, "check": check}
     try:
-        result = tyro.extras.subcommand_cli_from_dict(commands, args=args, config=(tyro.conf.PositionalRequiredArgs,))
+        result = tyro.extras.subcommand_cli_from_dict(
+            commands,
+            args=args,
+            prog="python -m experiments.data",
+            description=__doc__,
+            config=(tyro.conf.PositionalRequiredArgs,),
+        )
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     if result is False:

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import enum
+import hashlib
 import json
 import math
 import os
@@ -32,9 +34,12 @@ SOLVERS_AND_ADJOINTS = (
     deq.Anderson,
     deq.Broyden,
     deq.Implicit,
+    deq.ImplicitJVP,
     deq.Phantom,
     deq.Neumann,
     deq.JFB,
+    deq.Shine,
+    deq.Reversible,
     deq.Unroll,
 )
 
@@ -57,20 +62,68 @@ BackwardOption: Any = (
     | Annotated[deq.Broyden, tyro.conf.subcommand("broyden", default=deq.Broyden(**BACKWARD))]
     | NONE
 )
-AdjointOption = deq.Implicit | deq.Phantom | deq.Neumann | deq.JFB | deq.Unroll
+AdjointOption = (
+    deq.Implicit | deq.ImplicitJVP | deq.Phantom | deq.Neumann | deq.JFB | deq.Shine | deq.Reversible | deq.Unroll
+)
 OPTIONS = tyro.constructors.ConstructorRegistry()
 
 
 @OPTIONS.struct_rule
 def _implicit(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
-    # The core cannot name the solvers in Implicit's annotation for a command line's sake; here they are.
-    if info.type is not deq.Implicit:
+    # The core cannot name the solvers in an annotation for a command line's sake; here they are.
+    cls: Any = info.type
+    if cls not in (deq.Implicit, deq.ImplicitJVP):
         return None
-    given = info.default if isinstance(info.default, deq.Implicit) else deq.Implicit(deq.Anderson(**BACKWARD))
-    solver = tyro.constructors.StructFieldSpec(
-        name="solver", type=BackwardOption, default=given.solver, helptext="of the backward equilibrium"
-    )
-    return tyro.constructors.StructConstructorSpec(instantiate=deq.Implicit, fields=(solver,))
+    given = info.default if isinstance(info.default, cls) else cls(deq.Anderson(**BACKWARD))
+    types = {"solver": BackwardOption, "on_failure": deq.OnFailure}
+    texts = {"solver": "of the backward equilibrium", "on_failure": "the gradient of a problem that failed"}
+    fields = [field.name for field in dataclasses.fields(cls)]
+    options = [
+        tyro.constructors.StructFieldSpec(name=n, type=types[n], default=getattr(given, n), helptext=texts[n])
+        for n in fields
+    ]
+    return tyro.constructors.StructConstructorSpec(instantiate=cls, fields=tuple(options))
+
+
+def run_command(
+    commands: dict[str, Callable],
+    args: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str | None,
+    default: str | None = None,
+) -> None:
+    """Call the command that the first word names, or `default`, with the options after it.
+
+    It leaves with one line where something about the command, its files or its run is wrong.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if args and args[0] in commands:
+        name = args.pop(0)
+    elif default is not None and args[:1] not in (["-h"], ["--help"]):
+        name = default
+    else:  # the list of commands
+        return tyro.extras.subcommand_cli_from_dict(commands, args=args, prog=prog, description=description)
+    try:
+        with OPTIONS:
+            # This command's own parser: what it suggests for a misspelled option is an option of this command.
+            tyro.cli(commands[name], args=args, prog=f"{prog} {name}")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        # While data are read or results measured: nothing is lost. In the training loop it is a flag.
+        print("interrupted; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # XLA's own
+            raise
+        raise SystemExit(f"error: {error}") from error
+
+
+def require(condition: bool, name: str, expected: str, got: Any) -> None:
+    """ValueError that names the option unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"--{name.replace('_', '-')} must be {expected}, got {got}")
 
 
 # Corpora and run directories.
@@ -95,7 +148,10 @@ def load_corpus(name_or_path: str, *, level: data.Level, data_dir: Path | None =
 def identity(config: dict[str, Any], corpus: data.Corpus) -> dict[str, Any]:
     """What a resume must agree with: the configuration in JSON, and what the data are."""
     sizes = [len(corpus.train), len(corpus.valid), len(corpus.test)]
-    return {**config, "vocabulary": corpus.vocabulary.fingerprint, "tokens": sizes}
+    text = hashlib.sha256()
+    for stream in (corpus.train, corpus.valid, corpus.test):
+        text.update(np.ascontiguousarray(stream).data)
+    return {**config, "vocabulary": corpus.vocabulary.fingerprint, "tokens": sizes, "text": text.hexdigest()}
 
 
 def save_vocabulary(run: Path, vocabulary: data.Vocabulary) -> None:
@@ -107,7 +163,9 @@ def save_vocabulary(run: Path, vocabulary: data.Vocabulary) -> None:
 def read_run(run: Path, config_class: type) -> tuple[Any, dict[str, Any], data.Vocabulary]:
     """The configuration, the stored JSON and the vocabulary of a run; ValueError if `run` holds none."""
     if not (run / "config.json").is_file() or not (run / "vocabulary.json").is_file():
-        raise ValueError(f"{run} holds no run (no config.json and vocabulary.json): train one with --run {run}")
+        inside = sorted(path.parent.name for path in run.glob("*/vocabulary.json"))
+        remedy = f"the runs inside are {', '.join(inside)}" if inside else f"train one with --run {run}"
+        raise ValueError(f"{run} holds no run (no config.json and vocabulary.json): {remedy}")
     stored = json.loads((run / "config.json").read_bytes())
     values = json.loads((run / "vocabulary.json").read_bytes())
     vocabulary = data.Vocabulary(tuple(values["tokens"]), values["level"])
@@ -117,7 +175,7 @@ def read_run(run: Path, config_class: type) -> tuple[Any, dict[str, Any], data.V
             f"fingerprint {stored['vocabulary'][:12]}, got {vocabulary.fingerprint[:12]}"
         )
     names = {field.name for field in dataclasses.fields(config_class)}
-    if unknown := (stored.keys() - {"__type__", "vocabulary", "tokens"}) ^ names:
+    if unknown := (stored.keys() - {"__type__", "vocabulary", "tokens", "text"}) ^ names:
         raise ValueError(f"{run} was trained by another version: it differs in {', '.join(sorted(unknown))}")
     return config_class(**{name: _from_json(stored[name]) for name in names}), stored, vocabulary
 
@@ -126,7 +184,13 @@ def _from_json(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     classes = {cls.__name__: cls for cls in SOLVERS_AND_ADJOINTS}
-    return classes[value["__type__"]](**{k: _from_json(v) for k, v in value.items() if k != "__type__"})
+    cls = classes[value["__type__"]]
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    options = {name: _from_json(given) for name, given in value.items() if name != "__type__"}
+    for name, default in defaults.items():
+        if isinstance(default, enum.Enum) and name in options:
+            options[name] = type(default)[options[name]]
+    return cls(**options)
 
 
 # Inside the compiled step.
@@ -228,7 +292,7 @@ class Meter:
         self.spent = [total + more for total, more in zip(self.spent, elapsed, strict=True)]
         speed = len(values) * self._tokens / elapsed[0]
         self._window = []
-        timing = {"train_seconds": self.spent[0], "tokens_per_second": speed}
+        timing = {"train_seconds": self.spent[0], "train_cpu_seconds": self.spent[1], "tokens_per_second": speed}
         return _average(values) | {name: np.round(value, 2) for name, value in timing.items()}
 
 
@@ -256,10 +320,12 @@ def per_unit(loss: float, level: data.Level) -> tuple[str, float]:
 def describe(line: dict[str, Any], level: data.Level) -> str:
     """One line of the log in words; what was not measured is left out."""
     name, value = per_unit(line["loss"], level)
-    words = [f"loss {line['loss']:.3f}", f"{value:.3g} {name}"]
+    words = [f"loss {line['loss']:.3f}", f"{value:.3g} {name}" if value < 1000 else f"{value:,.0f} {name}"]
     if "fwd_steps" in line:
         words.append(f"fwd {line['fwd_steps']:.1f} steps to {line['fwd_residual']:.0e}")
         words.append(f"{100 * line['converged']:.0f}% converged")
+    else:
+        words.append("unrolled")  # the warm-up, or a network of layers: there is no solver to report
     if line.get("bwd_steps"):
         reached = f" to {line['bwd_residual']:.0e}" if math.isfinite(line["bwd_residual"]) else ""
         words.append(f"bwd {line['bwd_steps']:.1f} steps{reached}")
@@ -307,10 +373,14 @@ def reporting(title: str, start: int, total: int, level: data.Level) -> Iterator
 
 
 def _remaining(start: int, total: int) -> Callable[[int], str]:
-    began, first = time.monotonic(), start
+    then, before = time.monotonic(), start
 
     def eta(step: int) -> str:
-        seconds = (time.monotonic() - began) / max(step - first, 1) * (total - step)
+        # From the last line's pace alone: a step at the equilibrium costs several of the warm-up's.
+        nonlocal then, before
+        now = time.monotonic()
+        seconds = (now - then) / max(step - before, 1) * (total - step)
+        then, before = now, step
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
     return eta

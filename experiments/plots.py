@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-# One colour a solver or a gradient, in every figure (Okabe and Ito's, which colour-blind readers tell apart).
+# One colour a solver, and one a gradient, in every figure (Okabe and Ito's, which colour-blind readers tell apart).
 COLOURS: dict[str, str] = {
     "Picard": "#E69F00",
     "Anderson": "#0072B2",
@@ -46,33 +46,39 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_losses(by_step: Axes, by_time: Axes, summary: dict, logs: dict[str, list[dict]]) -> None:
-    layers = f"{summary['unrolled']['layers']} unrolled layers"
-    for key, name, kind in ("deq", "equilibrium", "implicit"), ("unrolled", layers, "unrolled"):
-        log, result, colour = logs[key], summary[key], COLOURS[kind]
-        loss, valid = [line["loss"] for line in log], f"{name}, validation {result['valid_loss']:.3f}"
-        for axes, x, end in (by_step, "step", "steps"), (by_time, "train_seconds", "train_seconds"):
-            axes.plot([line[x] for line in log], loss, color=colour, lw=1.2, label=f"{name}, training")
-            axes.plot(result[end], result["valid_loss"], "o", color=colour, label=valid)
-    warm_up = summary["config"]["shallow_steps"]
-    if 0 < warm_up < summary["deq"]["steps"]:
-        by_step.axvline(warm_up, color="0.6", lw=0.8, ls=":")
-        label = f" warm-up ends ({summary['config']['shallow_depth']} layers)"
-        by_step.text(warm_up, 0.97, label, transform=by_step.get_xaxis_transform(), va="top", fontsize=8, color="0.4")
-    by_step.set_title(fill(loss_finding(summary, layers)))
-    by_step.legend(frameon=False, fontsize=8)
-    by_step.set(xlabel="optimizer step", ylabel="loss (nats/token)")
-    by_time.set(xlabel="training time (s)", ylabel="loss (nats/token)")
-
-
-def loss_finding(summary: dict, layers: str) -> str:
     deq, unrolled = summary["deq"], summary["unrolled"]
-    gap = unrolled["valid_loss"] - deq["valid_loss"]
-    better = f"{abs(gap):.3f} nats {'below' if gap > 0 else 'above'}" if abs(gap) >= 0.0005 else "level with"
+    layers = f"{unrolled['layers']} unrolled layers"
     # On a processor its own time is the fair one: who else ran there does not count.
     on_cpu = summary["machine"]["devices"][0] == "cpu"
     clock, name = ("train_cpu_seconds", "CPU time") if on_cpu else ("train_seconds", "time")
-    times = deq[clock] / max(unrolled[clock], 1e-9)
-    return f"the equilibrium ends {better} {layers}, for {times:.2f}× their {name}"
+    # The layers first, in a larger mark: where both end at one place, both can be seen.
+    curves = (
+        (unrolled, logs["unrolled"], layers, COLOURS["unrolled"], "s", 9),
+        (deq, logs["deq"], "equilibrium", COLOURS[summary["config"]["solver"]["__type__"]], "o", 5),
+    )
+    for result, log, label, colour, mark, size in curves:
+        loss = [line["loss"] for line in log]
+        for axes, x, end in (by_step, "step", "steps"), (by_time, clock, clock):
+            axes.plot([line[x] for line in log], loss, color=colour, lw=1.2, label=f"{label}, training")
+            label_valid = f"{label}, validation {result['valid_loss']:.3f}"
+            axes.plot(result[end], result["valid_loss"], mark, ms=size, color=colour, label=label_valid, clip_on=False)
+    warm_up = summary["shallow_steps"]
+    if warm_up > 0:
+        by_step.axvline(warm_up, color="0.6", lw=0.8, ls=":")
+        label = f" warm-up ends ({summary['config']['shallow_depth']} layers)"
+        by_step.text(warm_up, 0.97, label, transform=by_step.get_xaxis_transform(), va="top", fontsize=8, color="0.4")
+    losses = [line["loss"] for log in logs.values() for line in log]
+    ends = [deq["valid_loss"], unrolled["valid_loss"]]
+    low, high = min(losses + ends), max(np.quantile(losses, 0.9), *ends)
+    for axes in (by_step, by_time):  # the first steps, from log(vocabulary) down, would flatten all the rest
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    gap = unrolled["valid_loss"] - deq["valid_loss"]
+    better = f"{abs(gap):.3f} nats {'below' if gap > 0 else 'above'}" if abs(gap) >= 0.0005 else "level with"
+    by_step.set_title(fill(f"the equilibrium ends {better} {layers}"))
+    by_time.set_title(fill(f"training it took {deq[clock] / max(unrolled[clock], 1e-9):.2f}× the {name} of the layers"))
+    by_time.legend(frameon=False, fontsize=8, loc="upper right")  # where both have come down, and there is room
+    by_step.set(xlabel="optimizer step", ylabel="loss (nats/token)")
+    by_time.set(xlabel=f"{name} of training (s)", ylabel="loss (nats/token)")
 
 
 def draw_residuals(axes: Axes, summary: dict) -> None:

@@ -7,14 +7,15 @@
 A newline is `<eos>`, and the loss is reported as perplexity: exp of nats a word, `<eos>` counted.
 """
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 import deq_jax as deq
-from experiments.char_lm import Config, run_command, sample, train_command
+from experiments import lm
+from experiments.char_lm import Config, sample, train_command
 
 PRESETS = {
     "ptb": (
@@ -24,7 +25,7 @@ PRESETS = {
             data="ptb",
             level="word",
             steps=12_000,
-            shallow_steps=2_000,
+            shallow_share=1 / 6,
             batch=16,
             length=70,
             mem_len=70,
@@ -33,7 +34,7 @@ PRESETS = {
             inner_dim=800,
             dropout=0.2,
             lr=1e-3,
-            warmup_steps=500,
+            warmup_share=1 / 24,
             clip=0.25,
         ),
     ),
@@ -44,7 +45,7 @@ PRESETS = {
             data="wikitext-2",
             level="word",
             steps=30_000,
-            shallow_steps=5_000,
+            shallow_share=1 / 6,
             batch=32,
             length=100,
             mem_len=100,
@@ -53,7 +54,7 @@ PRESETS = {
             inner_dim=2048,
             dropout=0.2,
             lr=5e-4,
-            warmup_steps=1_000,
+            warmup_share=1 / 30,
             clip=0.25,
         ),
     ),
@@ -66,7 +67,7 @@ PRESETS = {
             data="wikitext-103",
             level="word",
             steps=300_000,
-            shallow_steps=32_000,
+            shallow_share=32 / 300,
             batch=56,
             length=150,
             mem_len=150,
@@ -76,7 +77,7 @@ PRESETS = {
             dropout=0.05,
             embedding_std=0.01,
             lr=2.5e-4,
-            warmup_steps=16_000,
+            warmup_share=16 / 300,
             clip=0.25,
             save_every=2_000,
             eval_every=10_000,
@@ -88,13 +89,16 @@ PRESETS = {
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    args = list(sys.argv[1:] if args is None else args)
-    prog = "python -m experiments.word_lm"
-    if args[:1] == ["sample"]:
-        return run_command(lambda: tyro.cli(sample, args=args[1:], prog=f"{prog} sample"))
-    run_command(
-        lambda: train_command(tyro.extras.overridable_config_cli(PRESETS, args=args, prog=prog, description=__doc__))
-    )
+    commands = {name: _train(*preset) for name, preset in PRESETS.items()} | {"sample": sample}
+    lm.run_command(commands, args, prog="python -m experiments.word_lm", description=__doc__)
+
+
+def _train(about: str, preset: Config) -> Callable:
+    def command(config: Annotated[Config, tyro.conf.arg(name="")] = preset) -> None:
+        train_command(config)
+
+    command.__doc__ = about + "."
+    return command
 
 
 if __name__ == "__main__":

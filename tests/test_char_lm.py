@@ -4,8 +4,11 @@ Run as a script, this file is the run that dies: `test_char_lm.py DIRECTORY TEXT
 """
 
 import dataclasses
+import functools
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,17 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 import deq_jax as deq
 from experiments import char_lm, data, generation, lm, word_lm
 from experiments.char_lm import Config
+from experiments.checkpoints import config_to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Config(
     steps=60,
-    shallow_steps=15,
+    shallow_share=0.25,
     batch=4,
     length=16,
     mem_len=8,
@@ -34,7 +39,7 @@ TINY = Config(
     heads=2,
     inner_dim=32,
     lr=2e-2,
-    warmup_steps=2,
+    warmup_share=1 / 30,
     log_every=15,
     eval_every=30,
     save_every=15,
@@ -118,7 +123,7 @@ def test_a_run_trains_and_its_log_says_how(trained, run):
     log = read_log(run)
     assert [line["step"] for line in log] == [15, 30, 45, 60]
     assert log[-1]["loss"] < log[0]["loss"] - 0.3
-    assert "fwd_steps" not in log[0], "the warm-up has no solver"
+    assert not [name for name in log[0] if name.startswith(("fwd", "bwd"))], "the warm-up has no solver"
     for line in log[1:]:
         assert 1 < line["fwd_steps"] <= line["fwd_steps_max"] <= TINY.solver.max_steps
         assert 1 < line["bwd_steps"] <= TINY.adjoint.solver.max_steps
@@ -188,6 +193,12 @@ def test_what_is_wrong_is_said_before_compilation(run, trained, text, tmp_path, 
     said = error(capsys, "--run", run, "--data", tmp_path / "text.txt", *OPTIONS)
     assert "vocabulary:" in said and "tokens:" in said
 
+    edited = tmp_path / "edited" / "text.txt"
+    edited.parent.mkdir()
+    edited.write_text(text.read_text()[::-1])
+    said = error(capsys, "--run", run, "--data", edited, *OPTIONS)
+    assert " text:" in said and "vocabulary:" not in said and "tokens:" not in said
+
     short = tmp_path / "short.txt"
     short.write_text("too short " * 3)
     assert "less than one segment" in error(capsys, "--run", tmp_path / "new", "--data", short, *OPTIONS)
@@ -195,8 +206,50 @@ def test_what_is_wrong_is_said_before_compilation(run, trained, text, tmp_path, 
     assert "--steps" in error(capsys, "--stesp", 3)
     assert "--solver.rank" in error(capsys, "train", "solver:broyden", "--solver.rnak", 3)
     assert "--steps" in error(capsys, "ptb", "--stesp", 3, main=word_lm.main)
-    assert "warmup_steps < total_steps" in error(capsys, "--steps", 10, "--run", tmp_path / "new")
+    new = ["--run", tmp_path / "new"]
+    for option, value, expected in (
+        ("--steps", 0, "--steps must be at least 1, got 0"),
+        ("--log-every", 0, "--log-every must be at least 1, got 0"),
+        ("--shallow-share", 1, "--shallow-share must be in [0, 1), got 1.0"),
+        ("--lr", "nan", "--lr must be positive and finite, got nan"),
+        ("--batch", 0, "batch must be at least 1, got 0"),
+        ("--heads", 3, "dim must be divisible by heads"),
+        ("--dropout", 1, "dropout must be in [0, 1), got 1.0"),
+        ("--seed", -1, "seed must be at least 0, got -1"),
+    ):
+        assert expected in error(capsys, *new, option, value)
+    assert "ptb, wikitext-2" in error(capsys, "ptbb", main=word_lm.main)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("cls", lm.SOLVERS_AND_ADJOINTS, ids=lambda cls: cls.__name__)
+def test_every_solver_and_adjoint_is_an_option_and_comes_back_from_a_file(cls):
+    kind = "adjoint" if hasattr(cls, "run") else "solver"
+    with lm.OPTIONS:
+        config = tyro.cli(Config, args=[f"{kind}:{'implicit-jvp' if cls is deq.ImplicitJVP else cls.__name__.lower()}"])
+    value = getattr(config, kind)
+    assert type(value) is cls
+    assert lm._from_json(json.loads(json.dumps(config_to_json(value)))) == value
+
+
+def test_what_happens_to_a_failed_problem_is_an_option():
+    with lm.OPTIONS:
+        config = tyro.cli(Config, args=["adjoint:implicit", "--adjoint.on-failure", "ZERO"])
+    assert config.adjoint == dataclasses.replace(Config().adjoint, on_failure=deq.OnFailure.ZERO)
+    stored = config_to_json(config.adjoint)
+    assert stored["on_failure"] == "ZERO" and lm._from_json(stored) == config.adjoint
+
+
+def test_a_run_of_any_length_ends_with_the_equilibrium():
+    """`--steps 20` is a run too: its warm-ups are shares, and the solver that was asked for is used."""
+    default = Config()
+    assert (default.shallow_steps, default.warmup_steps) == (1000, 50)
+    paper = word_lm.PRESETS["wikitext-103"][1]
+    assert (paper.shallow_steps, paper.warmup_steps) == (32_000, 16_000)
+    for config in (default, paper):
+        for steps in (1, 2, 20, 1000):
+            short = dataclasses.replace(config, steps=steps)
+            assert 0 <= short.shallow_steps < steps and 0 <= short.warmup_steps < steps
 
 
 def test_the_commands_solvers_and_adjoints_are_objects(monkeypatch, capsys):
@@ -206,12 +259,42 @@ def test_the_commands_solvers_and_adjoints_are_objects(monkeypatch, capsys):
     char_lm.main("train adjoint:implicit adjoint.solver:picard --adjoint.solver.damping 0.5".split())
     char_lm.main([])
     word_lm.main(["wikitext-103", "--batch", "7"])
-    broyden, picard, default, words = seen
+    word_lm.main("wikitext-2 --steps 2000 solver:broyden adjoint:implicit adjoint.solver:broyden".split())
+    broyden, picard, default, words, changed = seen
     assert broyden.steps == 200 and broyden.solver == deq.Broyden(**lm.FORWARD, rank=12)
     assert broyden.adjoint == deq.Phantom(steps=3)
     assert picard.adjoint == deq.Implicit(deq.Picard(**lm.BACKWARD, damping=0.5))
     assert default == Config()
     assert words == dataclasses.replace(word_lm.PRESETS["wikitext-103"][1], batch=7)
+    both = dict(solver=deq.Broyden(**lm.FORWARD), adjoint=deq.Implicit(deq.Broyden(**lm.BACKWARD)))
+    assert changed == dataclasses.replace(word_lm.PRESETS["wikitext-2"][1], steps=2000, **both)
+
+
+def test_an_interrupt_outside_the_training_loop_is_one_line_and_130(monkeypatch, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(char_lm, "train", interrupted)
+    assert error(capsys, "train") == "130 interrupted; the same command continues\n"
+
+
+def documented_commands() -> list[str]:
+    pages = [char_lm.__doc__, Config.__doc__, word_lm.__doc__, (ROOT / "README.md").read_text()]
+    found = [re.findall(r"^ *python -m experiments\.((?:char|word)_lm\b.*?)(?:  +#.*)?$", page, re.M) for page in pages]
+    assert all(found), "a page without a command"
+    return sorted({line for lines in found for line in lines})
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_the_documented_commands_are_understood(line, monkeypatch):
+    called = []
+    for module in char_lm, word_lm:
+        for name in {"train_command", "demo", "sample"} & vars(module).keys():
+            command = functools.wraps(getattr(module, name))(lambda *args, **options: called.append(1))
+            monkeypatch.setattr(module, name, command)
+    module, *words = shlex.split(line)
+    {"char_lm": char_lm, "word_lm": word_lm}[module].main(words)
+    assert called == [1]
 
 
 def test_text_is_sampled_from_a_run(trained, run, text, tmp_path, capsys):
@@ -230,6 +313,7 @@ def test_text_is_sampled_from_a_run(trained, run, text, tmp_path, capsys):
     assert "prompt is empty" in error(capsys, "sample", "--run", run, "--prompt", "")
     assert "temperature must be at least 0" in error(capsys, "sample", "--run", run, "--temperature", -1)
     assert "holds no run" in error(capsys, "sample", "--run", tmp_path)
+    assert "the runs inside are whole" in error(capsys, "sample", "--run", run.parent)
     assert not list(tmp_path.iterdir())
 
 
@@ -317,7 +401,7 @@ def test_the_demo_writes_its_figure_log_and_summary(text, tmp_path, capsys):
 
 
 def test_words_are_counted_in_perplexity(data_dir, tmp_path, capsys):
-    few = options(dataclasses.replace(TINY, steps=6, shallow_steps=2))
+    few = options(dataclasses.replace(TINY, steps=6))
     word_lm.main(["ptb", "--run", str(tmp_path / "ptb"), "--data-dir", str(data_dir), *few])
     report = json.loads("{" + capsys.readouterr().out.partition("{")[2])
     assert report["valid_tokens"] == 73_760 - 1

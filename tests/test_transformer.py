@@ -362,8 +362,9 @@ def test_wikitext103_has_the_papers_size():
     assert round((count - outside) / 1e6, 1) == 71.2
 
 
-def test_a_token_past_the_vocabulary_is_reported():
-    out = run(build(jnp.float32), jnp.array([[1, 11], [1, 2]]), solver=deq.Picard(rtol=1e-4))
+@pytest.mark.parametrize("token", [11, -1, -100])
+def test_a_token_outside_the_vocabulary_is_reported(token):
+    out = run(build(jnp.float32), jnp.array([[1, token], [1, 2]]), solver=deq.Picard(rtol=1e-4))
     assert out.solution.stats.status.tolist() == [deq.Status.NONFINITE, deq.Status.CONVERGED]
 
 
@@ -389,6 +390,8 @@ def test_config_says_what_is_wrong(changes, message):
 
 def test_call_says_what_is_wrong():
     model, tokens = build(jnp.float32), sequences(3)
+    with pytest.raises(TypeError, match="tokens must be an array of integer ids, got a list"):
+        model([[1, 2]])
     with pytest.raises(TypeError, match="tokens must be integer ids, got dtype float32"):
         model(tokens.astype(jnp.float32))
     with pytest.raises(ValueError, match=r"tokens must have shape \(batch, time\), got \(3,\)"):

@@ -212,8 +212,8 @@ class DEQTransformer(nnx.Module):
         """Logits for the token after each of `tokens`, the history for the next segment, and the `Solution`.
 
         A `key` turns dropout on, None is evaluation. `z0` defaults to zeros. Raises TypeError or ValueError,
-        before tracing, for tokens, a history or a z0 that do not fit. A token id past the vocabulary cannot
-        be seen then: it gives NaN, and the status NONFINITE.
+        before tracing, for tokens, a history or a z0 that do not fit. A token id outside the vocabulary, also
+        a negative one, cannot be seen then: it gives NaN, and the status NONFINITE.
         """
         hidden, history, solution = self.hidden(
             tokens, history, z0=z0, key=key, solver=solver, adjoint=adjoint, probe=probe
@@ -268,6 +268,8 @@ class DEQTransformer(nnx.Module):
         masks = draw_masks(config, key, *tokens.shape, dtype=self.dtype)
         # `take` gives NaN past the table, where indexing would clamp and answer with another token's row.
         rows = jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype)
+        # It counts −1 from the end, though: padding would read as the last word.
+        rows = jnp.where((tokens < 0)[..., None], jnp.nan, rows)
         embedded = _drop(math.sqrt(config.dim) * rows, masks.embedding)
         # u = W_u E + b_u, once for the whole solve.
         injection = jnp.einsum("btd,dchk->btchk", embedded, self.inject(self.dtype))
@@ -518,6 +520,8 @@ def _wide(dtype: Any) -> Any:
 
 
 def _check_tokens(tokens: Array) -> None:
+    if not hasattr(tokens, "dtype"):
+        raise TypeError(f"tokens must be an array of integer ids, got a {type(tokens).__name__}")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"tokens must be integer ids, got dtype {tokens.dtype}")
     _require(tokens.ndim == 2, f"tokens must have shape (batch, time), got {tokens.shape}")
