@@ -137,8 +137,8 @@ class ResidualTrace:
     And this one:
 
     >>> solved = deq.solve(jnp.cos, jnp.zeros(2), solver=deq.Picard(rtol=0.1), fold=ResidualTrace(10))
-    >>> [f"{residual:.1f}" for residual in solved.folded]
-    ['1.0', '0.8', '0.4', '0.3', '0.2', '0.1', '0.1', 'nan', 'nan', 'nan']
+    >>> [f"{residual:.2f}" for residual in solved.folded]
+    ['1.00', '0.85', '0.37', '0.31', '0.18', '0.13', '0.08', 'nan', 'nan', 'nan']
     """
 
     size: int
