@@ -3,6 +3,7 @@
 `fixed_point` is the primitive; `deq_jax.nn` and `deq_jax.models` need Flax and are imported by name.
 """
 
+from deq_jax import adapters, diagnostics, regularizers, stability
 from deq_jax.adjoints import (
     JFB,
     Adjoint,
@@ -18,6 +19,8 @@ from deq_jax.adjoints import (
 )
 from deq_jax.fixed_point import Solution, SolutionWithAux, attach, fixed_point, solve
 from deq_jax.solvers import Anderson, Broyden, Fold, Picard, Seen, Solved, Solver, Stats, Status
+from deq_jax.trajectory import ResidualTrace, Snapshots, Trajectory, fixed_point_correction, trajectory
+from deq_jax.warm_start import FixedPointCache, first_guess_loss
 
 __version__ = "0.1.0"
 
@@ -26,6 +29,7 @@ __all__ = [
     "Adjoint",
     "Anderson",
     "Broyden",
+    "FixedPointCache",
     "Fold",
     "Implicit",
     "ImplicitJVP",
@@ -34,17 +38,27 @@ __all__ = [
     "Phantom",
     "Picard",
     "Probe",
+    "ResidualTrace",
     "Reversible",
     "Seen",
     "Shine",
+    "Snapshots",
     "Solution",
     "SolutionWithAux",
     "Solved",
     "Solver",
     "Stats",
     "Status",
+    "Trajectory",
     "Unroll",
+    "adapters",
     "attach",
+    "diagnostics",
+    "first_guess_loss",
     "fixed_point",
+    "fixed_point_correction",
+    "regularizers",
     "solve",
+    "stability",
+    "trajectory",
 ]

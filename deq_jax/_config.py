@@ -17,7 +17,8 @@ def config(cls: type[T]) -> type[T]:
     """Frozen dataclass that is also a pytree, and that answers a misspelled option with a suggestion.
 
     Floats and arrays are leaves, so that a tolerance can be traced and swept without compiling again.
-    Python ints, bools and None are structure: they fix shapes (a history) or a program (unrolled steps).
+    Python ints, bools and None are structure: they fix shapes (a history) or a program (unrolled steps). So
+    are functions, alone or in a tuple (an optimizer of optax).
     An int that must be swept inside one compiled function (`max_steps`) becomes a leaf by being an array.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
@@ -58,7 +59,8 @@ _LEAF = _Placeholder.LEAF
 
 
 def _is_static(value) -> bool:
-    return value is None or isinstance(value, bool | int | str)
+    leaves = jax.tree.leaves(value)
+    return value is None or isinstance(value, bool | int | str) or (bool(leaves) and all(map(callable, leaves)))
 
 
 def check_number(

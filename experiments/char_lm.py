@@ -70,7 +70,7 @@ class Config:
     warmup_share: float = 0.03125  # of the steps, first, with a rising learning rate
     clip: float = 1.0  # of the gradient's global norm
     weight_decay: float = 0.0
-    jacobian_weight: float = 0.0  # of the penalty on the Jacobian's norm at the equilibrium
+    jacobian_weight: float = 0.0  # of the penalty on the Jacobian's norm at the equilibrium, after the warm-up
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the state; parameters are float32
     seed: int = 0
     log_every: int = 20
@@ -131,14 +131,24 @@ def loss_fn(
     batch: Any,
     key: Array,
     carry: PyTree,
+    *,
+    jacobian_weight: float = 0.0,
 ) -> tuple[Array, tuple]:
-    """The mean cross entropy of a `data.Segment` in nats, with the detached history of the segment before."""
+    """The mean cross entropy of a `data.Segment` in nats, with the detached history of the segment before.
+
+    With a weight, that many times the Jacobian penalty is added, and `loss` in the metrics is without it.
+    """
     model = nnx.merge(graphdef, params)
-    history = lm.forget_at_start(carry, batch.is_start)
-    logits, history, solution = model(batch.inputs, history, key=key, solver=solver, adjoint=adjoint, probe=probe)
+    before = lm.forget_at_start(carry, batch.is_start)
+    logits, history, solution = model(batch.inputs, before, key=key, solver=solver, adjoint=adjoint, probe=probe)
     loss = lm.cross_entropy(logits, batch.targets)
     # What nobody reads XLA drops: an unrolled network is not charged for measuring its last residual.
     metrics = {} if isinstance(adjoint, deq.Unroll) else lm.solve_metrics(solution.stats)
+    if jacobian_weight:
+        context, noise = model.context(batch.inputs, before, key=key), jax.random.fold_in(key, 1)
+        penalty = deq.regularizers.jacobian_penalty(model.cell.f, solution.value, context, key=noise)
+        metrics |= {"loss": loss, "jacobian_penalty": penalty}
+        loss = loss + jacobian_weight * penalty
     return loss, (rest, history, metrics)
 
 
@@ -239,8 +249,6 @@ class Trained(NamedTuple):
 
 def train(config: Config, title: str = "step") -> Trained:
     """Train or resume `config.run`; a finished one is measured again."""
-    if config.jacobian_weight:
-        raise ValueError("--jacobian-weight must be 0: this version has no Jacobian penalty")
     corpus = lm.load_corpus(config.data, level=config.level, data_dir=config.data_dir)
     batches = data.segments(corpus.train, config.batch, config.length, seed=config.seed)
     evaluation = lm.evaluation_segments(corpus.valid, EVALUATION_BATCH, config.length)
@@ -309,13 +317,15 @@ def make_steps(config: Config, graphdef: Any) -> tuple[Any, Any]:
     """The compiled steps of the warm-up and of the rest; they share one state."""
     tx = optimizer(config)
 
-    def step(solver, adjoint):
+    def step(solver, adjoint, weight):
         # These leave the probe as it is, and zeros in the log would read as a solve that converged at once.
         silent = isinstance(adjoint, deq.Unroll | deq.Reversible | deq.ImplicitJVP)
         probe = None if silent else deq.Probe.zeros((config.batch,))
-        return make_train_step(functools.partial(loss_fn, graphdef, solver, adjoint), tx, probe=probe)
+        loss = functools.partial(loss_fn, graphdef, solver, adjoint, jacobian_weight=weight)
+        return make_train_step(loss, tx, probe=probe)
 
-    return step(deq.Picard(max_steps=config.shallow_depth), deq.Unroll()), step(config.solver, config.adjoint)
+    shallow = step(deq.Picard(max_steps=config.shallow_depth), deq.Unroll(), 0.0)
+    return shallow, step(config.solver, config.adjoint, config.jacobian_weight)
 
 
 def final_report(config: Config, state: TrainState, meter: lm.Meter, program: Any, measured: lm.Evaluation) -> dict:

@@ -413,3 +413,20 @@ def test_words_are_counted_in_perplexity(data_dir, tmp_path, capsys):
 
 if __name__ == "__main__":
     die(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
+
+
+def test_the_jacobian_penalty_is_an_option():
+    vocabulary = data.Vocabulary(tuple("abcdefgh"), "char")
+    tokens = np.arange(400) % 8
+    stepped = []
+    for weight in (0.0, 5.0):
+        config = dataclasses.replace(TINY, jacobian_weight=weight)
+        graphdef, state = char_lm.start_state(config, vocabulary)
+        _, step = char_lm.make_steps(config, graphdef)
+        batches = data.segments(tokens, config.batch, config.length, seed=0)
+        for i in range(8):
+            state, metrics = step(state, batches[i])
+        stepped.append(metrics)
+    plain, penalized = stepped
+    assert "jacobian_penalty" not in plain and 0 < penalized["jacobian_penalty"] < 1
+    assert penalized["fwd_steps"] < plain["fwd_steps"]

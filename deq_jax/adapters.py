@@ -1,0 +1,217 @@
+"""Other people's solvers with our derivative, and our solvers in other people's loops."""
+
+import difflib
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, PyTree
+
+from deq_jax._config import check_number, config
+from deq_jax.adjoints import Adjoint, Implicit, hoist
+from deq_jax.fixed_point import Solution, attach
+from deq_jax.solvers import Anderson, Picard, Solver
+from deq_jax.solvers.base import measure, raveler
+
+
+def implicit(
+    f: Callable,
+    *,
+    adjoint: Adjoint = Implicit(),  # noqa: B008  frozen
+    solver: Solver = Anderson(),  # noqa: B008
+    batch_ndim: int = 0,
+    has_aux: bool = False,
+) -> Callable[[Callable], Callable]:
+    """A decorator: `run(z0, *args, **options) -> z` gets the derivative that a fixed point of f has in args.
+
+    How `run` finds z is its own affair: a loop that cannot be differentiated, a callback, a table. No gradient
+    flows to z0, nor to `options`. With `has_aux`, run returns (z, aux), and aux has no gradient. For the root of
+    F(z, *args) = 0 (jaxopt's `custom_root`) take f = z − F(z, *args): its derivative is the same, and so is its
+    linear system, (I − J_f) = J_F. `solver` is what the adjoint derives its backward solver from.
+
+    >>> import jax, jax.numpy as jnp, deq_jax as deq
+    >>> @deq.adapters.implicit(lambda z, a: 0.5 * (z + a / z))
+    ... def square_root(z0, a):
+    ...     return jax.lax.while_loop(lambda z: abs(z * z - a) > 1e-5, lambda z: 0.5 * (z + a / z), z0)
+    >>> bool(abs(jax.grad(square_root, argnums=1)(1.0, 4.0) - 0.25) < 1e-4)
+    True
+    """
+    if not callable(f):
+        raise TypeError(f"implicit(f) takes the function whose fixed point is found, as f(z, *args); got {f!r}")
+
+    def decorate(run: Callable) -> Callable:
+        @functools.wraps(run)
+        def differentiable(z0, *args, **options):
+            found = run(jax.lax.stop_gradient(z0), *jax.lax.stop_gradient(args), **options)
+            z, aux = found if has_aux else (found, None)
+            z = attach(f, z, *args, adjoint=adjoint, solver=solver, batch_ndim=batch_ndim)
+            return (z, jax.lax.stop_gradient(aux)) if has_aux else z
+
+        return differentiable
+
+    return decorate
+
+
+SCIPY_METHODS = (
+    "hybr",
+    "lm",
+    "broyden1",
+    "broyden2",
+    "anderson",
+    "linearmixing",
+    "diagbroyden",
+    "excitingmixing",
+    "krylov",
+    "df-sane",
+)
+
+
+def scipy_root(
+    f: Callable,
+    z0: PyTree,
+    *args: PyTree,
+    method: str = "hybr",
+    rtol: float = 1e-6,
+    options: dict[str, Any] | None = None,
+    adjoint: Adjoint = Implicit(),  # noqa: B008
+) -> Solution:
+    """The fixed point of f by `scipy.optimize.root`, differentiable; works under jit, grad and vmap.
+
+    SciPy runs on the host in float64, under jit in a callback, and calls f on the CPU from there. One problem, of
+    some hundreds of unknowns at most for 'hybr' and 'lm', which get the dense Jacobian; 'krylov' and 'df-sane'
+    take more. For hard small systems, and as a reference: any solver of ours is faster. Under jit on a machine
+    with one core a callback that reads megabytes can wait for ever for JAX's only thread: call it eagerly there.
+
+    Args:
+      method, options: as for `scipy.optimize.root`, whose `tol` is rtol. Where SciPy gives up with an exception,
+        the value is z0.
+      rtol: also decides, as everywhere here, whether Stats says CONVERGED: ‖f(z) − z‖ ≤ rtol ‖f(z)‖ at the z
+        that SciPy returns, whatever SciPy says about it.
+
+    >>> import jax, jax.numpy as jnp, deq_jax as deq
+    >>> cell = lambda z, a: jnp.cos(a * z)
+    >>> root = lambda a: deq.adapters.scipy_root(cell, jnp.zeros(()), a)
+    >>> bool(root(1.0).stats.converged), round(float(jax.grad(lambda a: root(a).value)(1.0)), 3)
+    (True, -0.297)
+    """
+    if method not in SCIPY_METHODS:
+        close = difflib.get_close_matches(str(method), SCIPY_METHODS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"they are {', '.join(SCIPY_METHODS)}"
+        raise ValueError(f"scipy.optimize.root has no method {method!r}; {hint}")
+    z0 = jax.tree.map(jnp.asarray, jax.lax.stop_gradient(z0))
+    # All that f reads travels through the callback: a traced value cannot be captured there.
+    pure, inputs, other = hoist(lambda z: f(z, *args), z0)
+    ravel, unravel = raveler(z0, 0)
+    residual = lambda flat, *reads: ravel(pure(unravel(flat), *reads)) - flat
+    start, reads = ravel(z0), jax.lax.stop_gradient((inputs, other))
+    on_host = functools.partial(_scipy, jax.jit(residual), jax.jit(jax.jacfwd(residual)), method, rtol, options)
+    shapes = jax.ShapeDtypeStruct(start.shape, start.dtype), jax.ShapeDtypeStruct((), jnp.int32)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((start, reads))):
+        flat, steps = jax.pure_callback(on_host, shapes, start, *reads, vmap_method="sequential")
+    else:
+        flat, steps = map(jnp.asarray, on_host(start, *reads))
+
+    z = unravel(flat)
+    stats = measure(lambda z: pure(z, *reads), z, Picard(rtol=rtol), steps, 0)
+    return Solution(attach(f, z, *args, adjoint=adjoint, solver=Anderson(rtol=rtol)), jax.lax.stop_gradient(stats))
+
+
+def _scipy(residual, jacobian, method, rtol, options, start, *reads):
+    from scipy import optimize  # slow to import
+
+    start, reads = np.asarray(start), jax.tree.map(np.asarray, reads)
+    at = lambda flat: flat.astype(start.dtype)
+    fun = lambda flat: np.asarray(residual(at(flat), *reads), np.float64)
+    if method in ("hybr", "lm"):
+        options = {"jac": lambda flat: np.asarray(jacobian(at(flat), *reads), np.float64), "options": options}
+    elif method == "krylov":
+        # Its difference quotients take f for exact in float64.
+        rdiff = {"rdiff": float(np.finfo(start.dtype).eps) ** 0.5}
+        options = {"options": {**(options or {}), "jac_options": rdiff | (options or {}).get("jac_options", {})}}
+    else:
+        options = {"options": options}
+    try:
+        found = optimize.root(fun, start.astype(np.float64), method=method, tol=rtol, **options)
+    except (ValueError, ArithmeticError, np.linalg.LinAlgError):  # no exception may leave a compiled program
+        return start, np.int32(0)
+    return at(found.x), np.int32(found.get("nfev", found.get("nit", 0)))
+
+
+@config
+class Optax:
+    """An optax optimizer as a solver: the residual f(z) − z plays the part of the negative gradient.
+
+    For a z that minimizes something, f(z) = z − ∇L(z), this is that optimizer on L; `optax.sgd(1.0)` is `Picard`.
+    Momentum and Adam also work on maps that are no gradients, with less reason. Rates that decay must leave
+    enough steps. What an optimizer shares between entries (a clip by global norm) it shares between the
+    problems of a batch.
+
+    Make `tx` once: a new one is a new program, since its functions are compared by identity. Optax itself is not
+    imported here; anything with `init` and `update` of arrays will do.
+
+    >>> import jax.numpy as jnp, optax, deq_jax as deq
+    >>> solver = deq.adapters.Optax(optax.sgd(0.3, momentum=0.5), rtol=1e-4)
+    >>> bool(deq.fixed_point(jnp.cos, jnp.zeros(3), solver=solver).stats.converged)
+    True
+    """
+
+    tx: Any
+    rtol: float = 1e-4
+    atol: float = 0.0
+    max_steps: int = 1000
+
+    def __post_init__(self):
+        if isinstance(self.tx, type) or not (hasattr(self.tx, "init") and hasattr(self.tx, "update")):
+            raise TypeError(f"Optax.tx must be an optimizer such as optax.adam(1e-2), got {self.tx!r}")
+        check_number(self, "rtol", at_least=0)
+        check_number(self, "atol", at_least=0)
+        check_number(self, "max_steps", at_least=0, whole=True)
+
+    def init(self, z: Float[Array, "*batch dim"]) -> Any:
+        return self.tx.init(z)
+
+    def update(
+        self, residual: Float[Array, "*batch dim"], state: Any, z: Float[Array, "*batch dim"]
+    ) -> tuple[Float[Array, "*batch dim"], Any]:
+        return self.tx.update(-residual, state, z)
+
+
+class GradientTransformation(NamedTuple):
+    """What optax calls by this name."""
+
+    init: Callable
+    update: Callable
+
+
+def as_optimizer(solver: Solver) -> GradientTransformation:
+    """One of our solvers as an optax optimizer, for `optax.chain` and `apply_updates`.
+
+    Anderson on gradient descent: `optax.chain(optax.scale(lr), as_optimizer(Anderson()))`, where the negative
+    scaled gradient is the residual. For full-batch gradients; noise is no secant.
+
+    >>> import jax, jax.numpy as jnp, optax, deq_jax as deq
+    >>> loss = lambda p: 0.5 * jnp.sum(jnp.arange(1.0, 6) * (p - 1) ** 2)
+    >>> tx, p = optax.chain(optax.scale(0.2), deq.adapters.as_optimizer(deq.Anderson())), jnp.zeros(5)
+    >>> state = tx.init(p)
+    >>> for _ in range(7):
+    ...     step, state = tx.update(jax.grad(loss)(p), state, p)
+    ...     p = optax.apply_updates(p, step)
+    >>> bool(loss(p) < 1e-8)
+    True
+    """
+
+    def init(params):
+        return solver.init(raveler(params, 0)[0](params))
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("as_optimizer needs params: tx.update(grads, state, params)")
+        ravel, unravel = raveler(params, 0)
+        step, state = solver.update(-ravel(updates), state, ravel(params))
+        return unravel(step), state
+
+    return GradientTransformation(init, update)

@@ -1,0 +1,201 @@
+"""States on the way to the fixed point: traces, snapshots, and losses on several of them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from deq_jax.adjoints import Adjoint, Implicit, Phantom, Probe
+from deq_jax.adjoints.base import choose
+from deq_jax.fixed_point import attach, solve
+from deq_jax.solvers import Anderson, Seen, Solver, Stats, Status
+from deq_jax.solvers.base import raveler, zeros_from
+
+
+class Trajectory(NamedTuple):
+    """What `trajectory` returns. Gradients flow through `value` and `states`."""
+
+    value: PyTree  # as z0
+    stats: Stats  # of the value
+    states: tuple[PyTree, ...]  # one as z0 for each entry of `at`
+    state_stats: tuple[Stats, ...]  # the same: evaluations that it took to know the state, and its own residual
+
+
+def trajectory(
+    f: Callable,
+    z0: PyTree,
+    *args: PyTree,
+    at: Sequence[int],
+    solver: Solver = Anderson(),  # noqa: B008  frozen
+    adjoint: Adjoint = Implicit(),  # noqa: B008
+    correction: Adjoint | Sequence[Adjoint] = Phantom(),  # noqa: B008
+    batch_ndim: int = 0,
+    probe: Probe | None = None,
+) -> Trajectory:
+    """`fixed_point`, with the iterates after each of `at` steps beside its value, for a loss on each of them.
+
+    There are always len(at) states, so that a loss over them compiles once. A problem that had stopped by then
+    repeats the z it returns, and so does one whose f was not finite there. With `Picard` the state at k is
+    f applied k times to z0.
+
+    Args:
+      f, z0, *args, solver, adjoint, batch_ndim, probe: as for `fixed_point`.
+      at: increasing numbers of steps, from 0 (which is z0); each below the solver's `max_steps`, for step k is
+        seen by evaluation k + 1.
+      correction: how the states are differentiated, as if each were the fixed point: one adjoint for all, or one
+        for each. Inexact ones are meant, `Phantom` or `JFB`, which look at f near the state alone.
+
+    Raises:
+      TypeError, ValueError: as `fixed_point`; for `at` and `correction` that do not fit.
+
+    Source: Bai, Geng, Savani & Kolter (2022), "Deep Equilibrium Optical Flow Estimation": its sparse fixed-point
+    correction is this with `fixed_point_correction`.
+
+    >>> import jax, jax.numpy as jnp, deq_jax as deq
+    >>> cell = lambda z, x: 0.5 * jnp.cos(z) + x
+    >>> def loss(x):
+    ...     z, _, states, _ = deq.trajectory(cell, jnp.zeros(3), x, at=(1, 2), solver=deq.Picard())
+    ...     return deq.fixed_point_correction([jnp.sum((s - 1) ** 2) for s in (*states, z)])
+    >>> jax.grad(loss)(jnp.arange(3.0)).shape
+    (3,)
+    """
+    at = _check_at(at)
+    if isinstance(solver.max_steps, int) and at[-1] >= solver.max_steps:
+        raise ValueError(
+            f"at={at} asks for the state after {at[-1]} steps, which evaluation {at[-1] + 1} is the first to see, "
+            f"and {type(solver).__name__}.max_steps={solver.max_steps}: take max_steps >= {at[-1] + 1}"
+        )
+    corrections = tuple(correction) if isinstance(correction, Sequence) else (correction,) * len(at)
+    if len(corrections) != len(at):
+        raise ValueError(f"correction must be one adjoint, or one for each of at={at}; got {len(corrections)}")
+
+    solved = solve(f, z0, *args, solver=solver, batch_ndim=batch_ndim, fold=Snapshots(at))
+    options: dict[str, Any] = dict(solver=solver, batch_ndim=batch_ndim)
+    value = attach(f, solved.value, *args, adjoint=adjoint, found=solved, probe=probe, **options)
+
+    states, state_stats = [], []
+    for k, snapshot, mode in zip(at, solved.folded, corrections, strict=True):
+        there = (k < solved.stats.steps) & jnp.isfinite(snapshot.residual)
+        z = choose(there, snapshot.z, solved.value)
+        states.append(attach(f, z, *args, adjoint=mode, **options))
+        state_stats.append(_stats_at(k, there, snapshot, solved.stats))
+    return Trajectory(value, solved.stats, tuple(states), tuple(state_stats))
+
+
+def _stats_at(k: int, there: Array, snapshot: "Snapshot", end: Stats) -> Stats:
+    ended = end.steps <= k + 1
+    return Stats(
+        jnp.minimum(end.steps, k + 1),
+        jnp.where(there, snapshot.residual, end.residual),
+        jnp.where(there, snapshot.relative_residual, end.relative_residual),
+        jnp.where(ended, end.status, Status.MAX_STEPS),
+    )
+
+
+def fixed_point_correction(losses: Sequence[Array], gamma: float = 0.8) -> Array:
+    """Σₖ γⁿ⁻ᵏ⁻¹ lossesₖ over n losses, in the order of the trajectory: the last, at the equilibrium, has weight 1.
+
+    Source: Bai et al. (2022), as at `trajectory`, after the sequence loss of RAFT (Teed & Deng 2020), γ = 0.8.
+
+    >>> import jax.numpy as jnp
+    >>> float(fixed_point_correction([jnp.array(4.0), jnp.array(2.0), jnp.array(1.0)], gamma=0.5))
+    3.0
+    """
+    if len(losses) == 0:
+        raise ValueError("fixed_point_correction needs at least one loss")
+    n = len(losses)
+    return jnp.asarray(sum(gamma ** (n - k - 1) * loss for k, loss in enumerate(losses)))
+
+
+# ---- folds -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualTrace:
+    """A fold: the relative residual of each problem at each evaluation, `[*batch, size]`.
+
+    Entry k is that of evaluation k, of z0 first. An evaluation that a problem never had is NaN, so that means
+    and plots leave it out (`jnp.nanmean`); one where f was not finite is inf. What comes after `size` is dropped.
+    XLA removes the buffer where nobody reads it.
+
+    A fold of your own is any object with these two methods, of arrays and pure functions. Here is the largest
+    change of any entry by f, over the solve:
+
+    >>> import jax, jax.numpy as jnp, deq_jax as deq
+    >>> class LargestChange:
+    ...     def init(self, z0, batch_ndim):
+    ...         return jnp.zeros(())
+    ...     def update(self, largest, seen):
+    ...         return jnp.maximum(largest, jnp.max(jnp.abs(seen.fz - seen.z)))
+    >>> solved = jax.jit(lambda z0: deq.solve(jnp.cos, z0, fold=LargestChange()))(jnp.zeros(2))
+    >>> float(solved.folded)
+    1.0
+
+    And this one:
+
+    >>> solved = deq.solve(jnp.cos, jnp.zeros(2), solver=deq.Picard(rtol=0.1), fold=ResidualTrace(10))
+    >>> [f"{residual:.2f}" for residual in solved.folded]
+    ['1.00', '0.85', '0.37', '0.31', '0.18', '0.13', '0.08', 'nan', 'nan', 'nan']
+    """
+
+    size: int
+
+    def __post_init__(self):
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
+            raise ValueError(f"ResidualTrace.size must be an int >= 1, got {self.size!r}")
+
+    def init(self, z0: PyTree, batch_ndim: int) -> Float[Array, "*batch size"]:
+        corner = raveler(z0, batch_ndim)[0](z0)[..., :1]
+        return jnp.repeat(zeros_from(corner), self.size, axis=-1) + jnp.nan
+
+    def update(self, folded: Float[Array, "*batch size"], seen: Seen) -> Float[Array, "*batch size"]:
+        now = jnp.where(jnp.isfinite(seen.residual), seen.relative_residual, jnp.inf)[..., None]
+        here = seen.running[..., None] & (jnp.arange(self.size) == seen.step)
+        return jnp.where(here, now, folded)
+
+
+class Snapshot(NamedTuple):
+    """A state of the solve, and its residuals; those are inf until it is reached."""
+
+    z: PyTree  # as z0
+    residual: Float[Array, "*batch"]
+    relative_residual: Float[Array, "*batch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshots:
+    """A fold: the iterates after the given numbers of steps, a `Snapshot` for each.
+
+    A solve that ends before leaves the last iterate that it evaluated, with that one's residual. (`trajectory`
+    returns the value there, and makes all states differentiable.) Memory is len(at) states.
+
+    >>> import jax.numpy as jnp, deq_jax as deq
+    >>> solved = deq.solve(jnp.cos, jnp.zeros(()), solver=deq.Picard(), fold=Snapshots(at=(0, 1, 2)))
+    >>> [round(float(s.z), 3) for s in solved.folded]
+    [0.0, 1.0, 0.54]
+    """
+
+    at: Sequence[int]
+
+    def __post_init__(self):
+        object.__setattr__(self, "at", _check_at(self.at))
+
+    def init(self, z0: PyTree, batch_ndim: int) -> tuple[Snapshot, ...]:
+        zero = zeros_from(raveler(z0, batch_ndim)[0](z0)[..., 0])
+        return (Snapshot(z0, zero + jnp.inf, zero + jnp.inf),) * len(self.at)
+
+    def update(self, folded: tuple[Snapshot, ...], seen: Seen) -> tuple[Snapshot, ...]:
+        new = Snapshot(seen.z, seen.residual, seen.relative_residual)
+        keep = lambda k, old: jax.tree.map(lambda new, old: jnp.where(seen.step <= k, new, old), new, old)
+        return tuple(keep(k, old) for k, old in zip(self.at, folded, strict=True))
+
+
+def _check_at(at: Any) -> tuple[int, ...]:
+    steps = tuple(at) if isinstance(at, list | tuple | range) else (at,)
+    whole = all(isinstance(k, int) and not isinstance(k, bool) and k >= 0 for k in steps)
+    if not steps or not whole or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+        raise ValueError(f"at must be increasing numbers of steps, ints >= 0 such as (2, 5); got {at!r}")
+    return steps
