@@ -236,7 +236,10 @@ def _check(f, z0, args, solver, adjoint, batch_ndim, probe) -> PyTree:
             f"probe must be Probe.zeros({batch_shape}), the batch shape of z0; got shapes "
             f"{[jnp.shape(p) for p in jax.tree.leaves(probe)]}"
         )
-    return jax.tree.map(jnp.asarray, z0)
+    z0 = jax.tree.map(jnp.asarray, z0)
+    if hasattr(adjoint, "warn"):
+        adjoint.warn(z0, solver)
+    return z0
 
 
 def _is_array_like(leaf: Any) -> bool:
