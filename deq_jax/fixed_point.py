@@ -75,6 +75,8 @@ def fixed_point(
     (3, 3)
     """
     z0 = _check(f, z0, args, solver, adjoint, batch_ndim, probe)
+    if hasattr(adjoint, "warn"):  # here, outside the jit below, its numbers are still numbers
+        adjoint.warn(z0, solver)
     reads = what_it_reads(f)
     run = _fixed_point if reads is None else _compiled
     return run(f, reads, batch_ndim, has_aux, z0, args, solver, adjoint, probe)
@@ -236,10 +238,7 @@ def _check(f, z0, args, solver, adjoint, batch_ndim, probe) -> PyTree:
             f"probe must be Probe.zeros({batch_shape}), the batch shape of z0; got shapes "
             f"{[jnp.shape(p) for p in jax.tree.leaves(probe)]}"
         )
-    z0 = jax.tree.map(jnp.asarray, z0)
-    if hasattr(adjoint, "warn"):
-        adjoint.warn(z0, solver)
-    return z0
+    return jax.tree.map(jnp.asarray, z0)
 
 
 def _is_array_like(leaf: Any) -> bool:
