@@ -95,9 +95,11 @@ def at_equilibrium(
         raise TypeError(_FORWARD_MODE) from error
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _value(f, batch_ndim, adjoint, solver, found, inputs, other, probe):
+def _take_z(f, batch_ndim, adjoint, solver, found, inputs, other, probe):
     return found.z
+
+
+_value: Any = jax.custom_vjp(_take_z, nondiff_argnums=(0, 1))
 
 
 def _value_fwd(f, batch_ndim, adjoint, solver, found, inputs, other, probe):

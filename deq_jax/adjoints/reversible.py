@@ -1,8 +1,8 @@
 """The exact gradient of a finite number of iterations, without keeping any of them."""
 
-import functools
 import math
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,9 +110,11 @@ def _walk(f, batch_ndim, rules, z0, inputs, other):
     return y, z, steps, stats
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _solve(f, batch_ndim, rules, z0, inputs, other):
+def _walk_forward(f, batch_ndim, rules, z0, inputs, other):
     return _solve_fwd(f, batch_ndim, rules, z0, inputs, other)[0]
+
+
+_solve: Any = jax.custom_vjp(_walk_forward, nondiff_argnums=(0, 1))
 
 
 def _solve_fwd(f, batch_ndim, rules, z0, inputs, other):
