@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from deq_jax._cache import reads as what_it_reads
-from deq_jax.adjoints import Adjoint, Found, Implicit, Probe, hoist
+from deq_jax.adjoints import Adjoint, Found, Implicit, Probe, Reversible, hoist
 from deq_jax.solvers import Anderson, Fold, Solved, Solver, Stats
 from deq_jax.solvers import solve as _solve
 
@@ -75,7 +75,7 @@ def fixed_point(
     (3, 3)
     """
     z0 = _check(f, z0, args, solver, adjoint, batch_ndim, probe)
-    if hasattr(adjoint, "warn"):  # here, outside the jit below, its numbers are still numbers
+    if isinstance(adjoint, Reversible):  # here, outside the jit below, its numbers are still numbers
         adjoint.warn(z0, solver)
     reads = what_it_reads(f)
     run = _fixed_point if reads is None else _compiled
