@@ -46,6 +46,11 @@ class Unroll:
                 "Unroll needs max_steps as a Python int, for it fixes the depth of the program; got "
                 f"{solver.max_steps}. Use Implicit, Phantom, Neumann or JFB to sweep a traced step budget."
             )
+        if getattr(solver, "recovers", False):
+            raise TypeError(
+                f"Unroll cannot differentiate {type(solver).__name__}: its trials and cut steps are no smooth function "
+                "of the inputs. Use Picard, Anderson or Broyden, or adjoint=Implicit()"
+            )
         ravel, unravel = raveler(z0, batch_ndim)
 
         def iterate(carry):
