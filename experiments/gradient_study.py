@@ -419,8 +419,7 @@ def markdown(results: dict[str, Any]) -> str:
     found = {(r["radius"], r["rtol"], r["ratio"]): r for r in results["tolerances"]}
     keys = sorted({key[:2] for key in found}, key=lambda key: (key[0], -key[1]))
     lines += grid(["ρ", "forward rtol", *(f"× {ratio:g}" for ratio in ratios)], [
-        [rho, f"{rtol:g}", *(f"{found[rho, rtol, q]['error']:.1e} ({found[rho, rtol, q]['products']:.1f})" for q in ratios)]
-        for rho, rtol in keys
+        [rho, f"{rtol:g}", *(pair(found[rho, rtol, ratio]) for ratio in ratios)] for rho, rtol in keys
     ])  # fmt: skip
     memory = results["memory"]
     lines += ["## Memory by max_steps", "", "Temporaries in kB, float32, Picard.", ""]
@@ -430,6 +429,10 @@ def markdown(results: dict[str, Any]) -> str:
         for name, sizes in memory["bytes"].items()
     ])  # fmt: skip
     return "\n".join(lines)
+
+
+def pair(row: dict[str, Any]) -> str:
+    return f"{row['error']:.1e} ({row['products']:.1f})"
 
 
 def adjoint_row(row: dict[str, Any]) -> list[Any]:
