@@ -282,7 +282,7 @@ def exact_pairs(config: Config) -> list[dict[str, Any]]:
     """The exact modes at tight tolerance, for each forward solver with each backward solver."""
     rows, tight = [], solvers("float64")
     for forward_name, forward in tight.items():
-        if config.quick and forward_name != "Broyden":
+        if config.quick and forward_name != "Anderson":
             continue
         backward: dict[str, Any] = {"default": None, **tight, "GMRES(32)": backward_solvers(1e-15, config)["GMRES(32)"]}
         modes = {name: deq.Implicit(solver) for name, solver in backward.items()} | {"JVP": deq.ImplicitJVP()}
@@ -331,11 +331,13 @@ def memory_by_depth(config: Config) -> dict[str, Any]:
         "Unroll": deq.Unroll(),
         "Unroll, √L": deq.Unroll(checkpoint=True),
     }
+    if config.quick:
+        del modes["Unroll"]
     shape = config.problems, config.dim
     size = lambda depth, adjoint: lm.temp_bytes(program(shape, "float32", deq.Picard(max_steps=depth), adjoint))
     table = {name: [size(depth, adjoint) for depth in config.depths] for name, adjoint in modes.items()}
     # bytes = a + c Lᵖ: the exponent whose straight line fits best
-    fits = {name: fit_power(config.depths, table[name]) for name in ("Unroll", "Unroll, √L")}
+    fits = {name: fit_power(config.depths, table[name]) for name in modes if name.startswith("Unroll")}
     return {"depths": list(config.depths), "bytes": table, "fits": fits}
 
 
