@@ -38,7 +38,7 @@ LAST = 50  # steps whose mean loss is the final one
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Six minutes on one CPU core; Implicit at a backward tolerance of a tenth ends below the best cheap gradient.
+    """Seven minutes on one CPU core; with Implicit every backward solve converges where the forward one did.
 
     python -m experiments.backward_study
 
@@ -47,15 +47,15 @@ class Config:
 
     out: Path = Path("experiments/results/backward")
     quick: bool = False  # seconds: the tanh cell alone, a few steps
-    steps: int = 300
+    steps: int = 200
     seeds: int = 3
     rtol: float = 1e-3  # of the forward solve
     max_steps: int = 100
-    lr: float = 3e-3
+    lrs: tuple[float, ...] = (3e-3, 1e-2)  # each mode counts at its better one: exact gradients bear a larger one
     cells: tuple[str, ...] = ("tanh", "convolution", "transformer")
 
 
-QUICK = dict(quick=True, steps=60, seeds=2, cells=("tanh",))
+QUICK = dict(quick=True, steps=60, seeds=2, lrs=(1e-2,), cells=("tanh",))
 
 
 def modes(config: Config) -> dict[str, Any]:
@@ -71,7 +71,6 @@ def modes(config: Config) -> dict[str, Any]:
 
     exact = {f"Anderson(16) × {ratio:g}": anderson(16, ratio) for ratio in (1.0, 0.1, 0.01)}
     if not config.quick:
-        exact |= {f"Anderson(32) × {ratio:g}": anderson(32, ratio) for ratio in (0.1, 0.01)}
         exact |= {f"GMRES(32) × {ratio:g}": gmres(32, ratio) for ratio in (0.1, 0.01)}
     return exact | INEXACT if not config.quick else exact | {"JFB": INEXACT["JFB"]}
 
@@ -185,8 +184,10 @@ def loss_fn(task: Task, params: PyTree, probe: deq.Probe, x: Array, y: Array, so
     return losses.mean(), stats
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def train(task: Task, lr: float, params: PyTree, batches: tuple[Array, Array], solver: Any, adjoint: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=0)
+def train(
+    task: Task, lr: float | Array, params: PyTree, batches: tuple[Array, Array], solver: Any, adjoint: Any
+) -> Any:
     """(params, a dict of [seeds, steps]) after all the batches, one seed after the other."""
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr))
 
@@ -235,7 +236,7 @@ def compare(config: Config) -> Iterator[dict[str, Any]]:
     solver = deq.Anderson(rtol=config.rtol, max_steps=config.max_steps)
     for cell in config.cells:
         task, (x, y) = build(cell), load(cell)
-        size = 8 if cell == "transformer" else 16
+        size = {"tanh": 16, "convolution": 8, "transformer": 4}[cell]
         order = np.random.default_rng(0).integers(len(x), size=(config.seeds, config.steps, size))
         batches = jnp.asarray(x[order]), jnp.asarray(y[order])
         programs: dict[Any, Any] = {}  # by the structure of the adjoint: a tolerance does not compile anew
@@ -247,14 +248,17 @@ def compare(config: Config) -> Iterator[dict[str, Any]]:
             for mode, adjoint in modes(config).items():
                 structure = jax.tree.structure(adjoint)
                 if structure not in programs:
-                    programs[structure] = train.lower(task, config.lr, params, batches, solver, adjoint).compile()
-                began = time.process_time()
-                trained, lines = jax.block_until_ready(programs[structure](params, batches, solver, adjoint))
-                spent = time.process_time() - began
+                    programs[structure] = train.lower(task, 0.0, params, batches, solver, adjoint).compile()
+                tries = []
+                for lr in config.lrs:
+                    began = time.process_time()
+                    trained, lines = jax.block_until_ready(programs[structure](lr, params, batches, solver, adjoint))
+                    tries.append({"lr": lr} | summary({k: np.asarray(v) for k, v in lines.items()}, mode))
+                    tries[-1]["cpu_seconds"] = time.process_time() - began
+                    tries[-1]["radius_after"] = mean_radius(task, trained, batches[0][:, 0])
                 row = {"cell": cell, "kind": kind, "mode": mode, "radius_before": before}
-                row["radius_after"] = mean_radius(task, trained, batches[0][:, 0])
-                row |= summary({k: np.asarray(v) for k, v in lines.items()}, mode) | {"cpu_seconds": spent}
-                print(f"  {cell}, {kind}, {mode}: loss {row['loss']:.4f}, {spent:.1f} s", flush=True)
+                row |= min(tries, key=lambda one: one["loss"]) | {"tries": tries}
+                print(f"  {cell}, {kind}, {mode}: loss {row['loss']:.4f} at {row['lr']:g}", flush=True)
                 yield row
 
 
@@ -318,6 +322,7 @@ def markdown(results: dict[str, Any]) -> str:
         head = [
             "mode",
             "loss",
+            "rate",
             "evaluations",
             "forward converged",
             "products",
@@ -326,7 +331,7 @@ def markdown(results: dict[str, Any]) -> str:
             "time",
         ]
         lines += grid(head, [
-            [r["mode"], f"{r['loss']:.4f} ± {r['spread']:.4f}", f"{r['evaluations']:.1f}",
+            [r["mode"], f"{r['loss']:.4f} ± {r['spread']:.4f}", f"{r['lr']:g}", f"{r['evaluations']:.1f}",
              f"{r['forward_converged']:.1%}", f"{r['products']:.1f}",
              "" if r["backward_converged"] is None else f"{r['backward_converged']:.2%}",
              f"{r['radius_after']:.2f}", f"{r['cpu_seconds'] / base:.2f}"]
