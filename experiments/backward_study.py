@@ -38,7 +38,7 @@ LAST = 50  # steps whose mean loss is the final one
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Seven minutes on one CPU core; with Implicit every backward solve converges where the forward one did.
+    """About seven minutes on one free CPU core (estimated from its parts: the results are not kept yet).
 
     python -m experiments.backward_study
 
