@@ -541,8 +541,8 @@ def test_low_rank_broyden_equals_the_dense_update(contraction):
         np.testing.assert_allclose(dense(run[k][3], k, 10), B, rtol=1e-8, atol=1e-10)
 
 
-def test_broyden_restarts_when_full(contraction):
-    run = trajectory(deq.Broyden(rank=3), contraction, jnp.zeros(10), 9)
+def test_broyden_restarts_when_full_and_nothing_is_kept(contraction):
+    run = trajectory(deq.Broyden(rank=3, keep=0), contraction, jnp.zeros(10), 9)
     B = -np.eye(10)
     for k in range(1, 9):
         dz, dg = run[k][0] - run[k - 1][0], run[k][1] - run[k - 1][1]
