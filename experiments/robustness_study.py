@@ -25,7 +25,7 @@ import deq_jax as deq
 from deq_jax import solvers
 from experiments.lm import environment
 from experiments.plots import STYLE
-from experiments.robustness_cells import CELLS, DIM, FAMILIES, HARD, NAMES, NO_ZERO, RUNS, Family, classical, start
+from experiments.robustness_cells import CELLS, DIM, FAMILIES, HARD, NAMES, NO_ZERO, RUNS, classical, start
 
 RTOL = 1e-4
 CELL_BUDGET = 100
@@ -115,19 +115,19 @@ def study(config: Config, table: dict[str, Any]) -> dict[str, Any]:
     print(f"{machine['processor']}, {machine['cores']} cores; jax {versions['jax']}; {machine['devices'][0]}")
     names = QUICK if config.quick else tuple(FAMILIES)
     count = 3 if config.quick else config.seeds
-    groups = draw(names, range(config.first_seed, config.first_seed + count)) if config.cells else []
+    problems = draw(names, range(config.first_seed, config.first_seed + count)) if config.cells else None
     systems = QUICK_RUNS if config.quick else RUNS
     results = {}
     for name, solver in table.items():
         began = time.perf_counter()
         result: dict[str, Any] = {"solver": repr(solver)}
-        if config.cells:
-            verdicts = cell_verdicts(groups, dataclasses.replace(solver, rtol=RTOL, atol=0.0, max_steps=CELL_BUDGET))
+        if problems:
+            verdicts = cell_verdicts(problems, dataclasses.replace(solver, rtol=RTOL, atol=0.0, max_steps=CELL_BUDGET))
             result["cells"] = {family: summary(v) for family, v in verdicts.items()}
             for part, members in (("all", FAMILIES), ("plain", CELLS), ("hard", HARD)):
                 kept = [v for family, v in verdicts.items() if family in members]
                 result[part] = summary(Verdicts(*map(np.concatenate, zip(*kept, strict=True)))) if kept else None
-            result["counted"] = counted(groups, dataclasses.replace(solver, rtol=RTOL, max_steps=CELL_BUDGET))
+            result["counted"] = counted(problems, dataclasses.replace(solver, rtol=RTOL, max_steps=CELL_BUDGET))
         if config.mgh:
             posed = dataclasses.replace(solver, rtol=0.0, atol=MGH_ATOL, max_steps=MGH_BUDGET)
             result["systems"] = system_results(posed, systems)
@@ -160,16 +160,20 @@ def study(config: Config, table: dict[str, Any]) -> dict[str, Any]:
 # ---- random cells ------------------------------------------------------------------------------------------
 
 
-class Group(NamedTuple):
-    """Families whose cells are one program with other numbers: compiled once, solved as one batch."""
+class Problems(NamedTuple):
+    """All cells as one batch, so that a solver is compiled once: cells of one program with other numbers side by side."""
 
-    cell: Callable
-    families: list[str]
-    params: Any  # leaves [families · seeds, ...]
+    families: list[list[str]]  # by program
+    cells: list[Callable]
+    params: list[Any]  # leaves [families · seeds, ...]
+
+    def f(self, z, params):
+        parts = jnp.split(z, np.cumsum([len(jax.tree.leaves(p)[0]) for p in params])[:-1])
+        return jnp.concatenate([jax.vmap(c)(part, p) for c, part, p in zip(self.cells, parts, params, strict=True)])
 
 
-def draw(names: tuple[str, ...], seeds: range) -> list[Group]:
-    members: dict[str, list[tuple[str, Family, Any]]] = {}
+def draw(names: tuple[str, ...], seeds: range) -> Problems:
+    programs: dict[str, list[tuple[str, Any]]] = {}
     for name in names:
         family = FAMILIES[name]
         keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())) for seed in seeds])
@@ -177,42 +181,30 @@ def draw(names: tuple[str, ...], seeds: range) -> list[Group]:
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)), name
         one = jax.tree.map(lambda leaf: leaf[0], params)
         program = str(jax.make_jaxpr(family.cell)(jnp.zeros(DIM, jnp.float32), one))
-        members.setdefault(program, []).append((name, family, params))
+        programs.setdefault(program, []).append((name, params))
+    families = [[name for name, _ in group] for group in programs.values()]
     stack = lambda *leaves: jnp.concatenate(leaves)
-    return [
-        Group(group[0][1].cell, [name for name, _, _ in group], jax.tree.map(stack, *[p for _, _, p in group]))
-        for group in members.values()
-    ]
+    params = [jax.tree.map(stack, *[p for _, p in group]) for group in programs.values()]
+    return Problems(families, [FAMILIES[group[0]].cell for group in families], params)
 
 
-def cell_verdicts(groups: list[Group], solver: Any) -> dict[str, Verdicts]:
-    verdicts = {}
-    for group in groups:
-        z, stats = solve_cells(group.cell, group.params, solver)
-        residual = relative_residual(group.cell, z, group.params)
-        judged = judge(stats, residual, RTOL + CELL_SLACK, RTOL - CELL_SLACK)
-        parts = zip(*(np.split(x, len(group.families)) for x in judged), strict=True)
-        verdicts |= {name: Verdicts(*part) for name, part in zip(group.families, parts, strict=True)}
+def cell_verdicts(problems: Problems, solver: Any) -> dict[str, Verdicts]:
+    """Each problem from zero, in float32."""
+    names = [name for group in problems.families for name in group]
+    z0 = jnp.zeros((sum(len(jax.tree.leaves(p)[0]) for p in problems.params), DIM), jnp.float32)
+    solve = jax.jit(lambda params: deq.solve(problems.f, z0, params, solver=solver, batch_ndim=1)[:2])
+    z, stats = solve(problems.params)
+    assert z.dtype == jnp.float32
+    judged = judge(stats, relative_residual(problems, z), RTOL + CELL_SLACK, RTOL - CELL_SLACK)
+    parts = zip(*(np.split(x, len(names)) for x in judged), strict=True)
+    verdicts = {name: Verdicts(*part) for name, part in zip(names, parts, strict=True)}
     return {name: verdicts[name] for name in FAMILIES if name in verdicts}
 
 
-def solve_cells(cell: Callable, params: Any, solver: Any, before: Callable = lambda: None) -> Any:
-    """z [problems, DIM] and Stats, from zeros; `before` runs at each evaluation."""
-
-    def f(z, params):
-        before()
-        return jax.vmap(cell)(z, params)
-
-    z0 = jnp.zeros((len(jax.tree.leaves(params)[0]), DIM), jnp.float32)
-    solved = jax.jit(lambda params: deq.solve(f, z0, params, solver=solver, batch_ndim=1)[:2])(params)
-    assert solved[0].dtype == jnp.float32
-    return solved
-
-
-def relative_residual(cell: Callable, z: Any, params: Any) -> np.ndarray:
+def relative_residual(problems: Problems, z: Any) -> np.ndarray:
     """‖f(z) − z‖ / ‖f(z)‖ in float64, by numpy; inf where it is not finite."""
-    z, params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (z, params))
-    fz, z = np.asarray(jax.jit(jax.vmap(cell))(z, params)), np.asarray(z)
+    z, params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (z, problems.params))
+    fz, z = np.asarray(jax.jit(problems.f)(z, params)), np.asarray(z)
     assert fz.dtype == np.float64
     with np.errstate(all="ignore"):
         ratio = np.linalg.norm(fz - z, axis=-1) / np.linalg.norm(fz, axis=-1)
@@ -233,10 +225,9 @@ def judge(stats: deq.Stats, residual: np.ndarray, claimed: Any, refused: Any) ->
     )
 
 
-def counted(groups: list[Group], solver: Any) -> dict[str, int]:
-    """Reported against true calls of f, in batches of one: the first problem of each family of the largest group."""
-    group = max(groups, key=lambda group: len(group.families))
-    problems = len(jax.tree.leaves(group.params)[0])
+def counted(problems: Problems, solver: Any) -> dict[str, int]:
+    """Reported against true calls of f, in batches of one: a problem of each family of the program with most of them."""
+    families, cell, stacked = max(zip(*problems, strict=True), key=lambda group: len(group[0]))
     calls = 0
 
     def tick():
@@ -245,17 +236,18 @@ def counted(groups: list[Group], solver: Any) -> dict[str, int]:
 
     def f(z, params):
         jax.debug.callback(tick)
-        return jax.vmap(group.cell)(z, params)
+        return cell(z[0], params)[None]
 
     z0 = jnp.zeros((1, DIM), jnp.float32)
     solve = jax.jit(lambda params: deq.solve(f, z0, params, solver=solver, batch_ndim=1).stats.steps)
+    seeds = len(jax.tree.leaves(stacked)[0]) // len(families)
     differ = 0
-    for first in range(0, problems, problems // len(group.families)):
+    for i in range(len(families)):
         calls = 0
-        steps = solve(jax.tree.map(lambda leaf: leaf[first : first + 1], group.params))
+        steps = solve(jax.tree.map(lambda leaf: leaf[i * seeds], stacked))
         jax.effects_barrier()  # callbacks arrive late otherwise
         differ += int(steps[0]) != calls
-    return {"checked": len(group.families), "differ": differ}
+    return {"checked": len(families), "differ": differ}
 
 
 # ---- Moré, Garbow & Hillstrom ------------------------------------------------------------------------------
