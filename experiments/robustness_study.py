@@ -161,7 +161,7 @@ def study(config: Config, table: dict[str, Any]) -> dict[str, Any]:
 
 
 class Problems(NamedTuple):
-    """All cells as one batch, so that a solver is compiled once: cells of one program with other numbers side by side."""
+    """All cells as one batch, so that a solver is compiled once; those that differ in numbers alone share a program."""
 
     families: list[list[str]]  # by program
     cells: list[Callable]
@@ -174,10 +174,11 @@ class Problems(NamedTuple):
 
 def draw(names: tuple[str, ...], seeds: range) -> Problems:
     programs: dict[str, list[tuple[str, Any]]] = {}
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
     for name in names:
         family = FAMILIES[name]
-        keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())) for seed in seeds])
-        params = jax.jit(jax.vmap(family.make))(keys)
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, zlib.crc32(name.encode()))
+        params = jax.vmap(family.make)(own)  # not compiled as one: the families share most of their operations
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)), name
         one = jax.tree.map(lambda leaf: leaf[0], params)
         program = str(jax.make_jaxpr(family.cell)(jnp.zeros(DIM, jnp.float32), one))
@@ -226,7 +227,7 @@ def judge(stats: deq.Stats, residual: np.ndarray, claimed: Any, refused: Any) ->
 
 
 def counted(problems: Problems, solver: Any) -> dict[str, int]:
-    """Reported against true calls of f, in batches of one: a problem of each family of the program with most of them."""
+    """Reported against true calls of f, in batches of one: a problem of each family that has the commonest program."""
     families, cell, stacked = max(zip(*problems, strict=True), key=lambda group: len(group[0]))
     calls = 0
 
