@@ -75,6 +75,9 @@ def fixed_point(
     (3, 3)
     """
     z0 = _check(f, z0, args, solver, adjoint, batch_ndim, probe)
+    warn = getattr(adjoint, "warn", None)
+    if warn is not None:  # here, outside the jit below, its numbers are still numbers
+        warn(z0, solver)
     reads = what_it_reads(f)
     run = _fixed_point if reads is None else _compiled
     return run(f, reads, batch_ndim, has_aux, z0, args, solver, adjoint, probe)

@@ -33,6 +33,7 @@ SOLVERS_AND_ADJOINTS = (
     deq.Picard,
     deq.Anderson,
     deq.Broyden,
+    deq.NewtonKrylov,
     deq.Implicit,
     deq.ImplicitJVP,
     deq.Phantom,
@@ -54,12 +55,14 @@ SolverOption = (
     Annotated[deq.Picard, tyro.conf.subcommand("picard", default=deq.Picard(**FORWARD))]
     | Annotated[deq.Anderson, tyro.conf.subcommand("anderson", default=deq.Anderson(**FORWARD))]
     | Annotated[deq.Broyden, tyro.conf.subcommand("broyden", default=deq.Broyden(**FORWARD))]
+    | Annotated[deq.NewtonKrylov, tyro.conf.subcommand("newton-krylov", default=deq.NewtonKrylov(**FORWARD))]
 )
 NONE: Any = None
 BackwardOption: Any = (
     Annotated[deq.Picard, tyro.conf.subcommand("picard", default=deq.Picard(**BACKWARD))]
     | Annotated[deq.Anderson, tyro.conf.subcommand("anderson", default=deq.Anderson(**BACKWARD))]
     | Annotated[deq.Broyden, tyro.conf.subcommand("broyden", default=deq.Broyden(**BACKWARD))]
+    | Annotated[deq.NewtonKrylov, tyro.conf.subcommand("newton-krylov", default=deq.NewtonKrylov(**BACKWARD))]
     | NONE
 )
 AdjointOption = (

@@ -18,6 +18,8 @@ COLOURS: dict[str, str] = {
     "Picard": "#E69F00",
     "Anderson": "#0072B2",
     "Broyden": "#009E73",
+    "NewtonKrylov": "#CC79A7",
+    "Robust": "#56B4E9",
     "implicit": "#0072B2",
     "unrolled": "#D55E00",
 }

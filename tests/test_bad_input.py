@@ -8,9 +8,18 @@ import numpy as np
 import pytest
 
 import deq_jax as deq
+from deq_jax.solvers import NewtonKrylov
 
 SOLVERS = [deq.Picard, deq.Anderson, deq.Broyden]
-ADJOINTS = [deq.Implicit(), deq.Phantom(), deq.Neumann(), deq.JFB(), deq.Unroll()]
+ADJOINTS = [
+    deq.Implicit(),
+    deq.ImplicitJVP(),
+    deq.Phantom(),
+    deq.Neumann(),
+    deq.JFB(),
+    deq.Unroll(),
+    deq.Reversible(0.1),
+]
 cos = jnp.cos
 
 
@@ -187,6 +196,82 @@ CALLS = {
         lambda: deq.fixed_point(cos, z0(), solver=deq.Picard(max_steps=jnp.asarray(5)), adjoint=deq.Unroll()),
         TypeError,
         ["Unroll", "max_steps", "Python int"],
+    ),
+    "a traced budget names what takes one": (
+        lambda: jax.jit(lambda n: deq.fixed_point(cos, z0(), solver=deq.Picard(max_steps=n), adjoint=deq.Unroll()))(5),
+        TypeError,
+        ["Unroll needs max_steps as a Python int", "Use Implicit, Phantom, Neumann or JFB"],
+    ),
+    "Shine with Picard": (
+        lambda: deq.fixed_point(cos, z0(), solver=deq.Picard(), adjoint=deq.Shine()),
+        TypeError,
+        ["Shine reuses", "forward Broyden", "got solver=Picard", "Use solver=Broyden(), or adjoint=Implicit()"],
+    ),
+    "Shine with the default solver": (
+        lambda: deq.fixed_point(cos, z0(), adjoint=deq.Shine()),
+        TypeError,
+        ["got solver=Anderson", "solver=Broyden()"],
+    ),
+    "Shine with NewtonKrylov under jit and grad": (
+        lambda: jax.jit(
+            jax.grad(lambda a: deq.fixed_point(cos, a, solver=NewtonKrylov(), adjoint=deq.Shine()).value.sum())
+        )(z0()),
+        TypeError,
+        ["got solver=NewtonKrylov", "solver=Broyden()"],
+    ),
+    "Shine at a z found without memory": (
+        lambda: deq.attach(cos, z0(), solver=deq.Broyden(), adjoint=deq.Shine()),
+        TypeError,
+        ["Shine needs the memory of a Broyden solve", "Implicit()"],
+    ),
+    "attach through the iterations": (
+        lambda: deq.attach(cos, z0(), adjoint=deq.Unroll()),
+        TypeError,
+        ["Unroll differentiates the iterations", "use Implicit, ImplicitJVP, Phantom, Neumann or JFB"],
+    ),
+    "attach of Reversible": (
+        lambda: deq.attach(cos, z0(), adjoint=deq.Reversible()),
+        TypeError,
+        ["Reversible differentiates the iterations", "use Implicit"],
+    ),
+    "Reversible with damping 1": (
+        lambda: deq.Reversible(damping=1),
+        ValueError,
+        ["Reversible.damping", "both excluded", "got 1", "at 1 a step forgets", "use Unroll(checkpoint=True)"],
+    ),
+    "Reversible with damping 0": (
+        lambda: deq.Reversible(0.0),
+        ValueError,
+        ["Reversible.damping", "got 0.0", "at 0 nothing moves"],
+    ),
+    "Reversible with damping beyond 1": (
+        lambda: deq.Reversible(1.5),
+        ValueError,
+        ["Reversible.damping", "1.5"],
+    ),
+    "negative refinement": (lambda: deq.Shine(refine=-1), ValueError, ["Shine.refine", ">= 0", "-1"]),
+    "half a refinement": (lambda: deq.Shine(refine=0.5), TypeError, ["Shine.refine", "int", "0.5"]),
+    "stop is a number": (lambda: deq.Unroll(stop=1), TypeError, ["Unroll.stop", "True or False", "1"]),
+    "a policy by name": (
+        lambda: deq.Implicit(on_failure="zero"),
+        TypeError,
+        ["Implicit.on_failure", "OnFailure.KEEP, OnFailure.ZERO, OnFailure.ONE_STEP", "'zero'"],
+    ),
+    "a policy by number": (lambda: deq.Implicit(on_failure=1), TypeError, ["OnFailure.ZERO", "got 1"]),
+    "a class as solver of ImplicitJVP": (
+        lambda: deq.ImplicitJVP(deq.Anderson),
+        TypeError,
+        ["ImplicitJVP.solver", "Anderson()"],
+    ),
+    "forward mode through Implicit": (
+        lambda: jax.jvp(lambda a: deq.fixed_point(lambda z: cos(a * z), z0()).value, (1.0,), (1.0,)),
+        TypeError,
+        ["reverse mode (grad, vjp, jacrev) alone", "for jvp, jacfwd, linearize or hessian", "adjoint=ImplicitJVP()"],
+    ),
+    "a Hessian through a compiled Implicit": (
+        lambda: jax.hessian(jax.jit(lambda a: deq.fixed_point(lambda z: cos(a * z), z0()).value.sum()))(1.0),
+        TypeError,
+        ["reverse mode (grad, vjp, jacrev) alone", "adjoint=ImplicitJVP()"],
     ),
     "zero terms": (lambda: deq.Neumann(0), ValueError, ["Neumann.terms", ">= 1", "0"]),
     "half a term": (lambda: deq.Neumann(1.5), TypeError, ["Neumann.terms", "int", "1.5"]),

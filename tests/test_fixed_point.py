@@ -328,12 +328,19 @@ OBJECTS = [
     deq.Picard(rtol=1e-5),
     deq.Anderson(history=4, ridge=1e-9, damping=0.9),
     deq.Broyden(rank=7, max_steps=3),
+    deq.NewtonKrylov(krylov=5),
+    deq.Robust(rtol=1e-3, stages=(deq.Anderson(), deq.Broyden(rank=4))),
     deq.Implicit(),
     deq.Implicit(deq.Broyden(rank=3)),
     deq.Phantom(steps=2, damping=0.25),
     deq.Neumann(terms=3),
     deq.JFB(),
     deq.Unroll(checkpoint=4),
+    deq.Unroll(checkpoint=True, stop=True),
+    deq.ImplicitJVP(deq.Broyden(rank=3)),
+    deq.Implicit(on_failure=deq.OnFailure.ZERO),
+    deq.Reversible(0.3),
+    deq.Shine(refine=2),
 ]
 
 

@@ -494,6 +494,21 @@ def test_anderson_step_is_the_least_squares_one(x64, rng):
         z = z + step
 
 
+def test_anderson_ridge_is_relative(x64, rng):
+    # The differences of a problem a million times larger are regularized no less.
+    solver = deq.Anderson(history=3, ridge=1e-3)
+    zs, gs = jax.random.normal(rng, (2, 4, 6))
+
+    def steps(scale):
+        state = solver.init(zs[0])
+        for z, g in zip(zs, gs, strict=True):
+            step, state = solver.update(scale * g, state, scale * z)
+        return step / scale
+
+    for scale in (2.0**-20, 2.0**20):
+        np.testing.assert_allclose(steps(scale), steps(1.0), rtol=1e-12)
+
+
 def test_picard_step():
     step, _ = deq.Picard(damping=0.25).update(jnp.array([4.0, -8.0]), (), jnp.zeros(2))
     np.testing.assert_array_equal(step, [1.0, -2.0])

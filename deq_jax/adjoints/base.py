@@ -95,9 +95,11 @@ def at_equilibrium(
         raise TypeError(_FORWARD_MODE) from error
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _value(f, batch_ndim, adjoint, solver, found, inputs, other, probe):
+def _take_z(f, batch_ndim, adjoint, solver, found, inputs, other, probe):
     return found.z
+
+
+_value: Any = jax.custom_vjp(_take_z, nondiff_argnums=(0, 1))
 
 
 def _value_fwd(f, batch_ndim, adjoint, solver, found, inputs, other, probe):
@@ -117,7 +119,8 @@ _value.defvjp(_value_fwd, _value_bwd)
 
 
 # A custom_vjp refuses forward mode with a message that cannot say what to do. The identity below has a
-# derivative that can be transposed but not evaluated: reverse mode passes, forward mode meets our message.
+# derivative that can be transposed but not evaluated or batched: reverse mode passes, forward mode meets our
+# message. (It is a primitive, for a custom_jvp would have its rule batched in grad(vmap(f)), which is right.)
 _FORWARD_MODE = (
     "this adjoint is for reverse mode (grad, vjp, jacrev) alone; for jvp, jacfwd, linearize or hessian use "
     "fixed_point(..., adjoint=ImplicitJVP()), or Unroll()"
@@ -128,25 +131,27 @@ def _refuse(*_, **__):
     raise TypeError(_FORWARD_MODE)
 
 
-_reverse_only_p = Primitive("reverse_mode_only")
-_reverse_only_p.def_impl(_refuse)
-_reverse_only_p.def_abstract_eval(lambda x: x)
-ad.deflinear2(_reverse_only_p, lambda cotangent, _: [cotangent])
-batching.defvectorized(_reverse_only_p)
-mlir.register_lowering(_reverse_only_p, _refuse)
+_tangent_p = Primitive("reverse_mode_tangent")
+_tangent_p.def_impl(_refuse)
+_tangent_p.def_abstract_eval(lambda x: x)
+ad.deflinear2(_tangent_p, lambda cotangent, _: [cotangent])
+batching.primitive_batchers[_tangent_p] = _refuse
+mlir.register_lowering(_tangent_p, _refuse)
 
-
-@jax.custom_jvp
-def _identity(x):
-    return x
-
-
-_identity.defjvp(lambda primals, tangents: (primals[0], _reverse_only_p.bind(tangents[0])))
+_identity_p = Primitive("reverse_mode_only")
+_identity_p.def_impl(lambda x: x)
+_identity_p.def_abstract_eval(lambda x: x)
+ad.primitive_jvps[_identity_p] = lambda primals, tangents: (
+    primals[0],
+    tangents[0] if isinstance(tangents[0], ad.Zero) else _tangent_p.bind(tangents[0]),
+)
+batching.defvectorized(_identity_p)
+mlir.register_lowering(_identity_p, lambda _, x: [x])
 
 
 def reverse_mode_only(tree: PyTree) -> PyTree:
     """The tree itself; forward-mode differentiation through it is a TypeError that names ImplicitJVP."""
-    return jax.tree.map(_identity, tree)
+    return jax.tree.map(_identity_p.bind, tree)
 
 
 # ---- what f reads ------------------------------------------------------------------------------------------

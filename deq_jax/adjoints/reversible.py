@@ -1,8 +1,8 @@
 """The exact gradient of a finite number of iterations, without keeping any of them."""
 
-import functools
 import math
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,11 +46,10 @@ class Reversible:
             )
 
     def run(self, f, z0, inputs, other, solver, batch_ndim, probe):
-        self._warn_of_rounding(z0, solver)
         rules = jax.lax.stop_gradient((self.damping, solver.rtol, solver.atol, jnp.asarray(solver.max_steps)))
         return _solve(f, batch_ndim, rules, *reverse_mode_only((z0, inputs)), other)
 
-    def _warn_of_rounding(self, z0, solver):
+    def warn(self, z0, solver):
         if not (isinstance(self.damping, int | float) and isinstance(solver.max_steps, int)):
             return  # traced
         eps = float(jnp.finfo(_wide(raveler(z0, 0)[0](z0).dtype)).eps)
@@ -62,7 +61,7 @@ class Reversible:
                 f"Reversible(damping={self.damping}) with max_steps={solver.max_steps}: walking back {steps} steps "
                 f"multiplies rounding errors by 1e{lost - math.log10(eps):.0f}, more than the state's precision of "
                 f"{eps:.0e} bears. Take max_steps <= {2 * fits + 1}, a smaller damping, or enable x64",
-                stacklevel=5,
+                stacklevel=3,
             )
 
 
@@ -111,9 +110,11 @@ def _walk(f, batch_ndim, rules, z0, inputs, other):
     return y, z, steps, stats
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _solve(f, batch_ndim, rules, z0, inputs, other):
+def _walk_forward(f, batch_ndim, rules, z0, inputs, other):
     return _solve_fwd(f, batch_ndim, rules, z0, inputs, other)[0]
+
+
+_solve: Any = jax.custom_vjp(_walk_forward, nondiff_argnums=(0, 1))
 
 
 def _solve_fwd(f, batch_ndim, rules, z0, inputs, other):

@@ -5,6 +5,7 @@ from deq_jax.solvers.base import Fold, Seen, Solved, Solver, Stats, Status, solv
 from deq_jax.solvers.broyden import Broyden
 from deq_jax.solvers.newton_krylov import NewtonKrylov
 from deq_jax.solvers.picard import Picard
+from deq_jax.solvers.robust import Robust
 
 __all__ = [
     "Anderson",
@@ -12,6 +13,7 @@ __all__ = [
     "Fold",
     "NewtonKrylov",
     "Picard",
+    "Robust",
     "Seen",
     "Solved",
     "Solver",

@@ -1,0 +1,134 @@
+"""Robust: several solvers in turn, each problem moving on to the next when the present one fails."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from deq_jax._config import check_number, config
+from deq_jax.solvers.anderson import Anderson
+from deq_jax.solvers.base import norm, zeros_from
+from deq_jax.solvers.broyden import Broyden
+from deq_jax.solvers.newton_krylov import NewtonKrylov
+
+BLOWN_UP = 1e4  # a residual this many times the best one ends a stage
+
+
+class RobustState(NamedTuple):
+    stage: Int[Array, "*batch"]  # index of the solver in charge
+    best: Float[Array, "*batch dim"]
+    best_g: Float[Array, "*batch dim"]
+    least: Float[Array, "*batch"]  # ‖best_g‖
+    mark: Float[Array, "*batch"]  # the residual that has to be halved
+    since: Int[Array, "*batch"]  # evaluations since it was
+    ask: Float[Array, "*batch dim"]  # where f is to be evaluated next
+    inner: tuple  # a state for each solver
+
+
+@config
+class Robust:
+    """Starts cheap and falls back: each problem goes through `stages`, from its best iterate at every change.
+
+    A problem moves on when its residual is not halved within `stall` evaluations (or as many as a stage itself
+    asks to be patient for), or blows up. Only the stages in use are computed; the tolerances are those of the
+    composite. Memory is that of all stages together, so it is a bad choice where memory is short or where one
+    solver is known to work.
+
+    >>> Robust(rtol=1e-6).stages[0]
+    Anderson(rtol=0.0001, atol=0.0, max_steps=100, history=8, ridge=0.0, damping=1.0, type=2, growth=1.5)
+    """
+
+    rtol: float = 1e-4
+    atol: float = 0.0
+    max_steps: int = 100
+    stages: tuple[Any, ...] = (Anderson(), Broyden(rank=40, line_search=1), NewtonKrylov())
+    stall: int = 12
+
+    recovers = True
+
+    def __post_init__(self):
+        check_number(self, "rtol", at_least=0)
+        check_number(self, "atol", at_least=0)
+        check_number(self, "max_steps", at_least=0, whole=True)
+        check_number(self, "stall", at_least=1, whole=True, static=True)
+        if not isinstance(self.stages, tuple) or not self.stages:
+            raise TypeError(f"Robust.stages must be a tuple of solvers, got {self.stages!r}")
+        for stage in self.stages:
+            if isinstance(stage, type) or not hasattr(stage, "update") or isinstance(stage, Robust):
+                raise TypeError(f"Robust.stages must hold solvers such as Anderson(), got {stage!r}")
+
+    @property
+    def patience(self) -> int:
+        """Evaluations that may pass without a better residual."""
+        return sum(self._limits())
+
+    def _limits(self) -> list[int]:
+        return [max(self.stall, getattr(stage, "patience", 0)) for stage in self.stages]
+
+    def init(self, z: Float[Array, "*batch dim"]) -> RobustState:
+        zero = zeros_from(z)
+        none, count = zero[..., 0], zero[..., 0].astype(jnp.int32)
+        inner = tuple(stage.init(z) for stage in self.stages)
+        return RobustState(count, z, zero, none + jnp.inf, none + jnp.inf, count, z, inner)
+
+    def resume(self, state: RobustState) -> RobustState:
+        """From the first stage again, with what each of them remembers."""
+        resumed = [getattr(stage, "resume", lambda s: s)(s) for stage, s in zip(self.stages, state.inner, strict=True)]
+        return self.init(zeros_from(state.best))._replace(inner=tuple(resumed))
+
+    def asks(self, state: RobustState) -> Float[Array, "*batch dim"]:
+        return state.ask
+
+    def update(
+        self, residual: Float[Array, "*batch dim"], state: RobustState, z: Float[Array, "*batch dim"]
+    ) -> tuple[Float[Array, "*batch dim"], RobustState]:
+        g_norm, last = norm(residual), len(self.stages) - 1
+        better = g_norm < state.least  # false for NaN
+        best = jnp.where(better[..., None], z, state.best)
+        best_g = jnp.where(better[..., None], residual, state.best_g)
+        least = jnp.where(better, g_norm, state.least)
+        halved = g_norm <= 0.5 * state.mark
+        since = jnp.where(halved, 0, state.since + 1)
+
+        limit = jnp.asarray(self._limits())[state.stage]
+        safe = jnp.asarray([bool(getattr(stage, "recovers", False)) for stage in self.stages])[state.stage]
+        blown = ~(g_norm <= BLOWN_UP * least) & ~safe
+        switch = ((since >= limit) | blown) & (state.stage < last) & (least < jnp.inf)
+        stage = state.stage + switch
+        since = jnp.where(switch, 0, since)
+        mark = jnp.where(switch, least, jnp.where(halved, g_norm, state.mark))
+
+        # The next stage sees the best iterate and its residual, both known: no evaluation is spent on the change.
+        here = jnp.where(switch[..., None], best, z)
+        g = jnp.where(switch[..., None], best_g, residual)
+        ask, inner = here, []
+        for i, (solver, old) in enumerate(zip(self.stages, state.inner, strict=True)):
+            solver = dataclasses.replace(solver, rtol=self.rtol, atol=self.atol)
+            mine = stage == i
+            enters = mine & switch
+
+            def run(old, solver=solver, enters=enters):
+                fresh = lambda: _merge(enters, solver.init(here), old)
+                new = jax.lax.cond(jnp.any(enters), fresh, lambda: old)
+                step, new = solver.update(g, new, here)
+                asks = getattr(solver, "asks", None)
+                return here + step if asks is None else asks(new), new
+
+            point, new = jax.lax.cond(jnp.any(mine), run, lambda old: (here, old), old)
+            ask = jnp.where(mine[..., None], point, ask)
+            inner.append(new)
+        state = RobustState(stage, best, best_g, least, mark, since, ask, tuple(inner))
+        return ask - z, state
+
+
+def _merge(where, fresh, old):
+    """The problems named by `where` begin anew; counters that all problems share go on."""
+
+    def pick(new, old):
+        if old.ndim < where.ndim:
+            return old
+        return jnp.where(where.reshape(where.shape + (1,) * (old.ndim - where.ndim)), new, old)
+
+    return jax.tree.map(pick, fresh, old)

@@ -1,0 +1,274 @@
+"""Wrong versions of the library, each of which some test must catch: `python -m tests.mutants [name ...]`.
+
+A mutant is one replacement in a copy of the library, whose text must occur exactly once. The tests that are named
+beside it are run against the copy, after all of them have passed on an unchanged one. Prints which test caught each
+mutant and exits with 1 if one survived, in about five minutes on two cores.
+"""
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LIMIT = 240  # seconds for one mutant; one that makes a loop endless counts as caught
+WORKERS = 2
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str  # under deq_jax/
+    old: str
+    new: str
+    tests: str  # arguments of pytest, relative to tests/
+
+
+BASE, IMPLICIT = "solvers/base.py", "adjoints/implicit.py"
+MUTANTS = [
+    Mutant(
+        "Broyden without its minus sign",
+        "solvers/broyden.py",
+        "return -self.damping * b_g, state",
+        "return self.damping * b_g, state",
+        "test_solvers.py -k broyden_meets_the_secant_condition",
+    ),
+    Mutant(
+        "J in place of its transpose",
+        IMPLICIT,
+        "return divide(add(z_bar, vjp(multiply(u, scale))[0]), scale)",
+        "return divide(add(z_bar, jax.jvp(lambda z: f(z, inputs), (found.z,), (multiply(u, scale),))[1]), scale)",
+        "test_adjoints.py -k implicit_equals_a_dense_solve",
+    ),
+    Mutant(
+        "an absolute ridge",
+        "solvers/anderson.py",
+        '    diagonal = jnp.einsum("...mm->...m", gram)\n',
+        '    gram, ridge = gram + ridge * unit, 0\n    diagonal = jnp.einsum("...mm->...m", gram)\n',
+        "test_solvers.py -k ridge_is_relative",
+    ),
+    Mutant(
+        "damping in the stopping test",
+        BASE,
+        "residual, scale = norm(g), norm(fz)\n\n        first",
+        'residual, scale = norm(g) * getattr(solver, "damping", 1), norm(fz)\n\n        first',
+        "test_solvers.py -k residual_is_undamped",
+    ),
+    Mutant(
+        "a norm for each leaf",
+        BASE,
+        "residual, scale = norm(g), norm(fz)\n\n        first",
+        "norms = [norm(raveler(leaf, batch_ndim)[0](leaf)) for leaf in jax.tree.leaves(fz_tree)]\n"
+        "        residual, scale = norm(g), jnp.stack(norms).max(axis=0)\n\n        first",
+        "test_solvers.py -k leaves_are_one_vector",
+    ),
+    Mutant(
+        "evaluations counted off by one",
+        BASE,
+        "stats = Stats(end.steps, end.best_residual",
+        "stats = Stats(end.steps + 1, end.best_residual",
+        "test_solvers.py -k steps_are_the_evaluations",
+    ),
+    Mutant(
+        "Anderson without acceleration",
+        "solvers/anderson.py",
+        "step = self.damping * residual - jnp.einsum(",
+        "step = self.damping * residual - 0 * jnp.einsum(",
+        "test_solvers.py -k acceleration_is_really_happening",
+    ),
+    Mutant(
+        "the last iterate instead of the best",
+        BASE,
+        "better = running & finite & (converged | (residual < loop.best_residual))",
+        "better = running & finite",
+        "test_solvers.py -k best_iterate",
+    ),
+    Mutant(
+        "a problem that stopped moves on",
+        BASE,
+        "z = jnp.where((status == RUNNING)[..., None], ravel(unravel(z)), best)",
+        "z = ravel(unravel(z))",
+        "test_solvers.py -k memory_of_a_problem_that_stopped",
+    ),
+    Mutant(
+        "a problem that stopped runs again",
+        BASE,
+        "status = jnp.where(running, status, loop.status)",
+        "status = jnp.where(running, status, status)",
+        "test_solvers.py -k batch_equals_its_problems",
+    ),
+    Mutant(
+        "Broyden's memory as a ring",
+        "solvers/broyden.py",
+        "held = state.held & ~full[..., None]",
+        "held = state.held",
+        "test_solvers.py -k broyden_restarts_when_full",
+    ),
+    Mutant(
+        "a relative test alone",
+        BASE,
+        "converged = finite & within & ~lost & (~outgrown | (residual <= 0.1 * first_residual))",
+        "converged = finite & within",
+        "test_solvers.py -k map_without_a_fixed_point",
+    ),
+    Mutant(
+        "NaN is converged",
+        BASE,
+        "converged = finite & within & ~lost",
+        "converged = ~(residual > solver.atol + solver.rtol * scale) & ~lost",
+        "test_solvers.py -k each_status",
+    ),
+    Mutant(
+        "no statistics for the probe",
+        IMPLICIT,
+        "return vjp(multiply(u, scale))[1], as_probe(stats)",
+        "return vjp(multiply(u, scale))[1], Probe.like(z_bar, batch_ndim)",
+        "test_adjoints.py -k probe_reports",
+    ),
+    Mutant(
+        "the policies changed over",
+        IMPLICIT,
+        "instead = one_step if self.on_failure == OnFailure.ONE_STEP",
+        "instead = one_step if self.on_failure == OnFailure.ZERO",
+        "test_adjoint_family.py -k policies_act",
+    ),
+    Mutant(
+        "a policy blind to the forward solve",
+        IMPLICIT,
+        "stats.converged & found.stats.converged",
+        "stats.converged",
+        "test_adjoint_family.py -k policies_act",
+    ),
+    Mutant(
+        "cotangents as they come",
+        IMPLICIT,
+        "scale = power_of_two(z_bar, batch_ndim)",
+        "scale = power_of_two(z_bar, batch_ndim) * 0 + 1",
+        "test_adjoints.py -k proportional",
+    ),
+    Mutant(
+        "Unroll moves past the first iterate within tolerance",
+        "adjoints/unroll.py",
+        "return jnp.where(running[..., None], new_z, z), state, running, steps",
+        "return jnp.where(carry[2][..., None], new_z, z), state, running, steps",
+        "test_adjoint_family.py -k unroll_stops_at",
+    ),
+    Mutant(
+        "Reversible walks back the wrong way",
+        "adjoints/reversible.py",
+        "(z - damping * fy) / keep",
+        "(z + damping * fy) / keep",
+        "test_adjoint_family.py -k reversible_is_the_exact",
+    ),
+    Mutant(
+        "Shine without the transpose",
+        "adjoints/shine.py",
+        "u=more(state.v), v=more(state.u)",
+        "u=more(state.u), v=more(state.v)",
+        "test_adjoint_family.py -k shine_beats_jfb",
+    ),
+    Mutant(
+        "ImplicitJVP of first order",
+        "adjoints/implicit_jvp.py",
+        "jax.linearize(lambda z: f(z, inputs, other), z_star)",
+        "jax.linearize(lambda z: f(z, inputs, other), jax.lax.stop_gradient(z_star))",
+        "test_adjoint_family.py -k hessians_in_every_mode",
+    ),
+    Mutant(
+        "Phantom with the other damping",
+        "adjoints/inexact.py",
+        "lerp(h, f(h, inputs), self.damping)",
+        "lerp(h, f(h, inputs), 1 - self.damping)",
+        "test_adjoints.py -k phantom_is_the_damped_series",
+    ),
+    Mutant(
+        "Neumann with a term too many",
+        "adjoints/inexact.py",
+        "jax.lax.fori_loop(1, self.terms,",
+        "jax.lax.fori_loop(0, self.terms,",
+        "test_adjoints.py -k neumann_is_the_truncated",
+    ),
+    Mutant(
+        "a refusal of forward mode that says nothing",
+        "adjoints/base.py",
+        "jax.tree.map(_identity_p.bind, tree)",
+        "tree",
+        "test_adjoint_family.py -k 'forward_mode_names and Implicit'",
+    ),
+]
+
+
+def copy_of_the_library(folder: pathlib.Path) -> None:
+    for part in ("deq_jax", "tests"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+
+
+def apply(mutant: Mutant, folder: pathlib.Path) -> None:
+    path = folder / "deq_jax" / mutant.file
+    text = path.read_text()
+    if (found := text.count(mutant.old)) != 1:
+        raise SystemExit(f"{mutant.name}: its text occurs {found} times in {mutant.file}, expected 1: {mutant.old!r}")
+    path.write_text(text.replace(mutant.old, mutant.new))
+
+
+def run(tests: str, folder: pathlib.Path) -> tuple[bool, str]:
+    """Whether the tests pass on this copy, and the first that does not."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "--tb=no",
+        "-p",
+        "no:cacheprovider",
+        *shlex.split(f"tests/{tests}"),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return False, f"no end within {LIMIT} s"
+    if done.returncode not in (0, 1):  # nothing was collected, or an error of pytest's own
+        raise SystemExit(f"pytest {' '.join(command[3:])} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, flags=re.MULTILINE)
+    return done.returncode == 0, failed.group(1) if failed else ""
+
+
+def attempt(mutant: Mutant) -> tuple[bool, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        copy_of_the_library(folder)
+        apply(mutant, folder)
+        return run(mutant.tests, folder)
+
+
+def main(names: list[str]) -> int:
+    chosen = [m for m in MUTANTS if not names or m.name in names]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(WORKERS) as pool:
+        folder = pathlib.Path(folder)
+        copy_of_the_library(folder)
+        for mutant in chosen:  # before the minutes that follow
+            path = folder / "deq_jax" / mutant.file
+            kept = path.read_text()
+            apply(mutant, folder)
+            path.write_text(kept)
+        tests = list(dict.fromkeys(m.tests for m in chosen))
+        for name, (passed, which) in zip(tests, pool.map(lambda t: run(t, folder), tests), strict=True):
+            if not passed:
+                raise SystemExit(f"the library itself fails {which or name}: no mutant can be judged")
+        survived = 0
+        for mutant, (passed, which) in zip(chosen, pool.map(attempt, chosen), strict=True):
+            print(f"{mutant.name:54} {'SURVIVED' if passed else which}", flush=True)
+            survived += passed
+    print(f"{len(chosen) - survived} of {len(chosen)} mutants caught")
+    return int(survived > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
