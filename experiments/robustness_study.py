@@ -22,7 +22,6 @@ import numpy as np
 import tyro
 
 import deq_jax as deq
-from deq_jax import solvers
 from experiments.lm import environment
 from experiments.plots import STYLE
 from experiments.robustness_cells import CELLS, DIM, FAMILIES, HARD, NAMES, NO_ZERO, RUNS, classical, start
@@ -70,23 +69,18 @@ class Config:
 
 def contestants() -> dict[str, Any]:
     """The defaults first, then what one would try next."""
-    table: dict[str, Any] = {
+    return {
         "Picard": deq.Picard(),
         "Anderson": deq.Anderson(),
         "Broyden": deq.Broyden(),
-        "NewtonKrylov": solvers.NewtonKrylov(),
+        "NewtonKrylov": deq.NewtonKrylov(),
+        "Robust": deq.Robust(),
+        "Picard-half": deq.Picard(damping=0.5),
+        "Anderson-I": deq.Anderson(type=1),
+        "Broyden-10": deq.Broyden(rank=10),
+        "Broyden-full": deq.Broyden(rank=CELL_BUDGET),
+        "Broyden-search": deq.Broyden(rank=CELL_BUDGET, line_search=4),
     }
-    if robust := getattr(solvers, "Robust", None):
-        table["Robust"] = robust()
-    table["Picard-half"] = deq.Picard(damping=0.5)
-    default = next((f.default for f in dataclasses.fields(deq.Anderson) if f.name == "type"), None)  # pyright: ignore
-    if default is not None:
-        other: Any = {"type": 1 if default == 2 else 2}
-        table[f"Anderson-type-{other['type']}"] = deq.Anderson(**other)
-    table["Anderson-4"] = deq.Anderson(history=4)
-    table["Broyden-10"] = deq.Broyden(rank=10)
-    table["Broyden-full"] = deq.Broyden(rank=CELL_BUDGET)
-    return table
 
 
 class Verdicts(NamedTuple):
