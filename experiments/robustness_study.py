@@ -56,15 +56,12 @@ class Config:
     quick: bool = False  # few families and systems, 3 seeds
     cells: bool = True
     mgh: bool = True
-    out: Path | None = None  # by default experiments/results/robustness, or runs/robustness for a part of the study
-
-    @property
-    def whole(self) -> bool:
-        return not (self.only or self.quick) and self.cells and self.mgh
+    out: Path | None = None  # by default experiments/results/robustness, and runs/robustness with any option above
 
     @property
     def directory(self) -> Path:
-        return self.out or Path("experiments/results/robustness" if self.whole else "runs/robustness")
+        whole = dataclasses.replace(self, out=None) == Config()
+        return self.out or Path("experiments/results/robustness" if whole else "runs/robustness")
 
 
 def contestants() -> dict[str, Any]:
