@@ -18,7 +18,7 @@ from deq_jax.adjoints import (
     Unroll,
 )
 from deq_jax.fixed_point import Solution, SolutionWithAux, attach, fixed_point, solve
-from deq_jax.solvers import Anderson, Broyden, Fold, Picard, Seen, Solved, Solver, Stats, Status
+from deq_jax.solvers import Anderson, Broyden, Fold, NewtonKrylov, Picard, Robust, Seen, Solved, Solver, Stats, Status
 from deq_jax.trajectory import ResidualTrace, Snapshots, Trajectory, fixed_point_correction, trajectory
 from deq_jax.warm_start import FixedPointCache, first_guess_loss
 
@@ -34,12 +34,14 @@ __all__ = [
     "Implicit",
     "ImplicitJVP",
     "Neumann",
+    "NewtonKrylov",
     "OnFailure",
     "Phantom",
     "Picard",
     "Probe",
     "ResidualTrace",
     "Reversible",
+    "Robust",
     "Seen",
     "Shine",
     "Snapshots",
