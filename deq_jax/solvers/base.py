@@ -119,7 +119,7 @@ def solve(
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(z0))
     floor = min(64 * eps, 0.05)  # relative residual at which rounding in f may hide all progress
     recovers, asks = getattr(solver, "recovers", False), getattr(solver, "asks", None)
-    patience = max(STALE_EVALUATIONS, getattr(solver, "patience", 0))
+    patience = jnp.maximum(STALE_EVALUATIONS, getattr(solver, "patience", 0))
 
     def body(loop: _Loop) -> _Loop:
         running = loop.status == RUNNING

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deq_jax._config import check_number, config
-from deq_jax.solvers.anderson import Anderson
 from deq_jax.solvers.base import norm, zeros_from
 from deq_jax.solvers.broyden import Broyden
 from deq_jax.solvers.newton_krylov import NewtonKrylov
@@ -31,20 +30,23 @@ class RobustState(NamedTuple):
 class Robust:
     """Starts cheap and falls back: each problem goes through `stages`, from its best iterate at every change.
 
-    A problem moves on when its residual is not halved within `stall` evaluations (or as many as a stage itself
-    asks to be patient for), or blows up. Only the stages in use are computed; the tolerances are those of the
+    A problem moves on when its residual is not halved within as many evaluations as `stall` says for its stage,
+    or blows up; the last stage keeps it. Only the stages in use are computed; the tolerances are those of the
     composite. Memory is that of all stages together, so it is a bad choice where memory is short or where one
     solver is known to work.
 
-    >>> Robust(rtol=1e-6).stages[0]
-    Anderson(rtol=0.0001, atol=0.0, max_steps=100, history=8, ridge=0.0, damping=1.0, type=2, growth=1.5)
+    Broyden comes first because it was cheapest in evaluations as well (experiments/results/robustness); a short
+    Anderson stage before it cost evaluations and solved fewer problems.
+
+    >>> [type(stage).__name__ for stage in Robust(rtol=1e-6).stages]
+    ['Broyden', 'NewtonKrylov']
     """
 
     rtol: float = 1e-4
     atol: float = 0.0
     max_steps: int = 100
-    stages: tuple[Any, ...] = (Anderson(), Broyden(rank=40, line_search=1), NewtonKrylov())
-    stall: int = 12
+    stages: tuple[Any, ...] = (Broyden(rank=60, line_search=1), NewtonKrylov())
+    stall: tuple[int, ...] = (60,)
 
     recovers = True
 
@@ -52,20 +54,21 @@ class Robust:
         check_number(self, "rtol", at_least=0)
         check_number(self, "atol", at_least=0)
         check_number(self, "max_steps", at_least=0, whole=True)
-        check_number(self, "stall", at_least=1, whole=True, static=True)
         if not isinstance(self.stages, tuple) or not self.stages:
             raise TypeError(f"Robust.stages must be a tuple of solvers, got {self.stages!r}")
         for stage in self.stages:
             if isinstance(stage, type) or not hasattr(stage, "update") or isinstance(stage, Robust):
                 raise TypeError(f"Robust.stages must hold solvers such as Anderson(), got {stage!r}")
+        if not isinstance(self.stall, tuple) or not all(isinstance(n, int) and n > 0 for n in self.stall):
+            raise TypeError(f"Robust.stall must be a tuple of ints > 0, got {self.stall!r}")
+        if len(self.stall) < len(self.stages) - 1:
+            raise ValueError(f"Robust.stall must have an entry for all stages but the last, got {self.stall!r}")
 
     @property
-    def patience(self) -> int:
+    def patience(self) -> Int[Array, ""]:
         """Evaluations that may pass without a better residual."""
-        return sum(self._limits())
-
-    def _limits(self) -> list[int]:
-        return [max(self.stall, getattr(stage, "patience", 0)) for stage in self.stages]
+        inner = max(getattr(stage, "patience", 0) for stage in self.stages)
+        return inner + jnp.max(jnp.asarray((0, *self.stall)))
 
     def init(self, z: Float[Array, "*batch dim"]) -> RobustState:
         zero = zeros_from(z)
@@ -92,7 +95,7 @@ class Robust:
         halved = g_norm <= 0.5 * state.mark
         since = jnp.where(halved, 0, state.since + 1)
 
-        limit = jnp.asarray(self._limits())[state.stage]
+        limit = jnp.asarray((*self.stall[:last], 0))[state.stage]
         safe = jnp.asarray([bool(getattr(stage, "recovers", False)) for stage in self.stages])[state.stage]
         blown = ~(g_norm <= BLOWN_UP * least) & ~safe
         switch = ((since >= limit) | blown) & (state.stage < last) & (least < jnp.inf)
