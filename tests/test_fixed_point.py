@@ -329,7 +329,7 @@ OBJECTS = [
     deq.Anderson(history=4, ridge=1e-9, damping=0.9),
     deq.Broyden(rank=7, max_steps=3),
     deq.NewtonKrylov(krylov=5),
-    deq.Robust(rtol=1e-3, stages=(deq.Anderson(), deq.Broyden(rank=4))),
+    deq.Robust(rtol=1e-3, stages=(deq.Anderson(), deq.Broyden(rank=4)), stall=(9,)),
     deq.Implicit(),
     deq.Implicit(deq.Broyden(rank=3)),
     deq.Phantom(steps=2, damping=0.25),
