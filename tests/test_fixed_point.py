@@ -371,7 +371,7 @@ def test_replace_changes_one_field():
 
 def test_floats_are_leaves_and_ints_are_structure():
     tree = jax.tree.structure
-    assert jax.tree.leaves(deq.Anderson(rtol=1e-5)) == [1e-5, 0.0, 0.0, 1.0]
+    assert jax.tree.leaves(deq.Anderson(rtol=1e-5)) == [1e-5, 0.0, 0.0, 1.0, 1.5]
     assert tree(deq.Picard(rtol=1.0)) == tree(deq.Picard(rtol=2.0)) != tree(deq.Picard(max_steps=7))
     assert tree(deq.Picard()) != tree(deq.Broyden())
     swept = jax.vmap(lambda rtol: deq.fixed_point(jnp.cos, 0.0, solver=deq.Picard(rtol=rtol)).stats.steps)
