@@ -153,7 +153,8 @@ def solve(
         status = jnp.where(converged, Status.CONVERGED, status)
         status = jnp.where(running, status, loop.status)
 
-        better = running & finite & (converged | (residual < loop.best_residual))
+        # An iterate so far out that its residual is all rounding is not a better one.
+        better = running & finite & ~lost & (converged | (residual < loop.best_residual))
         best = jnp.where(better[..., None], loop.z, loop.best)
         step, state = solver.update(g, loop.solver, loop.z)
         z = loop.z + step if asks is None else asks(state)
@@ -259,7 +260,9 @@ def norm(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch"]:
     def scaled():
         top = jnp.max(jnp.abs(x), axis=-1)
         safe = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
-        unit = x / safe[..., None]
+        # XLA divides by multiplying with a reciprocal, and that of 1e38 is flushed to zero: bring it nearer to 1.
+        shift = jnp.where(safe > 1, 2.0**-64, 2.0**64).astype(x.dtype)
+        unit = x * shift[..., None] / (safe * shift)[..., None]
         return jnp.where(in_range, jnp.sqrt(square), safe * jnp.sqrt(jnp.einsum("...d,...d->...", unit, unit)))
 
     # The second pass over x is taken only when some problem needs it; the others keep their bits.
