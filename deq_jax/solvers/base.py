@@ -153,7 +153,8 @@ def solve(
         status = jnp.where(converged, Status.CONVERGED, status)
         status = jnp.where(running, status, loop.status)
 
-        better = running & finite & (converged | (residual < loop.best_residual))
+        # An iterate so far out that its residual is all rounding is not a better one.
+        better = running & finite & ~lost & (converged | (residual < loop.best_residual))
         best = jnp.where(better[..., None], loop.z, loop.best)
         step, state = solver.update(g, loop.solver, loop.z)
         z = loop.z + step if asks is None else asks(state)

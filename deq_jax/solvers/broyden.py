@@ -90,7 +90,7 @@ class Broyden:
         g_norm = norm(residual)
         finite = jnp.isfinite(g_norm)
         worse = ~finite | (g_norm > GROWTH * norm(state.g))
-        back = moved & worse & (state.cuts < self.line_search)
+        back = moved & jnp.where(finite, worse & (state.cuts < self.line_search), self.line_search > 0)
         dg = jnp.where(finite[..., None], dg, 0)
         moved = moved & finite
         here_z, g = (jnp.where(back[..., None], old, new) for old, new in ((state.z, z), (state.g, residual)))

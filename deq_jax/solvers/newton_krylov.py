@@ -39,6 +39,9 @@ class NewtonKrylov:
     Eisenstat & Walker (1996) ask near the root. Memory is `krylov` + 4
     states. `difference` is h relative to ‖z‖, by default the square root of the machine epsilon.
 
+    For an affine f, `NewtonKrylov(krylov=…, forcing=0.0, difference=1.0)` is restarted GMRES: differences are
+    exact then, and the space grows until the tolerance is met.
+
     A bad choice where Anderson converges: it spends several evaluations for one step. In 16 bits a difference
     is lost in rounding; pass a larger one, or keep z in float32.
 
@@ -125,9 +128,9 @@ class NewtonKrylov:
         last, base_norm = base_norm, norm(base_g)
         krylov = arnoldi.restart(krylov, base_g, base_norm, new)
         target = 0.5 * ratio(self.atol + self.rtol * norm(base + base_g), base_norm)
-        forcing = jnp.maximum(0.9 * ratio(base_norm, jnp.where(last > 0, last, 1)) ** 2, target)
-        forcing = jnp.minimum(forcing, self.forcing)
-        forcing = jnp.where(new & state.known, forcing, state.forcing)
+        fallen = jnp.where(state.known, ratio(base_norm, jnp.where(last > 0, last, 1)), jnp.inf)
+        forcing = jnp.maximum(jnp.minimum(0.9 * fallen**2, self.forcing), jnp.minimum(target, 0.5))
+        forcing = jnp.where(new, forcing, state.forcing)
 
         stepping = ready | (cut & ~new)
         step, predicted = jax.lax.cond(

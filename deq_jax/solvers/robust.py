@@ -35,7 +35,7 @@ class Robust:
     composite. Memory is that of all stages together, so it is a bad choice where memory is short or where one
     solver is known to work.
 
-    Broyden comes first because it was cheapest in evaluations as well (experiments/results/robustness); a short
+    Broyden comes first because it was cheapest in evaluations as well (experiments/robustness_study.py); a short
     Anderson stage before it cost evaluations and solved fewer problems.
 
     >>> [type(stage).__name__ for stage in Robust(rtol=1e-6).stages]
