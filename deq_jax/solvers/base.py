@@ -263,7 +263,9 @@ def norm(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch"]:
     widest = jnp.finfo(x.dtype).maxexp - 2
     scale = jnp.ldexp(zeros_from(top) + 1, jnp.clip(exponent, -widest, widest))
     unit = x * (1 / scale)[..., None]
-    return scale * jnp.sqrt(jnp.einsum("...d,...d->...", unit, unit))
+    square = jnp.einsum("...d,...d->...", unit, unit)
+    zero = square == 0  # where the root has no derivative: 0 there, for `Unroll`
+    return jnp.where(zero, 0, scale * jnp.sqrt(jnp.where(zero, 1, square)))
 
 
 def ratio(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
