@@ -9,7 +9,7 @@ CORE_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
 	solvers fixed_point adjoints transforms nn transformer bad_input doctests packaging)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint notebooks corners corner-lowest corner-newest constraints clean
+.PHONY: help setup demo test lint mutants notebooks corners corner-lowest corner-newest constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +56,9 @@ lint: .venv/.stamp ## ruff and pyright
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m pyright
+
+mutants: .venv/.stamp ## check that the tests catch wrong versions of the library (10 minutes)
+	.venv/bin/python -m tests.mutants
 
 # Compared cell by cell: jupytext's own check looks at file times, which mean nothing in a fresh clone.
 notebooks: .venv/.stamp ## check that every notebook and its .py twin hold the same cells

@@ -5,7 +5,7 @@ import difflib
 import enum
 import functools
 import math
-from typing import TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 
@@ -17,8 +17,8 @@ def config(cls: type[T]) -> type[T]:
     """Frozen dataclass that is also a pytree, and that answers a misspelled option with a suggestion.
 
     Floats and arrays are leaves, so that a tolerance can be traced and swept without compiling again.
-    Python ints, bools and None are structure: they fix shapes (a history) or a program (unrolled steps). So
-    are functions, alone or in a tuple (an optimizer of optax).
+    Python ints, bools, None and functions are structure, and tuples of them (an optimizer of optax): they fix
+    shapes (a history) or a program (unrolled steps).
     An int that must be swept inside one compiled function (`max_steps`) becomes a leaf by being an array.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
@@ -59,8 +59,22 @@ _LEAF = _Placeholder.LEAF
 
 
 def _is_static(value) -> bool:
-    leaves = jax.tree.leaves(value)
-    return value is None or isinstance(value, bool | int | str) or (bool(leaves) and all(map(callable, leaves)))
+    if isinstance(value, tuple):
+        return all(map(_is_static, value))
+    return value is None or callable(value) or isinstance(value, bool | int | str)
+
+
+def check_stopping(solver: object) -> None:
+    """Raise unless the three numbers that every solver begins with are in their ranges."""
+    check_number(solver, "rtol", at_least=0)
+    check_number(solver, "atol", at_least=0)
+    check_number(solver, "max_steps", at_least=0, whole=True)
+
+
+def check_solver(value: Any, where: str) -> None:
+    """Raise TypeError unless the value, which a user passed as `where`, is a solver."""
+    if isinstance(value, type) or not hasattr(value, "update"):
+        raise TypeError(f"{where} must be a solver such as Anderson(), got {value!r}")
 
 
 def check_number(

@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from deq_jax._config import check_number, config
+from deq_jax._config import check_stopping, config
 from deq_jax.adjoints import Adjoint, Implicit, hoist
 from deq_jax.fixed_point import Solution, attach
 from deq_jax.solvers import Anderson, Picard, Solver
@@ -167,9 +167,7 @@ class Optax:
     def __post_init__(self):
         if isinstance(self.tx, type) or not (hasattr(self.tx, "init") and hasattr(self.tx, "update")):
             raise TypeError(f"Optax.tx must be an optimizer such as optax.adam(1e-2), got {self.tx!r}")
-        check_number(self, "rtol", at_least=0)
-        check_number(self, "atol", at_least=0)
-        check_number(self, "max_steps", at_least=0, whole=True)
+        check_stopping(self)
 
     def init(self, z: Float[Array, "*batch dim"]) -> Any:
         return self.tx.init(z)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from deq_jax._cache import reads as what_it_reads
+from deq_jax._config import check_solver
 from deq_jax.adjoints import Adjoint, Found, Implicit, Probe, hoist
 from deq_jax.solvers import Anderson, Fold, Solved, Solver, Stats
 from deq_jax.solvers import solve as _solve
@@ -191,7 +192,6 @@ def attach(
     _check_output(jax.eval_shape(fun, z, inputs, other), z)
     probe = Probe.like(z, batch_ndim) if probe is None else probe
     stats, memory = (None, None) if found is None else (found.stats, found.memory)
-    memory = memory if getattr(adjoint, "reads_memory", False) else None
     return at(fun, Found(z, stats, memory), inputs, other, solver, batch_ndim, probe)
 
 
@@ -202,8 +202,7 @@ def _check(f, z0, args, solver, adjoint, batch_ndim, probe) -> PyTree:
     """z0 as arrays, or TypeError/ValueError."""
     if not callable(f):
         raise TypeError(f"f must be callable as f(z, *args), got {type(f).__name__}")
-    if isinstance(solver, type) or not hasattr(solver, "update"):
-        raise TypeError(f"solver must be a solver such as Anderson(), got {solver!r}")
+    check_solver(solver, "solver")
     if isinstance(adjoint, type) or not hasattr(adjoint, "run"):
         raise TypeError(f"adjoint must be an adjoint such as Implicit(), got {adjoint!r}")
     if isinstance(batch_ndim, bool) or not isinstance(batch_ndim, int) or batch_ndim < 0:

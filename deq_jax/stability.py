@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from deq_jax.solvers import arnoldi
 from deq_jax.solvers.base import norm, ratio, raveler, zeros_from
 
 KRYLOV = 16  # dimension of the space that the leading eigenvalues are looked for in
@@ -108,27 +109,12 @@ def _arnoldi(
     out[j] is the length by which A leads from the first j + 1 vectors out of their span; where that is
     rounding, the rest of Q and H is zero.
     """
-    eps, rows = jnp.finfo(v.dtype).eps, jnp.arange(m)
-
-    def body(j, carry):
-        v, Q, H, out = carry
-        Q = jnp.where(rows[:, None] == j, v[..., None, :], Q)
-        w = push(v)
-        size, column = norm(w), zeros_from(out)
-        for _ in range(2):  # once more, for the first pass leaves what rounding left
-            along = jnp.einsum("...qd,...d->...q", Q, w)
-            w, column = w - jnp.einsum("...q,...qd->...d", along, Q), column + along
-        v, length = _unit(w)
-        leads = length > 10 * eps * size
-        length = jnp.where(leads, length, 0)
-        column = column + jnp.where(rows == j + 1, length[..., None], 0)
-        H = H + jnp.where(rows == j, column[..., :, None], 0)
-        return jnp.where(leads[..., None], v, 0), Q, H, jnp.where(rows == j, length[..., None], out)
-
-    Q = zeros_from(jnp.stack([v] * m, axis=-2))
-    H = jnp.stack([Q[..., 0]] * m, axis=-1)
-    _, Q, H, out = jax.lax.fori_loop(0, m, body, (v, Q, H, Q[..., 0]))
-    return Q, H, out
+    everywhere = jnp.isfinite(norm(v)) | True
+    space = arnoldi.restart(arnoldi.empty(zeros_from(v), m), v, norm(v), everywhere)
+    extend = lambda _, space: arnoldi.extend(space, push(arnoldi.newest(space)), ~space.closed)
+    space = jax.lax.fori_loop(0, m, extend, space)
+    out = jnp.einsum("...jj->...j", space.hessenberg[..., 1:, :])
+    return space.basis[..., :m, :], space.hessenberg[..., :m, :], out
 
 
 def _gelfand(H: Float[Array, "*batch m m"]) -> Float[Array, "*batch"]:

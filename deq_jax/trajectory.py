@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from deq_jax.adjoints import Adjoint, Implicit, Phantom, Probe
-from deq_jax.adjoints.base import choose
 from deq_jax.fixed_point import attach, solve
 from deq_jax.solvers import Anderson, Seen, Solver, Stats, Status
-from deq_jax.solvers.base import raveler, zeros_from
+from deq_jax.solvers.base import choose, raveler, zeros_from
 
 
 class Trajectory(NamedTuple):

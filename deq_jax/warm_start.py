@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from deq_jax.solvers.base import choose
+
 
 class FixedPointCache(NamedTuple):
     """The last equilibrium of each of N examples, with the time at which it was found.
@@ -48,11 +50,9 @@ class FixedPointCache(NamedTuple):
         self._check(default, "default")
         fresh, valid = self.fresh(indices, now, max_age), self._valid(indices)
 
-        def pick(cached, default):
-            cached = cached.at[valid].get(mode="fill", fill_value=0).astype(default.dtype)
-            return jnp.where(fresh.reshape(fresh.shape + (1,) * (default.ndim - 1)), cached, default)
-
-        return jax.tree.map(pick, self.z, jax.tree.map(jnp.asarray, default))
+        default = jax.tree.map(jnp.asarray, default)
+        read = lambda cached, like: cached.at[valid].get(mode="fill", fill_value=0).astype(like.dtype)
+        return choose(fresh, jax.tree.map(read, self.z, default), default)
 
     def store(
         self, indices: Int[Array, " batch"], z: PyTree, now: Any, where: Bool[Array, " batch"] | None = None

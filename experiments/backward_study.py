@@ -27,9 +27,9 @@ import deq_jax as deq
 from deq_jax.models import DEQTransformer, TransformerConfig
 from deq_jax.solvers import NewtonKrylov
 from deq_jax.stability import spectral_radius
-from experiments import lm
+from experiments import lm, plots
 from experiments.checkpoints import write_atomically
-from experiments.gradient_study import GMRES, grid
+from experiments.gradient_study import GMRES
 
 INEXACT = {"JFB": deq.JFB(), "Phantom(5, 0.8)": deq.Phantom(5, 0.8), "Neumann(5)": deq.Neumann(5)}
 RADII = {"contractive": 0.9, "not contractive": 1.2}  # of the Jacobian at z* before training
@@ -311,7 +311,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines += ["over the forward; converged is the share of backward solves that did where the forward solve had; CPU"]
     lines += ["time of a training run over that of Anderson(16) × 0.01. All modes share starts and batches.", ""]
     lines += ["## Against the best of JFB, Phantom and Neumann", ""]
-    lines += grid(["mode", "no worse in every setting", "largest excess of loss", "least converged"], [
+    lines += plots.markdown_table(["mode", "no worse in every setting", "largest excess of loss", "least converged"], [
         [mode, "yes" if v["no_worse"] else "**no**", f"{v['worst_difference']:+.4f}", f"{v['least_converged']:.2%}"]
         for mode, v in results["verdicts"].items()
     ])  # fmt: skip
@@ -330,7 +330,7 @@ def markdown(results: dict[str, Any]) -> str:
             "radius at the end",
             "time",
         ]
-        lines += grid(head, [
+        lines += plots.markdown_table(head, [
             [r["mode"], f"{r['loss']:.4f} ± {r['spread']:.4f}", f"{r['lr']:g}", f"{r['evaluations']:.1f}",
              f"{r['forward_converged']:.1%}", f"{r['products']:.1f}",
              "" if r["backward_converged"] is None else f"{r['backward_converged']:.2%}",

@@ -86,7 +86,8 @@ class Config:
             lm.require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         for name in ("lr", "clip"):
             lm.require(0 < getattr(self, name) < math.inf, name, "positive and finite", getattr(self, name))
-        lm.require(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0 and finite", self.weight_decay)
+        for name in ("weight_decay", "jacobian_weight"):
+            lm.require(0 <= getattr(self, name) < math.inf, name, "at least 0 and finite", getattr(self, name))
 
     # Shares, so that a run of 20 steps or of 100,000 has all three phases: the last step is never a warm-up's.
 

@@ -390,7 +390,7 @@ def judge(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def markdown(results: dict[str, Any]) -> str:
     lines = ["# Gradients against a dense float64 solve", "", f"    {results['command']}", "", conditions(results), ""]
-    lines += ["## Bars", "", *grid(["", "bar", "measured", "met"], [
+    lines += ["## Bars", "", *plots.markdown_table(["", "bar", "measured", "met"], [
         [name, b["bar"], b["got"], "yes" if b["met"] else "**no**"] for name, b in results["bars"].items()
     ])]  # fmt: skip
     lines += ["## Adjoint × solver × dtype × spectral radius", ""]
@@ -398,7 +398,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines += ["evaluations of f and Jᵀ-vector products a problem, temporaries, time over `Implicit`'s. *Italic*: the"]
     lines += ["forward solve did not converge everywhere (Picard at 1.2 diverges).", ""]
     head = ["dtype", "ρ", "solver", "adjoint", "error", "cosine", "evaluations", "products", "kB", "time"]
-    lines += grid(head, [adjoint_row(row) for row in results["adjoints"]])
+    lines += plots.markdown_table(head, [adjoint_row(row) for row in results["adjoints"]])
     lines += [
         "## The solver of the backward equation",
         "",
@@ -406,7 +406,7 @@ def markdown(results: dict[str, Any]) -> str:
         "",
     ]
     head = ["ρ", "backward", "error", "products", "converged", "kB", "time / default"]
-    lines += grid(head, [
+    lines += plots.markdown_table(head, [
         [r["radius"], r["backward"], f"{r['error']:.1e}", f"{r['products']:.1f}",
          share(r["backward_converged"]), f"{r['temp_bytes'] / 1e3:.0f}", f"{r['time']:.2f}"]
         for r in results["backward"]
@@ -420,12 +420,12 @@ def markdown(results: dict[str, Any]) -> str:
     ratios = sorted({row["ratio"] for row in results["tolerances"]}, reverse=True)
     found = {(r["radius"], r["rtol"], r["ratio"]): r for r in results["tolerances"]}
     keys = sorted({key[:2] for key in found}, key=lambda key: (key[0], -key[1]))
-    lines += grid(["ρ", "forward rtol", *(f"× {ratio:g}" for ratio in ratios)], [
+    lines += plots.markdown_table(["ρ", "forward rtol", *(f"× {ratio:g}" for ratio in ratios)], [
         [rho, f"{rtol:g}", *(pair(found[rho, rtol, ratio]) for ratio in ratios)] for rho, rtol in keys
     ])  # fmt: skip
     memory = results["memory"]
     lines += ["## Memory by max_steps", "", "Temporaries in kB, float32, Picard.", ""]
-    lines += grid(["adjoint", *(f"L = {d}" for d in memory["depths"]), "fit"], [
+    lines += plots.markdown_table(["adjoint", *(f"L = {d}" for d in memory["depths"]), "fit"], [
         [name, *(f"{size / 1e3:.1f}" for size in sizes),
          f"∝ L^{memory['fits'][name]['power']:.2f}" if name in memory["fits"] else "constant"]
         for name, sizes in memory["bytes"].items()
@@ -444,11 +444,6 @@ def adjoint_row(row: dict[str, Any]) -> list[Any]:
         row["dtype"], row["radius"], row["solver"], adjoint, f"{row['error']:.1e}", f"{row['cosine']:.3f}",
         f"{row['evaluations']:.0f}", count, f"{row['temp_bytes'] / 1e3:.0f}", f"{row['time']:.2f}",
     ]  # fmt: skip
-
-
-def grid(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
-    line = lambda cells: "| " + " | ".join(map(str, cells)) + " |"
-    return [line(head), "|" + "---|" * len(head), *map(line, rows), ""]
 
 
 def share(x: float | None) -> str:
@@ -493,7 +488,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             kind = "contractive" if radius < 1 else "monotone"
             more = f"\n{', '.join(lost)} diverges" if lost else "\n"
             axes.set_title(f"spectral radius {radius:g}: {kind}{more}")
-            axes.set_xlabel("Jᵀ-vector products a problem")
+            axes.set_xlabel("Jᵀ-vector products a problem,\nthe one with the parameters included")
             axes.grid(alpha=0.2)
         np.atleast_1d(panels)[0].set_ylabel("relative error of the gradient (median over problems)")
         seen = {row["adjoint"] for row in results["adjoints"]}

@@ -3,6 +3,7 @@
 import json
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,12 @@ def conditions(summary: dict) -> str:
         f"{machine['processor']}, {machine['cores']} cores; jax {versions['jax']}; {summary['dtype']}; "
         f"seed {summary['seed']}; {summary['deq']['parameters']:,} parameters"
     )
+
+
+def markdown_table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """The lines of a table in Markdown, and the empty one that ends it."""
+    line = lambda cells: "| " + " | ".join(map(str, cells)) + " |"
+    return [line(head), "|" + "---|" * len(head), *map(line, rows), ""]
 
 
 def table(summary: dict) -> str:

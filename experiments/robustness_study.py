@@ -23,7 +23,7 @@ import tyro
 
 import deq_jax as deq
 from experiments.lm import environment
-from experiments.plots import STYLE
+from experiments.plots import STYLE, markdown_table
 from experiments.robustness_cells import CELLS, DIM, FAMILIES, HARD, NAMES, NO_ZERO, RUNS, classical, start
 
 RTOL = 1e-4
@@ -386,26 +386,27 @@ def markdown(record: dict[str, Any]) -> str:
         "Median evaluations over the problems solved, mean over all. A claim is false where the relative residual in "
         f"float64 is above {RTOL:g} + {CELL_SLACK:.1e}, a refusal where it is at most {RTOL:g} − {CELL_SLACK:.1e}. "
         f"MGH: f(z) = z − F(z) in float64, ‖F(z)‖₂ ≤ {MGH_ATOL:g} within {MGH_BUDGET} evaluations of F.",
-        grid(header, rows),
-        grid(list(record["bars"][0]), [[b["bar"], b["measured"], "yes" if b["met"] else "NO"] for b in record["bars"]]),
+        table(header, rows),
+        table(
+            list(record["bars"][0]), [[b["bar"], b["measured"], "yes" if b["met"] else "NO"] for b in record["bars"]]
+        ),
     ]
     if "cells" in some:
         rows = [[family, *(f"{percent(r['cells'][family]):.0f}" for r in results.values())] for family in some["cells"]]
-        parts += ["## Success by family, %", grid(["family", *results], rows)]
+        parts += ["## Success by family, %", table(["family", *results], rows)]
     if "mgh" in some:
         titles = [f"{NAMES[s['number']]}, n = {s['n']}, start × {s['start']}" for s in some["systems"]]
         rows = [[title, *(outcome(r["systems"][i]) for r in results.values())] for i, title in enumerate(titles)]
-        parts += ["## Evaluations by system, – where not solved", grid(["system", *results], rows)]
+        parts += ["## Evaluations by system, – where not solved", table(["system", *results], rows)]
     return "\n\n".join(parts)
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    return "\n".join(markdown_table(head, rows)).strip()
 
 
 def outcome(system: dict[str, Any]) -> str:
     return str(system["evaluations"]) if system["success"] else "–"
-
-
-def grid(header: list[str], rows: list[list[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(word) for word in line) + " |" for line in lines)
 
 
 def draw_figure(record: dict[str, Any], path: Path) -> None:

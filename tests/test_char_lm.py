@@ -225,8 +225,9 @@ def test_what_is_wrong_is_said_before_compilation(run, trained, text, tmp_path, 
 @pytest.mark.parametrize("cls", lm.SOLVERS_AND_ADJOINTS, ids=lambda cls: cls.__name__)
 def test_every_solver_and_adjoint_is_an_option_and_comes_back_from_a_file(cls):
     kind = "adjoint" if hasattr(cls, "run") else "solver"
+    of_two_words = {deq.ImplicitJVP: "implicit-jvp", deq.NewtonKrylov: "newton-krylov"}
     with lm.OPTIONS:
-        config = tyro.cli(Config, args=[f"{kind}:{'implicit-jvp' if cls is deq.ImplicitJVP else cls.__name__.lower()}"])
+        config = tyro.cli(Config, args=[f"{kind}:{of_two_words.get(cls, cls.__name__.lower())}"])
     value = getattr(config, kind)
     assert type(value) is cls
     assert lm._from_json(json.loads(json.dumps(config_to_json(value)))) == value

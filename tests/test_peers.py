@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from matrices import gaussian, symmetric
 
 import deq_jax as deq
 from deq_jax import Status
@@ -25,16 +26,6 @@ SOLVERS = {
 }
 each_solver = pytest.mark.parametrize("Solver", SOLVERS.values(), ids=SOLVERS.keys())
 TIGHT = deq.Picard(rtol=1e-13, max_steps=2000)
-
-
-def symmetric(key, n, dim, radius):
-    a = jax.random.normal(key, (n, dim, dim))
-    a = a + a.mT
-    return a * (radius / jnp.max(jnp.abs(jnp.linalg.eigvalsh(a)), -1))[:, None, None]
-
-
-def gaussian(key, n, dim, radius):
-    return jax.random.normal(key, (n, dim, dim)) * (radius / dim**0.5)
 
 
 def cell(z, w, x):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matrices import gaussian, symmetric
 
 import deq_jax as deq
 from deq_jax import Status
@@ -34,18 +35,6 @@ def solve_batch(a, b, z0, solver, kind="affine"):
     """Problems z = a z + b (or its tanh), one a row."""
     act = jnp.tanh if kind == "tanh" else lambda y: y
     return solve(lambda z: act(jnp.einsum("nij,nj->ni", a, z) + b), z0, solver, 1)
-
-
-def symmetric(key, n, dim, radius):
-    """n symmetric matrices whose spectral radius is `radius`."""
-    a = jax.random.normal(key, (n, dim, dim))
-    a = a + a.mT
-    return a * (radius / jnp.max(jnp.abs(jnp.linalg.eigvalsh(a)), -1))[:, None, None]
-
-
-def gaussian(key, n, dim, radius):
-    """n Gaussian matrices scaled to a spectral radius of `radius` on average: non-normal, complex spectra."""
-    return jax.random.normal(key, (n, dim, dim)) * (radius / dim**0.5)
 
 
 def rotation(key, n, dim, radius):

@@ -57,7 +57,7 @@ class Found(NamedTuple):
 
     z: PyTree
     stats: Stats | None  # None where another solver found z
-    memory: Any  # the solver's, where the adjoint reads it
+    memory: Any  # the solver's; None where another solver found z
 
 
 class Adjoint(Protocol):
@@ -78,8 +78,7 @@ def run_at_equilibrium(
     # The derivative is that of `at` alone, so the loop must not be differentiated.
     frozen_z0, frozen, solver = jax.lax.stop_gradient((z0, inputs, solver))
     solved = solve(lambda z: f(z, frozen, other), frozen_z0, solver, batch_ndim)
-    memory = solved.memory if getattr(self, "reads_memory", False) else None
-    found = Found(solved.value, solved.stats, memory)
+    found = Found(solved.value, solved.stats, solved.memory)
     return self.at(f, found, inputs, other, solver, batch_ndim, probe), solved.stats
 
 
@@ -87,6 +86,8 @@ def at_equilibrium(
     self, f: Callable, found: Found, inputs: list, other: list, solver: Solver, batch_ndim: int, probe: Probe
 ) -> PyTree:
     """`at` for adjoints with a `pullback(f, found, inputs, z_bar, solver, batch_ndim)`: z*, differentiable."""
+    if not getattr(self, "reads_memory", False):
+        found = found._replace(memory=None)  # it would be kept until the backward pass
     try:
         return _value(f, batch_ndim, self, solver, found, reverse_mode_only(inputs), other, probe)
     except TypeError as error:  # under jit(jacfwd(...)) jax's own refusal comes first
@@ -218,10 +219,9 @@ def add(a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(jnp.add, a, b)
 
 
-def choose(where: Array, a: PyTree, b: PyTree) -> PyTree:
-    """a where the problem's entry of `where` is true, b elsewhere."""
-    pick = lambda a, b: jnp.where(where.reshape(where.shape + (1,) * (a.ndim - where.ndim)), a, b)
-    return jax.tree.map(pick, a, b)
+def conj(tree: PyTree) -> PyTree:
+    """A solver takes a complex state as two reals, and there vjp is the transpose on conjugates."""
+    return jax.tree.map(jnp.conj, tree)
 
 
 def lerp(a: PyTree, b: PyTree, weight: Any) -> PyTree:

@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 
-from deq_jax._config import config
+from deq_jax._config import check_solver, config
 from deq_jax.adjoints.base import (
     Found,
     Probe,
     add,
     as_probe,
     at_equilibrium,
-    choose,
     divide,
     hoist,
     multiply,
@@ -20,6 +19,7 @@ from deq_jax.adjoints.base import (
     run_at_equilibrium,
 )
 from deq_jax.solvers import Anderson, Solver
+from deq_jax.solvers.base import choose, zeros_from
 
 
 class OnFailure(enum.IntEnum):
@@ -81,7 +81,7 @@ class Implicit:
         u, stats = self.run(fun, one_step, u_inputs, u_other, backward, batch_ndim, probe)
         if self.on_failure != OnFailure.KEEP:
             sound = stats.converged if found.stats is None else stats.converged & found.stats.converged
-            instead = one_step if self.on_failure == OnFailure.ONE_STEP else jax.tree.map(lambda u: u * 0, one_step)
+            instead = one_step if self.on_failure == OnFailure.ONE_STEP else jax.tree.map(zeros_from, one_step)
             u = choose(sound, u, instead)
         return vjp(multiply(u, scale))[1], as_probe(stats)
 
@@ -91,6 +91,5 @@ def default_backward(forward: Solver) -> Solver:
 
 
 def check_backward_solver(adjoint: Any) -> None:
-    solver, name = adjoint.solver, type(adjoint).__name__
-    if solver is not None and (isinstance(solver, type) or not hasattr(solver, "update")):
-        raise TypeError(f"{name}.solver must be a solver such as Anderson(), got {solver!r}")
+    if adjoint.solver is not None:
+        check_solver(adjoint.solver, f"{type(adjoint).__name__}.solver")

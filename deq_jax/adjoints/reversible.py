@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from deq_jax._config import check_number, config
-from deq_jax.adjoints.base import reverse_mode_only
-from deq_jax.solvers.base import Stats, Status, norm, ratio, raveler, zeros_from
+from deq_jax.adjoints.base import conj, reverse_mode_only
+from deq_jax.solvers.base import Stats, Status, judge, norm, raveler, within, zeros_from
 
 SPOILED = 1e-2  # relative error of a state walked back to z0 from which on we warn
 
@@ -46,7 +46,7 @@ class Reversible:
             )
 
     def run(self, f, z0, inputs, other, solver, batch_ndim, probe):
-        rules = jax.lax.stop_gradient((self.damping, solver.rtol, solver.atol, jnp.asarray(solver.max_steps)))
+        rules = jax.lax.stop_gradient((self.damping, solver))
         return _solve(f, batch_ndim, rules, *reverse_mode_only((z0, inputs)), other)
 
     def warn(self, z0, solver):
@@ -71,15 +71,13 @@ def _wide(dtype):
 
 def _walk(f, batch_ndim, rules, z0, inputs, other):
     """(y, z) after the steps taken, the number of them for each problem, and the statistics of z."""
-    damping, rtol, atol, max_steps = rules
+    damping, solver = rules
     ravel, unravel = raveler(z0, batch_ndim)
     start = ravel(z0)
     start = start.astype(_wide(start.dtype))
     call = lambda z: ravel(f(unravel(z), inputs, other)).astype(start.dtype)
 
-    def unmet(z, fz):
-        residual, scale = norm(fz - ravel(unravel(z))), norm(fz)
-        return ~(jnp.isfinite(scale) & (residual <= atol + rtol * scale))
+    norms = lambda z, fz: (norm(fz - ravel(unravel(z))), norm(fz))
 
     def body(carry):
         y, z, fz, running, steps = carry
@@ -88,25 +86,16 @@ def _walk(f, batch_ndim, rules, z0, inputs, other):
         y = move(y, (1 - damping) * y + damping * fz)
         z = move(z, (1 - damping) * z + damping * call(y))
         fz, steps = call(z), steps + running
-        return y, z, fz, running & unmet(z, fz) & (2 * steps + 3 <= max_steps), steps
+        return y, z, fz, running & ~within(*norms(z, fz), solver) & (2 * steps + 3 <= solver.max_steps), steps
 
     fz = call(start)
-    running = unmet(start, fz) & (max_steps >= 3)
+    running = ~within(*norms(start, fz), solver) & (solver.max_steps >= 3)
     carry = start, start, fz, running, zeros_from(start[..., 0]).astype(jnp.int32)
     y, z, fz, _, steps = jax.lax.while_loop(lambda carry: jnp.any(carry[3]), body, carry)
 
-    residual, scale = norm(fz - ravel(unravel(z))), norm(fz)
-    finite = jnp.isfinite(residual) & jnp.isfinite(scale)
-    status = jnp.where(finite, Status.MAX_STEPS, Status.NONFINITE)
-    status = jnp.where(finite & (residual <= atol + rtol * scale), Status.CONVERGED, status)
-    residual = jnp.where(finite, residual, jnp.inf)
-    none = max_steps <= 0  # no evaluation was allowed, so nothing is known
-    stats = Stats(
-        jnp.where(none, 0, 2 * steps + 1),
-        jnp.where(none, jnp.inf, residual),
-        jnp.where(none, jnp.inf, ratio(residual, scale)),
-        jnp.where(none, Status.MAX_STEPS, status),
-    )
+    stats = judge(*norms(z, fz), solver, 2 * steps + 1)
+    nothing = 0, jnp.inf, jnp.inf, Status.MAX_STEPS  # what is known where no evaluation was allowed
+    stats = Stats(*(jnp.where(solver.max_steps > 0, known, none) for known, none in zip(stats, nothing, strict=True)))
     return y, z, steps, stats
 
 
@@ -123,11 +112,9 @@ def _solve_fwd(f, batch_ndim, rules, z0, inputs, other):
 
 
 def _solve_bwd(f, batch_ndim, saved, cotangents):
-    (damping, *_), y, z, steps, inputs, other = saved
+    (damping, _), y, z, steps, inputs, other = saved
     z_bar, _ = cotangents
-    # A cotangent of a complex state is ravelled as its conjugate: for two reals a pair, that is the transpose.
     ravel, unravel = raveler(z_bar, batch_ndim)
-    conj = lambda tree: jax.tree.map(jnp.conj, tree)
     keep = 1 - damping
 
     def pull(at, weight):

@@ -10,6 +10,7 @@ from deq_jax.adjoints.base import (
     add,
     as_probe,
     at_equilibrium,
+    conj,
     divide,
     multiply,
     power_of_two,
@@ -66,8 +67,6 @@ class Shine:
     def pullback(self, f, found, inputs, z_bar, solver, batch_ndim):
         _, vjp = jax.vjp(f, found.z, inputs)
         scale = power_of_two(z_bar, batch_ndim)
-        # The solver takes a complex state as two reals, and there vjp is the transpose on conjugates.
-        conj = lambda tree: jax.tree.map(jnp.conj, tree)
         u0 = conj(divide(z_bar, scale))
 
         def cell(u):

@@ -1,14 +1,12 @@
 """Backpropagation through the iterations, with or without checkpoints."""
 
-import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
 from deq_jax._config import check_number, config
-from deq_jax.solvers import Broyden
-from deq_jax.solvers.base import measure, norm, raveler, zeros_from
+from deq_jax.solvers.base import measure, norm, raveler, within, zeros_from
 
 
 @config
@@ -18,7 +16,7 @@ class Unroll:
     All `max_steps` iterations are run, and the last iterate is the value; with `stop=True` a problem keeps the
     first iterate that meets the tolerances, and f is not called once all have. Stats.steps counts the one
     evaluation more that measures the value (XLA drops it where the stats are not used). The derivative reaches
-    z0 too, in forward and in reverse mode. A full memory of Broyden starts afresh here.
+    z0 too, in forward and in reverse mode.
 
     Memory of the backward pass for L iterations, in linearizations of f: L with `checkpoint=None`; with
     `checkpoint=k`, L/k states and k linearizations, for one more forward pass. So 1 keeps every state and one
@@ -53,9 +51,6 @@ class Unroll:
                 f"Unroll cannot differentiate {type(solver).__name__}: its trials and cut steps are no smooth function "
                 "of the inputs. Use Picard, Anderson or Broyden, or adjoint=Implicit()"
             )
-        if isinstance(solver, Broyden):
-            # Compressing a full memory takes eigenvectors, whose derivative is not finite where eigenvalues meet.
-            solver = dataclasses.replace(solver, keep=0)
         ravel, unravel = raveler(z0, batch_ndim)
 
         def iterate(carry):
@@ -65,9 +60,8 @@ class Unroll:
             new_z = ravel(unravel(z + step))
             if not self.stop:
                 return new_z, state, running, steps + 1
-            # the stopping test of `solve`, on values alone
-            residual, scale = norm(jax.lax.stop_gradient(g)), norm(jax.lax.stop_gradient(g + z))
-            met = jnp.isfinite(scale) & (residual <= solver.atol + solver.rtol * scale)
+            g, fz = jax.lax.stop_gradient((g, g + z))
+            met = within(norm(g), norm(fz), solver)
             steps, running = steps + running, running & ~met
             return jnp.where(running[..., None], new_z, z), state, running, steps
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._config import check_number, config
+from deq_jax._config import check_number, check_stopping, config
 from deq_jax.solvers.base import norm, write_slot, zeros_from
 
 UNROLLED = 8  # eliminate without a loop up to this history: faster to run, slower to compile
@@ -49,9 +49,7 @@ class Anderson:
     growth: float = 1.5
 
     def __post_init__(self):
-        check_number(self, "rtol", at_least=0)
-        check_number(self, "atol", at_least=0)
-        check_number(self, "max_steps", at_least=0, whole=True)
+        check_stopping(self)
         check_number(self, "history", at_least=1, whole=True, static=True)
         check_number(self, "ridge", at_least=0)
         check_number(self, "damping", at_least=0, below=2)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax.solvers.base import norm, zeros_from
+from deq_jax.solvers.base import choose, norm, orthogonalize, zeros_from
 
 
 class Krylov(NamedTuple):
@@ -47,8 +47,7 @@ def restart(
         beta,
         beta,
     )
-    pick = lambda new, old: jnp.where(where.reshape(where.shape + (1,) * (old.ndim - where.ndim)), new, old)
-    return jax.tree.map(pick, fresh, krylov)
+    return choose(where, fresh, krylov)
 
 
 def newest(krylov: Krylov) -> Float[Array, "*batch dim"]:
@@ -64,13 +63,8 @@ def extend(krylov: Krylov, product: Float[Array, "*batch dim"], where: Bool[Arra
     eps, dtype = jnp.finfo(product.dtype).eps, product.dtype
     here, after = _one_hot(k, size + 1, dtype), _one_hot(k + 1, size + 1, dtype)
 
-    # Gram–Schmidt twice is enough (Kahan): J q_k = Σ h_i q_i + h⁺ q_{k+1}.
-    project = lambda w: jnp.einsum("...kd,...d->...k", basis, w)
-    combine = lambda h: jnp.einsum("...k,...kd->...d", h, basis)
-    h = project(product)
-    w = product - combine(h)
-    again = project(w)
-    h, w = h + again, w - combine(again)
+    # J q_k = Σ h_i q_i + h⁺ q_{k+1}
+    w, h = orthogonalize(product, basis)
     left_over, whole = norm(w), norm(product)
     independent = left_over > 100 * eps * whole
     left_over = jnp.where(independent, left_over, 0)
@@ -102,8 +96,7 @@ def extend(krylov: Krylov, product: Float[Array, "*batch dim"], where: Bool[Arra
         krylov.beta,
         left,
     )
-    pick = lambda new, old: jnp.where(where.reshape(where.shape + (1,) * (old.ndim - where.ndim)), new, old)
-    return jax.tree.map(pick, grown, krylov)
+    return choose(where, grown, krylov)
 
 
 def solution(krylov: Krylov) -> Float[Array, "*batch size"]:

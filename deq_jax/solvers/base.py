@@ -119,7 +119,7 @@ def solve(
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(z0))
     floor = min(64 * eps, 0.05)  # relative residual at which rounding in f may hide all progress
     recovers, asks = getattr(solver, "recovers", False), getattr(solver, "asks", None)
-    patience = jnp.maximum(STALE_EVALUATIONS, getattr(solver, "patience", 0))
+    patience = max(STALE_EVALUATIONS, getattr(solver, "patience", 0))
 
     def body(loop: _Loop) -> _Loop:
         running = loop.status == RUNNING
@@ -135,14 +135,13 @@ def solve(
         steps = loop.steps + running
 
         finite = jnp.isfinite(residual) & jnp.isfinite(scale)
-        within = residual <= solver.atol + solver.rtol * scale
         # z ↦ z + 1 has no fixed point, and yet its relative residual 1/‖z‖ falls below any rtol as z runs away.
         # Where the iterate has outgrown its start, the residual itself must have fallen as well; and once the
         # residual at the start is less than a unit in the last place of z, all residuals are rounding.
         outgrown = scale > 10 * first_scale
         lost = outgrown & (eps * scale > first_residual)
         escaped = lost | (residual > DIVERGED_GROWTH * first_scale)
-        converged = finite & within & ~lost & (~outgrown | (residual <= 0.1 * first_residual))
+        converged = within(residual, scale, solver) & ~lost & (~outgrown | (residual <= 0.1 * first_residual))
         stale = jnp.where(finite & (residual < 0.99 * loop.best_residual), 0, loop.stale + 1)
         stalled = (stale >= patience) & (loop.best_residual <= floor * loop.best_norm)
 
@@ -196,13 +195,23 @@ def measure(f: Callable, z: PyTree, solver: Solver, steps: Any, batch_ndim: int)
     """Stats of a z that is returned as it is, after `steps` evaluations and the one made here."""
     ravel, _ = raveler(z, batch_ndim)
     fz = ravel(f(z))
-    residual, scale = norm(fz - ravel(z)), norm(fz)
+    return judge(norm(fz - ravel(z)), norm(fz), solver, steps + 1)
+
+
+def judge(residual: Float[Array, "*batch"], scale: Float[Array, "*batch"], solver: Solver, steps: Any) -> Stats:
+    """Stats of a z with ‖f(z) − z‖ = residual and ‖f(z)‖ = scale, known after `steps` evaluations."""
     finite = jnp.isfinite(residual) & jnp.isfinite(scale)
+    status = jnp.where(within(residual, scale, solver), Status.CONVERGED, Status.MAX_STEPS)
+    status = jnp.where(finite, status, Status.NONFINITE)
     residual = jnp.where(finite, residual, jnp.inf)
-    converged = finite & (residual <= solver.atol + solver.rtol * scale)
-    status = jnp.where(finite, jnp.where(converged, Status.CONVERGED, Status.MAX_STEPS), Status.NONFINITE)
     count = zeros_from(residual).astype(jnp.int32)
-    return Stats(count + steps + 1, residual, ratio(residual, scale), status + count)
+    return Stats(count + steps, residual, ratio(residual, scale), status + count)
+
+
+def within(residual: Float[Array, "*batch"], scale: Float[Array, "*batch"], solver: Solver) -> Bool[Array, "*batch"]:
+    """The stopping test. Finite, for inf ≤ rtol · inf is true, and so is NaN's `not (residual > tolerance)`."""
+    finite = jnp.isfinite(residual) & jnp.isfinite(scale)
+    return finite & (residual <= solver.atol + solver.rtol * scale)
 
 
 def raveler(example: PyTree, batch_ndim: int) -> tuple[Callable, Callable]:
@@ -238,6 +247,28 @@ def raveler(example: PyTree, batch_ndim: int) -> tuple[Callable, Callable]:
 def zeros_from(x: Array) -> Array:
     """Zeros with the shape, dtype and sharding of x: jax 0.12's zeros_like drops an explicit sharding."""
     return jnp.where(False, x, jnp.zeros((), x.dtype))
+
+
+def choose(where: Bool[Array, "*batch"], a: PyTree, b: PyTree) -> PyTree:
+    """a in the problems named by `where`, b in the others; of a leaf that all problems share, b's."""
+
+    def pick(a, b):
+        if b.ndim < where.ndim:
+            return b
+        return jnp.where(where.reshape(where.shape + (1,) * (b.ndim - where.ndim)), a, b)
+
+    return jax.tree.map(pick, a, b)
+
+
+def orthogonalize(
+    w: Float[Array, "*batch dim"], basis: Float[Array, "*batch rows dim"]
+) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch rows"]]:
+    """(what is left of w, its coefficients) over orthonormal rows. Gram–Schmidt; twice is enough (Kahan)."""
+    coefficients = zeros_from(basis[..., 0])
+    for _ in range(2):
+        along = jnp.einsum("...kd,...d->...k", basis, w)
+        w, coefficients = w - jnp.einsum("...k,...kd->...d", along, basis), coefficients + along
+    return w, coefficients
 
 
 def write_slot(

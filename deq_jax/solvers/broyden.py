@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._config import check_number, config
-from deq_jax.solvers.base import norm, write_slot, zeros_from
+from deq_jax._config import check_number, check_stopping, config
+from deq_jax.solvers.base import choose, norm, orthogonalize, write_slot, zeros_from
 
 GROWTH = 1.5  # a residual that grew by this factor is a step too far
 SWEEPS = 4  # orthogonal iterations that find the leading part of a full memory
@@ -51,9 +51,7 @@ class Broyden:
     line_search: int = 0
 
     def __post_init__(self):
-        check_number(self, "rtol", at_least=0)
-        check_number(self, "atol", at_least=0)
-        check_number(self, "max_steps", at_least=0, whole=True)
+        check_stopping(self)
         check_number(self, "rank", at_least=1, whole=True, static=True)
         check_number(self, "damping", at_least=0, below=2)
         if self.keep is not None:
@@ -65,15 +63,14 @@ class Broyden:
         """Whether a step to where f is huge or not finite is cut rather than the end."""
         return self.line_search > 0
 
-    @property
-    def asks(self):
-        return (lambda state: state.ask) if self.line_search else None
-
     def init(self, z: Float[Array, "*batch dim"]) -> BroydenState:
         zero = zeros_from(z)
         slots, known = jnp.stack([zero] * self.rank, axis=-2), zero[..., 0] > 0
         cuts = zero[..., 0].astype(jnp.int32)
         return BroydenState(jnp.zeros((), jnp.int32), zero, zero, known, slots[..., 0] > 0, slots, slots, cuts, z)
+
+    def asks(self, state: BroydenState) -> Float[Array, "*batch dim"]:
+        return state.ask
 
     def resume(self, state: BroydenState) -> BroydenState:
         """The memory of a solve of a similar problem: its estimate is a start, its last residual is not ours."""
@@ -94,10 +91,10 @@ class Broyden:
         dg = jnp.where(finite[..., None], dg, 0)
         moved = moved & finite
         here_z, g = (jnp.where(back[..., None], old, new) for old, new in ((state.z, z), (state.g, residual)))
-        # The slot in turn is held already: the memory is full.
         here = jnp.arange(self.rank) == slot
-        full = moved & jnp.any(state.held & here, axis=-1)
-        u, v, held = self._make_room(state, full, slot)
+        u, v, held = self._make_room(state, slot, state.known & jnp.any(dz != 0, axis=-1))
+        # The slot in turn is held still: the estimate starts afresh, for a ring of updates estimates nothing.
+        held = held & ~(moved & jnp.any(held & here, axis=-1))[..., None]
         mask = held.astype(z.dtype)
 
         both = jnp.stack([dg, g], axis=-2)
@@ -128,23 +125,27 @@ class Broyden:
         held = held | (here & usable[..., None])
         return ask - z, BroydenState(state.count + 1, here_z, g, state.known | True, held, u, v, cuts, ask)
 
-    def _make_room(self, state: BroydenState, full: Bool[Array, "*batch"], slot: Int[Array, ""]) -> tuple:
-        """(u, v, held) with the problems in `full` cut down to `keep` updates, the last slots to be reached."""
+    def _make_room(self, state: BroydenState, slot: Int[Array, ""], where: Bool[Array, "*batch"]) -> tuple:
+        """(u, v, held), in the problems of `where` cut down to `keep` updates in the last slots to be reached.
+
+        When is read off the count that all problems share: asking whether some memory is full would be one more
+        collective in each step of a sharded solve. Fewer updates than `keep` lose nothing.
+        """
         keep = self.rank // 2 if self.keep is None else self.keep
         if keep == 0:
-            return state.u, state.v, state.held & ~full[..., None]
+            return state.u, state.v, state.held
+        overdue = state.count - 1 - self.rank
+        due = (overdue >= 0) & (overdue % (self.rank - keep) == 0)
 
         def compress():
             mask = state.held[..., None].astype(state.u.dtype)
             u, v = compressed(mask * state.u, mask * state.v, keep)
             room = [(0, 0)] * (u.ndim - 2) + [(0, self.rank - keep), (0, 0)]
             place = lambda x: jnp.roll(jnp.pad(x, room), slot - keep, axis=-2)
-            kept = jnp.roll(jnp.arange(self.rank) < keep, slot - keep)
-            pick = lambda new, old: jnp.where(full[..., None, None], new, old)
-            held = jnp.where(full[..., None], kept, state.held)
-            return pick(place(u), state.u), pick(place(v), state.v), held
+            kept = (state.held & False) | jnp.roll(jnp.arange(self.rank) < keep, slot - keep)
+            return choose(where, (place(u), place(v), kept), (state.u, state.v, state.held))
 
-        return jax.lax.cond(jnp.any(full), compress, lambda: (state.u, state.v, state.held))
+        return jax.lax.cond(due, compress, lambda: (state.u, state.v, state.held))
 
 
 def compressed(
@@ -164,14 +165,12 @@ def compressed(
 
 
 def orthonormal(x: Float[Array, "*batch rows dim"]) -> Float[Array, "*batch rows dim"]:
-    """The rows of x after Gram–Schmidt, twice each; zeros for a row that depends on those before it."""
+    """The rows of x after Gram–Schmidt; zeros for a row that depends on those before it."""
     eps, rows = jnp.finfo(x.dtype).eps, x.shape[-2]
 
     def clean(i, q):
         row = jax.lax.dynamic_index_in_dim(x, i, axis=-2, keepdims=False)
-        rest = row
-        for _ in range(2):
-            rest = rest - jnp.einsum("...k,...kd->...d", jnp.einsum("...kd,...d->...k", q, rest), q)
+        rest, _ = orthogonalize(row, q)
         length = norm(rest)
         good = length > 10 * rows * eps * norm(row)
         unit = jnp.where(good, 1 / jnp.where(good, length, 1), 0)[..., None] * rest

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from deq_jax._config import check_number, config
+from deq_jax._config import check_number, check_stopping, config
 from deq_jax.solvers import arnoldi
 from deq_jax.solvers.base import norm, ratio, zeros_from
 
@@ -35,9 +35,9 @@ class NewtonKrylov:
     For roots where the secant solvers fail: Brown & Saad (1990), with Powell's dogleg in the Krylov space
     (the step never leaves a region where the linear model has predicted well, and a step to where f is not
     finite is cut). Between two steps it evaluates f up to `krylov` times at z + h q, each one a product of the
-    Jacobian with q, until the model is solved to `forcing` times ‖g‖, or as far as
-    Eisenstat & Walker (1996) ask near the root. Memory is `krylov` + 4
-    states. `difference` is h relative to ‖z‖, by default the square root of the machine epsilon.
+    Jacobian with q, until the model is solved to `forcing` times ‖g‖, or as far as Eisenstat & Walker (1996) ask
+    near the root. Memory is `krylov` + 4 states. `difference` is h relative to ‖z‖, by default the square root of
+    the machine epsilon.
 
     For an affine f, `NewtonKrylov(krylov=…, forcing=0.0, difference=1.0)` is restarted GMRES: differences are
     exact then, and the space grows until the tolerance is met.
@@ -59,9 +59,7 @@ class NewtonKrylov:
     recovers = True  # a trial that is not finite is not the end: the step is cut
 
     def __post_init__(self):
-        check_number(self, "rtol", at_least=0)
-        check_number(self, "atol", at_least=0)
-        check_number(self, "max_steps", at_least=0, whole=True)
+        check_stopping(self)
         check_number(self, "krylov", at_least=1, whole=True, static=True)
         check_number(self, "forcing", at_least=0, below=1)
         if self.difference is not None:

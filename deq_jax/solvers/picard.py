@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from deq_jax._config import check_number, config
+from deq_jax._config import check_number, check_stopping, config
 
 
 @config
@@ -24,9 +24,7 @@ class Picard:
     damping: float = 1.0
 
     def __post_init__(self):
-        check_number(self, "rtol", at_least=0)
-        check_number(self, "atol", at_least=0)
-        check_number(self, "max_steps", at_least=0, whole=True)
+        check_stopping(self)
         check_number(self, "damping", at_least=0, below=2)
 
     def init(self, z: Float[Array, "*batch dim"]) -> tuple[()]:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deq_jax._config import check_number, config
-from deq_jax.solvers.base import norm, zeros_from
+from deq_jax._config import check_solver, check_stopping, config
+from deq_jax.solvers.base import choose, norm, zeros_from
 from deq_jax.solvers.broyden import Broyden
 from deq_jax.solvers.newton_krylov import NewtonKrylov
 
@@ -51,24 +51,22 @@ class Robust:
     recovers = True
 
     def __post_init__(self):
-        check_number(self, "rtol", at_least=0)
-        check_number(self, "atol", at_least=0)
-        check_number(self, "max_steps", at_least=0, whole=True)
+        check_stopping(self)
         if not isinstance(self.stages, tuple) or not self.stages:
             raise TypeError(f"Robust.stages must be a tuple of solvers, got {self.stages!r}")
         for stage in self.stages:
-            if isinstance(stage, type) or not hasattr(stage, "update") or isinstance(stage, Robust):
-                raise TypeError(f"Robust.stages must hold solvers such as Anderson(), got {stage!r}")
+            check_solver(stage, "a stage of Robust.stages")
+            if isinstance(stage, Robust):
+                raise TypeError(f"Robust.stages cannot hold another Robust: put its stages here, got {stage!r}")
         if not isinstance(self.stall, tuple) or not all(isinstance(n, int) and n > 0 for n in self.stall):
             raise TypeError(f"Robust.stall must be a tuple of ints > 0, got {self.stall!r}")
         if len(self.stall) < len(self.stages) - 1:
             raise ValueError(f"Robust.stall must have an entry for all stages but the last, got {self.stall!r}")
 
     @property
-    def patience(self) -> Int[Array, ""]:
+    def patience(self) -> int:
         """Evaluations that may pass without a better residual."""
-        inner = max(getattr(stage, "patience", 0) for stage in self.stages)
-        return inner + jnp.max(jnp.asarray((0, *self.stall)))
+        return max(getattr(stage, "patience", 0) for stage in self.stages) + max((0, *self.stall))
 
     def init(self, z: Float[Array, "*batch dim"]) -> RobustState:
         zero = zeros_from(z)
@@ -96,7 +94,7 @@ class Robust:
         since = jnp.where(halved, 0, state.since + 1)
 
         limit = jnp.asarray((*self.stall[:last], 0))[state.stage]
-        safe = jnp.asarray([bool(getattr(stage, "recovers", False)) for stage in self.stages])[state.stage]
+        safe = jnp.asarray([getattr(stage, "recovers", False) for stage in self.stages])[state.stage]
         blown = ~(g_norm <= BLOWN_UP * least) & ~safe
         switch = ((since >= limit) | blown) & (state.stage < last) & (least < jnp.inf)
         stage = state.stage + switch
@@ -113,7 +111,7 @@ class Robust:
             enters = mine & switch
 
             def run(old, solver=solver, enters=enters):
-                fresh = lambda: _merge(enters, solver.init(here), old)
+                fresh = lambda: choose(enters, solver.init(here), old)
                 new = jax.lax.cond(jnp.any(enters), fresh, lambda: old)
                 step, new = solver.update(g, new, here)
                 asks = getattr(solver, "asks", None)
@@ -124,14 +122,3 @@ class Robust:
             inner.append(new)
         state = RobustState(stage, best, best_g, least, mark, since, ask, tuple(inner))
         return ask - z, state
-
-
-def _merge(where, fresh, old):
-    """The problems named by `where` begin anew; counters that all problems share go on."""
-
-    def pick(new, old):
-        if old.ndim < where.ndim:
-            return old
-        return jnp.where(where.reshape(where.shape + (1,) * (old.ndim - where.ndim)), new, old)
-
-    return jax.tree.map(pick, fresh, old)
