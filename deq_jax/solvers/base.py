@@ -288,7 +288,7 @@ def norm(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch"]:
     Scaled by a power of two, which changes no bit where it was not needed. Always: a branch on "is it needed"
     would be one more collective in each step of a sharded solve.
     """
-    top = jnp.max(jnp.abs(x), axis=-1)
+    top = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1)  # what scales has no part in the derivative
     usable = (top > 0) & jnp.isfinite(top)
     _, exponent = jnp.frexp(jnp.where(usable, top, 1))
     widest = jnp.finfo(x.dtype).maxexp - 2
