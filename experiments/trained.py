@@ -149,6 +149,11 @@ def continuing(trained: Trained, *, jacobian_weight: float = 0.0) -> Callable:
     return go
 
 
+def swept(max_steps: int) -> Any:
+    """A budget that can be swept: as a Python int it is part of the program, and each one would compile anew."""
+    return jnp.asarray(max_steps)
+
+
 def held_out(trained: Trained, count: int, length: int | None = None) -> tuple[Callable, Callable, Array]:
     """(f, context, z0): `deq.solve(f, z0, context(params), batch_ndim=1)` is the equilibrium of held-out text.
 
