@@ -180,7 +180,7 @@ def published(panel: str, series: str) -> np.ndarray:
 
 def paragraph(*sentences: str) -> list[str]:
     """Lines of text for a table.md, and the empty one that ends them."""
-    return [*textwrap.wrap(" ".join(sentences), 118), ""]
+    return [*textwrap.wrap(" ".join(sentences), 118, break_on_hyphens=False), ""]
 
 
 def conditions(results: dict[str, Any], **more: Any) -> str:
