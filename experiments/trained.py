@@ -173,6 +173,12 @@ def held_out(trained: Trained, count: int, length: int | None = None) -> tuple[C
     return f, context, jnp.zeros((count, length, trained.config.dim), trained.config.dtype)
 
 
+def median_trace(solved: deq.Solved) -> np.ndarray:
+    """The median over problems of a `ResidualTrace`; one that had ended stays at the residual it returned."""
+    trace = np.asarray(solved.folded)
+    return np.median(np.where(np.isnan(trace), np.asarray(solved.stats.relative_residual)[:, None], trace), 0)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     def train_model(preset: str = "reduced") -> None:
         """Train what the studies share: `reduced` (5 minutes), or `paper`, the full size on WikiText-103."""
