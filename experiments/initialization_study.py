@@ -24,7 +24,7 @@ from deq_jax.models.transformer import attention, feed_forward, post_norm_step, 
 from deq_jax.solvers.base import norm
 from experiments import data, lm, plots, study
 
-# Of every kernel: the standard deviation of its entries times √fan_in. At the paper's width of 700 the released
+# Of every kernel: the standard deviation of its entries times √fan_in. At a fan-in of 700, the paper's, the released
 # code's N(0, 0.01) is 0.26, what it begins from with weight norm (±1/√fan_in, uniform) is 0.58, and the paper's text,
 # N(0, 0.05), is 1.32.
 GAINS = (0.26, 0.58, 1.32, 2.6)

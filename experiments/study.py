@@ -34,11 +34,13 @@ def run(
     args: Sequence[str] | None,
     *,
     description: str | None,
+    module: str | None = None,
 ) -> None:
     """The command line `python -m experiments.NAME_study PRESET [options]`; `figure` redraws what is committed.
 
-    A preset is its budget, which is printed first, and its `Config`.
+    A preset is its budget, which is printed first, and its `Config`. `module` is where the study is, if elsewhere.
     """
+    module = module or f"experiments.{name}_study"
     args = list(sys.argv[1:] if args is None else args)
     words = [*presets, "figure"]
     if args and not args[0].startswith("-") and args[0] not in words:
@@ -53,7 +55,7 @@ def run(
 
         def command(config: Any = default) -> None:
             print(f"{name} study, {label}. Budget: {budget}.", flush=True)
-            told = command_line(f"experiments.{name}_study", args or [label])
+            told = command_line(module, args or [label])
             # Only the preset as it stands writes to the committed results; an option, or the full size, does not.
             whole = label == "reduced" and identity(config) == identity(default)
             out = config.out or (Path("experiments/results") / name if whole else config.run / "results")
@@ -69,8 +71,7 @@ def run(
         return command
 
     commands = {label: preset(label) for label in presets} | {"figure": figure}
-    prog = f"python -m experiments.{name}_study"
-    lm.run_command(commands, args, prog=prog, description=description, default="reduced")
+    lm.run_command(commands, args, prog=f"python -m {module}", description=description, default="reduced")
 
 
 def identity(config: Any) -> dict[str, Any]:
