@@ -9,7 +9,7 @@ CORE_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
 	solvers fixed_point adjoints adjoint_family transforms trajectory warm_start nn transformer bad_input doctests packaging)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint mutants notebooks corners corner-lowest corner-newest constraints clean
+.PHONY: help setup demo experiments figures test lint mutants notebooks corners corner-lowest corner-newest constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,13 @@ setup: .venv/.stamp ## make .venv with everything (another Python: make clean se
 
 demo: .venv/.stamp ## train the small character model and draw its plot
 	.venv/bin/python -m experiments.char_lm demo
+
+# What is finished is kept in runs/: after Ctrl-C the same command continues, and without runs/ it starts anew.
+experiments: .venv/.stamp ## run all reduced experiments (at most 90 minutes; continues)
+	.venv/bin/python -m experiments.suite run
+
+figures: .venv/.stamp ## draw all figures and tables of experiments/results from what is kept there
+	.venv/bin/python -m experiments.suite figures
 
 test: .venv/.stamp ## run all tests (DEQ_JAX_DATA=folder for real data; PYTEST_ARGS='-k nn')
 	.venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)

@@ -242,24 +242,24 @@ def evaluation_segments(tokens: np.ndarray, batch: int, length: int) -> data.Eva
 
 
 def make_evaluate(graphdef: Any, segments: data.EvaluationSegments, solver: deq.Solver) -> Callable:
-    """`evaluate(params, limit=None) -> Evaluation` of the segments, each with the history before it.
+    """`evaluate(params, limit=None, solver=solver) -> Evaluation` of the segments, each with the history before it.
 
-    With a `limit` only so many are read, from the first on.
+    With a `limit` only so many are read, from the first on. Another tolerance or budget does not compile anew.
     """
 
     @jax.jit
-    def step(params, history, segment):
+    def step(params, history, segment, solver):
         model = nnx.merge(graphdef, params)
         history = forget_at_start(history, segment.is_start)
         logits, history, solution = model(segment.inputs, history, solver=solver)
         total = cross_entropy(logits, segment.targets, segment.weights)
         return history, (total, jnp.sum(segment.weights), solve_metrics(solution.stats))
 
-    def evaluate(params, limit: int | None = None) -> Evaluation:
+    def evaluate(params, limit: int | None = None, solver: deq.Solver = solver) -> Evaluation:
         history = nnx.merge(graphdef, params).empty_history(segments.batch)
         sums = []
         for i in range(min(limit or len(segments), len(segments))):
-            history, part = step(params, history, segments[i])
+            history, part = step(params, history, segments[i], solver)
             sums.append(part)
         totals, weights, metrics = zip(*jax.device_get(sums), strict=True)
         mean = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}

@@ -1,0 +1,102 @@
+"""All reduced experiments, and all figures from the results that are kept: `make experiments`, `make figures`.
+
+python -m experiments.suite run        # continues where it was cut; rm -r runs/suite runs/studies starts anew
+python -m experiments.suite figures
+"""
+
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments import lm, plots
+from experiments.checkpoints import write_atomically
+
+RESULTS = Path("experiments/results")
+
+
+class Part(NamedTuple):
+    module: str
+    args: tuple[str, ...]
+    minutes: float  # on two quiet CPU cores
+
+
+PARTS = (
+    Part("trained", (), 4),
+    Part("tolerance_study", ("reduced",), 8),
+    Part("initialization_study", ("reduced",), 8),
+    Part("stability_study", ("reduced",), 6),
+    Part("iterations_study", ("reduced",), 5),
+    Part("copy_memory", ("reduced",), 8),
+    Part("memory_study", ("reduced",), 10),
+    Part("runtime_study", ("reduced",), 8),
+    Part("gradient_study", (), 6),
+    Part("robustness_study", (), 6),
+    Part("backward_study", (), 7),
+)
+# What `python -m experiments.MODULE figure` redraws, by the folder of its results.
+REDRAWN = {
+    "tolerance": "tolerance_study",
+    "initialization": "initialization_study",
+    "stability": "stability_study",
+    "iterations": "iterations_study",
+    "copy_memory": "copy_memory",
+    "memory": "memory_study",
+    "runtime": "runtime_study",
+}
+
+
+def run(kept: Path = Path("runs/suite"), *, only: tuple[str, ...] = ()) -> None:
+    """Every reduced experiment, one after the other; what is finished is not run again."""
+    parts = [part for part in PARTS if not only or part.module in only]
+    if unknown := set(only) - {part.module for part in PARTS}:
+        known = ", ".join(part.module for part in PARTS)
+        raise ValueError(f"no experiment {', '.join(sorted(unknown))}; there are {known}")
+    if absent := [part.module for part in parts if importlib.util.find_spec(f"experiments.{part.module}") is None]:
+        raise ValueError(f"no module experiments.{', experiments.'.join(absent)}: use --only with the others")
+    kept.mkdir(parents=True, exist_ok=True)
+    print(f"{len(parts)} experiments, {sum(part.minutes for part in parts):g} minutes on two quiet CPU cores:")
+    for part in parts:
+        done = (kept / f"{part.module}.json").exists()
+        print(f"  {part.module:22} {part.minutes:4g} min{'  finished before' if done else ''}")
+    for number, part in enumerate(parts, 1):
+        marker = kept / f"{part.module}.json"
+        if marker.exists():
+            continue
+        print(f"\n[{number}/{len(parts)}] python -m experiments.{' '.join((part.module, *part.args))}", flush=True)
+        began = time.perf_counter()
+        code = subprocess.run([sys.executable, "-m", f"experiments.{part.module}", *part.args]).returncode
+        if code:
+            raise SystemExit(code if code > 0 else 128 - code)  # it has said why
+        minutes = round((time.perf_counter() - began) / 60, 1)
+        write_atomically(marker, json.dumps({"minutes": minutes}).encode())
+        print(f"[{number}/{len(parts)}] {part.module}: {minutes} minutes", flush=True)
+
+
+def figures() -> None:
+    """Every figure and table again, from the results that are committed."""
+    for folder, module in REDRAWN.items():
+        if (RESULTS / folder / "results.json").exists():
+            importlib.import_module(f"experiments.{module}").main(["figure"])
+        else:
+            print(f"{RESULTS / folder}: no results yet")
+    from experiments import gradient_study, robustness_study
+
+    for folder, draw in ("gradients", gradient_study.draw), ("robustness", robustness_study.draw_figure):
+        draw(json.loads((RESULTS / folder / "results.json").read_text()), RESULTS / folder / "figure.png")
+        print(f"{RESULTS / folder}/: figure.png")
+    print(f"{plots.draw_demo(RESULTS / 'char_lm').parent}/: figure.png")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    commands = {"run": run, "figures": figures}
+    lm.run_command(commands, args, prog="python -m experiments.suite", description=__doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""One trained DEQ-Transformer for all studies, kept at milestones on the way: `python -m experiments.trained`.
+
+The studies load it, and train it where it is not there yet. A run that was cut continues.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+import deq_jax as deq
+from experiments import char_lm, data, lm, word_lm
+from experiments.checkpoints import RunDirectory, config_to_json
+from experiments.plots import read_log
+from experiments.training import MetricsLog, TrainState, graceful_signals, make_train_step
+
+# The paper's own order of tolerances: tight in training, so that what is measured later is the model's doing.
+REDUCED = char_lm.Config(
+    run=Path("runs/studies/model"),
+    steps=1000,
+    shallow_share=1 / 5,
+    warmup_share=1 / 24,
+    batch=8,
+    length=64,
+    mem_len=64,
+    dim=64,
+    heads=4,
+    inner_dim=256,
+    lr=2e-3,
+    save_every=100,
+    solver=deq.Anderson(rtol=1e-3, max_steps=30, history=6),
+    adjoint=deq.Implicit(deq.Anderson(rtol=1e-3, max_steps=30, history=12)),
+)
+PAPER = dataclasses.replace(word_lm.PRESETS["wikitext-103"][1], run=Path("runs/studies/wikitext-103"))
+# Of the steps, where parameters are kept; the end of the shallow warm-up is always among them.
+MILESTONES = (0.3, 0.5, 1.0)
+
+
+class Trained(NamedTuple):
+    config: char_lm.Config
+    corpus: data.Corpus
+    graphdef: Any
+    states: dict[int, TrainState]  # by step: the start, the end of the warm-up, the milestones
+    log: list[dict[str, Any]]  # of the training
+
+    @property
+    def last(self) -> TrainState:
+        return self.states[max(self.states)]
+
+    @property
+    def warm(self) -> TrainState:
+        """Where the unrolled warm-up ends and the equilibrium begins."""
+        return self.states[self.config.shallow_steps]
+
+
+def milestones(config: char_lm.Config) -> list[int]:
+    shares = (round(share * config.steps) for share in MILESTONES)
+    return sorted({0, config.shallow_steps, *(step for step in shares if step >= config.shallow_steps)})
+
+
+def load(config: char_lm.Config) -> Trained:
+    """The model at its milestones; what is not there yet is trained first."""
+    corpus = lm.load_corpus(config.data, level=config.level, data_dir=config.data_dir)
+    graphdef, start = char_lm.start_state(config, corpus.vocabulary)
+    stored = lm.identity(config_to_json(config), corpus)
+    with RunDirectory(config.run, stored, harmless=char_lm.HARMLESS) as run:
+        if run.step != config.steps:
+            train(config, corpus, graphdef, start, run, stored)
+    states = {}
+    for step in milestones(config):
+        with milestone(config, stored, step) as kept:
+            states[step], _ = kept.restore(start)
+    return Trained(config, corpus, graphdef, states, read_log(run.metrics_path))
+
+
+def milestone(config: char_lm.Config, stored: dict[str, Any], step: int) -> RunDirectory:
+    return RunDirectory(config.run / "milestones" / str(step), stored, harmless=char_lm.HARMLESS)
+
+
+def train(
+    config: char_lm.Config, corpus: data.Corpus, graphdef: Any, state: TrainState, run: RunDirectory, stored: Any
+) -> None:
+    print(f"the studies' model: {config.steps} steps, kept in {config.run}; 5 minutes on two quiet cores", flush=True)
+    batches = data.segments(corpus.train, config.batch, config.length, seed=config.seed)
+    shallow_step, train_step = char_lm.make_steps(config, graphdef)
+    with graceful_signals() as stop:
+        state, spent = run.restore(state)
+        start, kept = int(state.step), set(milestones(config))
+        meter = lm.Meter(config.batch * config.length, *(spent or ()))
+        with (
+            MetricsLog(run.metrics_path, after=start) as log,
+            lm.reporting("model", start, config.steps, config.level) as report,
+        ):
+            meter.start()
+            for done in range(start, config.steps + 1):
+                # Before the run's own save: a run that was cut in between comes by here again.
+                if done in kept:
+                    with milestone(config, stored, done) as directory:
+                        directory.save(done, state)
+                stopping = stop.signum is not None
+                if done > start and (stopping or done % config.save_every == 0 or done == config.steps):
+                    report(log.write(done, meter.line()))
+                    run.save(done, state, meter.spent)
+                    meter.start()
+                elif done > start and done % config.log_every == 0:
+                    log.write(done, meter.line())
+                    meter.start()
+                if stopping:
+                    stop.exit(run.wait())
+                if done < config.steps:
+                    one_step = shallow_step if done < config.shallow_steps else train_step
+                    state, metrics = one_step(state, batches[done])
+                    meter.add(metrics)
+
+
+# ---- to go on from a milestone, with other solvers -----------------------------------------------------------
+
+
+def continuing(trained: Trained, *, jacobian_weight: float = 0.0) -> Callable:
+    """`go(state, solver, adjoint, steps) -> (state, log)`: training goes on from there with this solver and adjoint.
+
+    One program for all tolerances and budgets of one structure. `log` has an array [steps] for each metric.
+    """
+    config, corpus, graphdef = trained.config, trained.corpus, trained.graphdef
+    batches = data.segments(corpus.train, config.batch, config.length, seed=config.seed)
+
+    def loss(params, probe, rest, batch, key, carry):
+        segment, solver, adjoint = batch
+        options: dict[str, Any] = {"jacobian_weight": jacobian_weight}
+        return char_lm.loss_fn(graphdef, solver, adjoint, params, probe, rest, segment, key, carry, **options)
+
+    step = make_train_step(loss, char_lm.optimizer(config), probe=deq.Probe.zeros((config.batch,)))
+
+    def go(state, solver, adjoint, steps):
+        state = jax.tree.map(jnp.copy, state)  # the step donates what it is given
+        first, lines = int(state.step), []
+        for i in range(first, first + steps):
+            state, metrics = step(state, (batches[i], solver, adjoint))
+            lines.append(metrics)
+        lines = jax.device_get(lines)
+        return state, {name: np.array([line[name] for line in lines]) for name in lines[0]}
+
+    return go
+
+
+def swept(max_steps: int) -> Any:
+    """A budget that can be swept: as a Python int it is part of the program, and each one would compile anew."""
+    return jnp.asarray(max_steps)
+
+
+def held_out(trained: Trained, count: int, length: int | None = None) -> tuple[Callable, Callable, Array]:
+    """(f, context, z0): `deq.solve(f, z0, context(params), batch_ndim=1)` is the equilibrium of held-out text.
+
+    There are `count` sequences, each with the history of the segment before it.
+    """
+    length = length or trained.config.length
+    segments = lm.evaluation_segments(trained.corpus.valid[: 2 * count * length + 1], count, length)
+    first, second = (segments[i].inputs for i in range(2))
+
+    @jax.jit
+    def context(params):
+        model = nnx.merge(trained.graphdef, params)
+        history = model.hidden(first, solver=deq.Anderson(rtol=1e-4, max_steps=100)).history
+        return model.context(second, history)
+
+    f = nnx.merge(trained.graphdef, trained.last.params).cell.f
+    return f, context, jnp.zeros((count, length, trained.config.dim), trained.config.dtype)
+
+
+def median_trace(solved: deq.Solved) -> np.ndarray:
+    """The median over problems of a `ResidualTrace`; one that had ended stays at the residual it returned."""
+    trace = np.asarray(solved.folded)
+    return np.median(np.where(np.isnan(trace), np.asarray(solved.stats.relative_residual)[:, None], trace), 0)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    def train_model(preset: str = "reduced") -> None:
+        """Train what the studies share: `reduced` (5 minutes), or `paper`, the full size on WikiText-103."""
+        presets = {"reduced": REDUCED, "paper": PAPER}
+        if preset not in presets:
+            raise ValueError(f"no preset {preset!r}; there are {', '.join(presets)}")
+        trained = load(presets[preset])
+        print(f"{trained.config.run}: steps {', '.join(map(str, trained.states))}")
+
+    lm.run_command(
+        {"train": train_model}, args, prog="python -m experiments.trained", description=__doc__, default="train"
+    )
+
+
+if __name__ == "__main__":
+    main()
