@@ -30,8 +30,9 @@ class RobustState(NamedTuple):
 class Robust:
     """Starts cheap and falls back: each problem goes through `stages`, each of which begins at z0.
 
-    At z0, for where one solver went astray is seldom a start for another: from the best iterate Newton–Krylov
-    solved 43 of the classical systems of experiments/robustness_study.py, and as many random cells. A problem moves on when its residual is not halved within as many evaluations as `stall` says for its stage,
+    Where one solver went astray is seldom a start for another: from the best iterate of the stage before,
+    Newton–Krylov solved fewer of the classical systems of experiments/robustness_study.py, and no more random cells.
+    A problem moves on when its residual is not halved within as many evaluations as `stall` says for its stage,
     or blows up; the last stage keeps it. Only the stages in use are computed; the tolerances are those of the
     composite. Memory is that of all stages together, so it is a bad choice where memory is short or where one
     solver is known to work.
