@@ -12,6 +12,7 @@ from deq_jax.solvers.base import norm, ratio, zeros_from
 
 ACCEPTED = 1e-4  # part of the predicted decrease of ‖g‖² that a step must bring
 NOISE = 30  # units in the last place of g: a difference that changes it by less is lost in rounding
+SLOW = 0.99  # a step that leaves more of ‖g‖ than this
 POOR, GOOD = 0.25, 0.75  # below, the radius shrinks; above, it may grow
 
 
@@ -127,7 +128,9 @@ class NewtonKrylov:
         krylov = arnoldi.restart(krylov, base_g, base_norm, new)
         target = 0.5 * ratio(self.atol + self.rtol * norm(base + base_g), base_norm)
         fallen = jnp.where(state.known, ratio(base_norm, jnp.where(last > 0, last, 1)), jnp.inf)
-        forcing = jnp.maximum(jnp.minimum(0.9 * fallen**2, self.forcing), jnp.minimum(target, 0.5))
+        # Where the last step brought little, small components of the step are what is missing.
+        most = jnp.where((fallen > SLOW) & (fallen < 1), self.forcing**2, self.forcing)
+        forcing = jnp.maximum(jnp.minimum(0.9 * fallen**2, most), jnp.minimum(target, 0.5))
         forcing = jnp.where(new, forcing, state.forcing)
 
         stepping = ready | (cut & ~new)
