@@ -74,6 +74,7 @@ class Config:
     weight_dropout: float = 0.0  # of the convolutions' weights in time; TrellisNet
     pre_norm: bool = False
     embedding_std: float = 0.05  # of a TrellisNet, √3 times this is the bound of a uniform draw
+    init_std: float | None = None  # of the cell's kernels; None: U(±1/√fan_in)
     lr: float = 2e-3
     warmup_share: float = 0.03125  # of the steps, first, with a rising learning rate
     clip: float = 1.0  # of the gradient's global norm
@@ -130,6 +131,7 @@ def build(config: Config, vocabulary: data.Vocabulary) -> DEQTransformer | DEQTr
     common: dict[str, Any] = dict(
         vocab_size=len(vocabulary),
         hidden_dropout=hidden_dropout,
+        init_std=config.init_std,
         cutoffs=config.cutoffs,
         div_val=config.div_val,
     )

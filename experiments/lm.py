@@ -155,6 +155,7 @@ ADDED: dict[str, Any] = {
     "output_dim": 0,
     "cutoffs": [],
     "div_val": 1,
+    "init_std": None,
     "hidden_dropout": None,
     "embedding_dropout": 0.0,
     "weight_dropout": 0.0,

@@ -138,6 +138,20 @@ def test_cell_is_the_papers_loop(x64, changes):
         np.testing.assert_allclose(got[i], want, rtol=1e-12, atol=1e-12)
 
 
+def test_the_attention_kernel_is_the_formula(x64):
+    """float64 has the formula and float32 has JAX's kernel, whose softmax is in float32 always."""
+    config = dataclasses.replace(TINY, **MODERN, window=3)
+    wide, narrow = (TransformerCell(config, param_dtype=dtype, rngs=rngs()) for dtype in (jnp.float64, jnp.float32))
+    z, injection = normal(3, 5, config.dim, seed=5), normal(3, 5, 3, *config.head_shape, seed=6)
+    args = z, injection, random_history(config, 3, [0, 2, 4])
+    cast = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == float else x, tree)
+    narrow = nnx.merge(nnx.split(narrow)[0], cast(nnx.split(wide)[1]))
+    exact = jit(lambda: wide(*args))()
+    got = jit(lambda: narrow(*cast(args)))()
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, exact, atol=5e-6)
+
+
 def test_weight_norm_gives_rows_of_norm_g_and_begins_at_the_draw(x64):
     options = dict(fan_in_axes=2, param_dtype=float)
     plain = Weight((2, 3, 4), 0.3, rngs=nnx.Rngs(0), **options)

@@ -307,17 +307,23 @@ def relative_attention(q: Array, k: Array, v: Array, context: Context) -> Float[
     # score = ((q + b_w) Kᵀ + relshift((q + b_r) Rᵀ)) / √head_dim
     content = jnp.einsum("bthk,bshk->bhts", q + w.content_bias, k)
     position = jnp.einsum("bthk,shk->bhts", q + w.position_bias, context.positions)
-    score = (content + relative_shift(position)).astype(wide(q.dtype)) / math.sqrt(q.shape[-1])
-    # The softmax is in float32 or wider. A token sees itself, so no row is −inf throughout.
-    score = jnp.where(context.visible[:, None], score, -jnp.inf)
-    weights = drop(jax.nn.softmax(score, axis=-1).astype(q.dtype), context.masks.attention)
-    return jnp.einsum("bhts,bshk->bthk", weights, v)
+    return weighted_sum(content + relative_shift(position), v, context)
 
 
 def rotary_attention(q: Array, k: Array, v: Array, context: Context) -> Float[Array, "batch time heads head_dim"]:
     """softmax(q Kᵀ / √head_dim) V, where positions have turned q and K: a kernel need not form the scores."""
+    if q.dtype == jnp.float64:  # whatever the operands, softmax is in float32 there
+        return weighted_sum(jnp.einsum("bthk,bshk->bhts", q, k), v, context)
     kernel = "xla" if context.flash is None else "cudnn"
     return jax.nn.dot_product_attention(q, k, v, mask=context.visible[:, None], implementation=kernel)
+
+
+def weighted_sum(score: Array, v: Array, context: Context) -> Float[Array, "batch time heads head_dim"]:
+    """softmax(score / √head_dim) V over what is visible, in float32 or wider. A token sees itself: no row is empty."""
+    score = score.astype(wide(v.dtype)) / math.sqrt(v.shape[-1])
+    score = jnp.where(context.visible[:, None], score, -jnp.inf)
+    weights = drop(jax.nn.softmax(score, axis=-1).astype(v.dtype), context.masks.attention)
+    return jnp.einsum("bhts,bshk->bthk", weights, v)
 
 
 def feed_forward(h: Float[Array, "batch time dim"], context: Context) -> Float[Array, "batch time dim"]:
