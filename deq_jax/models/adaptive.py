@@ -122,7 +122,7 @@ def nll(
     fill = -len(ids) % block
     pad = lambda x: jnp.concatenate([jnp.zeros((fill, *x.shape[1:]), x.dtype), x[order]])
     blocks = jax.tree.map(lambda x: pad(x).reshape(-1, block, *x.shape[1:]), (flat, ids))
-    one = jax.checkpoint(lambda x: _block_nll(*x, weights), prevent_cse=False)
+    one = jax.checkpoint(lambda x: _block_nll(x[0], x[1], weights), prevent_cse=False)
     losses = jax.lax.map(one, blocks).reshape(-1)[fill:]
     return jnp.zeros_like(losses).at[order].set(losses).reshape(targets.shape)
 
@@ -251,7 +251,7 @@ def _picked(scores: Float[Array, "*batch words"], index: Int[Array, "*batch"]) -
 
 
 def _head(h, weights: SoftmaxWeights):
-    if weights.tails is None:
+    if weights.tails is None or weights.tail_biases is None:
         return _cluster(h, weights, 0)
     table = jnp.concatenate([weights.tables[0], weights.tails])
     bias = jnp.concatenate([weights.biases[0], weights.tail_biases])

@@ -101,7 +101,8 @@ class TransformerConfig:
         >>> config.rotary, config.rms_norm, config.gated, config.dim
         (True, True, True, 64)
         """
-        return cls(vocab_size, **{"rotary": True, "rms_norm": True, "gated": True} | options)
+        options = {"rotary": True, "rms_norm": True, "gated": True} | options
+        return cls(vocab_size, **options)
 
     @property
     def head_shape(self) -> tuple[int, int]:
@@ -223,11 +224,11 @@ class TransformerCell(nnx.Module):
     ) -> Context:
         """All of f that does not depend on z, and so is computed once."""
         config, dtype = self.config, self.dtype
-        cast = lambda bias: None if bias is None else bias[...].astype(dtype)
+        cast = lambda bias: bias[...].astype(dtype)
         weights = Weights(
             qkv=self.qkv(dtype),
-            content_bias=cast(self.content_bias),
-            position_bias=cast(self.position_bias),
+            content_bias=None if config.rotary else cast(self.content_bias),
+            position_bias=None if config.rotary else cast(self.position_bias),
             attended=self.attended(dtype),
             attended_bias=cast(self.attended_bias),
             inner=self.inner(dtype),
@@ -304,6 +305,7 @@ def attention(z: Float[Array, "batch time dim"], context: Context) -> Float[Arra
 def relative_attention(q: Array, k: Array, v: Array, context: Context) -> Float[Array, "batch time heads head_dim"]:
     """softmax(score) V with the relative positions of Transformer-XL."""
     w = context.weights
+    assert w.content_bias is not None and w.position_bias is not None
     # score = ((q + b_w) Kᵀ + relshift((q + b_r) Rᵀ)) / √head_dim
     content = jnp.einsum("bthk,bshk->bhts", q + w.content_bias, k)
     position = jnp.einsum("bthk,shk->bhts", q + w.position_bias, context.positions)

@@ -253,17 +253,17 @@ class DEQTrellisNet(nnx.Module):
         """
         history, embedded, context = self._prepared(tokens, history, key)
         shape = (*tokens.shape, self.config.channels)
-        z0 = State(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) if z0 is None else State(*z0)
-        for name, leaf in zip(State._fields, z0, strict=True):
+        start = State(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) if z0 is None else State(*z0)
+        for name, leaf in zip(State._fields, start, strict=True):
             require(leaf.shape == shape, f"z0.{name} must have shape {shape}, got {leaf.shape}")
-        z0 = jax.tree.map(lambda leaf: leaf.astype(self.dtype), z0)
-        options = {
+        start = State(start.h.astype(self.dtype), start.c.astype(self.dtype))
+        options: dict[str, Any] = {
             "solver": self.solver if solver is None else solver,
             "adjoint": self.adjoint if adjoint is None else adjoint,
             "batch_ndim": 1,
             "probe": probe,
         }
-        solution, states = _solve(self.cell.f, z0, context, aux_every, options)
+        solution, states = _solve(self.cell.f, start, context, aux_every, options)
         read = lambda z: drop(z.h[..., self.config.hidden_dim :], context.masks.output)
         past = self.config.kernel - 1
         join = lambda old, new, keep: jnp.concatenate([old, new], axis=1)[:, old.shape[1] + new.shape[1] - keep :]
@@ -390,7 +390,7 @@ def draw_masks(config: TrellisNetConfig, key: Array | None, batch: int, *, dtype
         output=(config.output_dropout, (batch, 1, config.output_dim)),
     )
     keys = jax.random.split(key, len(draws))
-    masks = {name: keep_mask(key, *draws[name], dtype) for name, key in zip(draws, keys, strict=True)}
+    masks: dict[str, Any] = {name: keep_mask(key, *draws[name], dtype) for name, key in zip(draws, keys, strict=True)}
     for name in ("inject", "kernel"):  # as in the paper's code, weights in time alone are dropped
         if masks[name] is not None:
             masks[name] = jnp.concatenate([masks[name], jnp.ones_like(masks[name], shape=(1, *masks[name].shape[1:]))])
@@ -410,8 +410,10 @@ def _solve(f, z0: State, context: Context, aux_every: int, options: dict) -> tup
     # L layers are n times aux_every layers and the rest: one after the other, for `Unroll` has a gradient in z0.
     if not isinstance(solver, Picard):
         raise ValueError(f"auxiliary outputs through Unroll need solver=Picard, got {type(solver).__name__}")
-    some = options | {"solver": dataclasses.replace(solver, max_steps=aux_every)}
-    rest = options | {"solver": dataclasses.replace(solver, max_steps=solver.max_steps - aux_every * len(at))}
+    some: dict[str, Any] = options | {"solver": dataclasses.replace(solver, max_steps=aux_every)}
+    rest: dict[str, Any] = options | {
+        "solver": dataclasses.replace(solver, max_steps=solver.max_steps - aux_every * len(at))
+    }
     states = []
     for _ in at:
         states.append(z0 := fixed_point(f, z0, context, **some).value)
