@@ -59,7 +59,7 @@ PRESETS = {
         ),
     ),
     "ptb-trellisnet-small": (
-        "Penn Treebank, a DEQ-TrellisNet of 2M parameters: about 8 minutes on two CPU cores",
+        "Penn Treebank, a DEQ-TrellisNet of 2.0M parameters: about 8 minutes on two CPU cores",
         Config(
             run=Path("runs/word_lm/ptb-trellisnet-small"),
             data="ptb",

@@ -22,19 +22,19 @@ WORDS = data.Vocabulary(tuple("abcdefgh"), "word")
 
 
 @pytest.mark.parametrize("name, vocabulary, millions", [
-    ("ptb", 10_000, 2.6),
-    ("ptb-small", 10_000, 1.5),
-    ("ptb-trellisnet-small", 10_000, 2.0),
-    ("ptb-trellisnet", 10_000, 24.2),
-    ("wikitext-103", 267_735, 97.7),
-    ("wikitext-103-trellisnet", 267_735, 181.7),
+    ("ptb", 10_000, 2.65),
+    ("ptb-small", 10_000, 1.55),
+    ("ptb-trellisnet-small", 10_000, 1.97),
+    ("ptb-trellisnet", 10_000, 24.19),
+    ("wikitext-103", 267_735, 97.69),
+    ("wikitext-103-trellisnet", 267_735, 181.71),
 ])  # fmt: skip
 def test_presets_have_the_sizes_that_they_say(name, vocabulary, millions):
     about, config = word_lm.PRESETS[name]
     words = data.Vocabulary(tuple(map(str, range(vocabulary))), "word")
     params = nnx.eval_shape(lambda: nnx.split(char_lm.build(config, words))[1])
     count = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
-    assert round(count / 1e6, 1) == millions
+    assert round(count / 1e6, 2) == millions
     assert f"runs/word_lm/{name}" == str(config.run) and config.level == "word"
 
 
@@ -52,7 +52,7 @@ def test_a_run_of_before_these_options_is_continued_and_read(tmp_path):
     for config in Config(), TINY:
         (tmp_path / "config.json").write_text(json.dumps(lm.identity(config_to_json(config), corpus)))
         lm.save_vocabulary(tmp_path, WORDS)
-        assert lm.read_run(tmp_path, Config)[0] == config
+        assert config_to_json(lm.read_run(tmp_path, Config)[0]) == config_to_json(config)
 
 
 def test_a_trellisnet_trains_through_layers_and_at_equilibrium():
