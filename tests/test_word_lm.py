@@ -73,8 +73,16 @@ def test_a_trellisnet_trains_through_layers_and_at_equilibrium():
 
 @pytest.mark.parametrize("model", ["transformer", "trellisnet"])
 def test_generation_is_the_argmax_of_the_whole_text(model):
-    changes = dict(
-        model="transformer", output_dim=0, aux_every=0, dim=16, heads=2, inner_dim=16, mem_len=32, modern=True
+    changes: dict = dict(
+        model="transformer",
+        output_dim=0,
+        aux_every=0,
+        init_std=None,
+        dim=16,
+        heads=2,
+        inner_dim=16,
+        mem_len=32,
+        modern=True,
     )
     config = dataclasses.replace(TINY, **(changes if model == "transformer" else {}), solver=deq.Anderson(rtol=1e-6))
     config = dataclasses.replace(config, embedding_std=0.5)
