@@ -22,10 +22,9 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, PyTree
 
 import deq_jax as deq
-from deq_jax.models.transformer import History
 from experiments import data
 from experiments.checkpoints import write_atomically
 
@@ -148,9 +147,27 @@ def load_corpus(name_or_path: str, *, level: data.Level, data_dir: Path | None =
     return data.load(path=name_or_path, level=level)
 
 
+# Options that the configuration of a language model has got since runs were written, and what a run without them did.
+# At these values they are not stored, so that the same command continues an older run.
+ADDED: dict[str, Any] = {
+    "model": "transformer",
+    "modern": False,
+    "output_dim": 0,
+    "cutoffs": [],
+    "div_val": 1,
+    "init_std": None,
+    "hidden_dropout": None,
+    "embedding_dropout": 0.0,
+    "weight_dropout": 0.0,
+    "aux_every": 0,
+    "aux_weight": 0.05,
+}
+
+
 def identity(config: dict[str, Any], corpus: data.Corpus) -> dict[str, Any]:
     """What a resume must agree with: the configuration in JSON, and what the data are."""
     sizes = [len(corpus.train), len(corpus.valid), len(corpus.test)]
+    config = {name: value for name, value in config.items() if name not in ADDED or value != ADDED[name]}
     text = hashlib.sha256()
     for stream in (corpus.train, corpus.valid, corpus.test):
         text.update(np.ascontiguousarray(stream).data)
@@ -178,12 +195,15 @@ def read_run(run: Path, config_class: type) -> tuple[Any, dict[str, Any], data.V
             f"fingerprint {stored['vocabulary'][:12]}, got {vocabulary.fingerprint[:12]}"
         )
     names = {field.name for field in dataclasses.fields(config_class)}
-    if unknown := (stored.keys() - {"__type__", "vocabulary", "tokens", "text"}) ^ names:
+    given = ADDED | stored
+    if unknown := (given.keys() - {"__type__", "vocabulary", "tokens", "text"}) ^ names:
         raise ValueError(f"{run} was trained by another version: it differs in {', '.join(sorted(unknown))}")
-    return config_class(**{name: _from_json(stored[name]) for name in names}), stored, vocabulary
+    return config_class(**{name: _from_json(given[name]) for name in names}), stored, vocabulary
 
 
 def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_from_json, value))
     if not isinstance(value, dict):
         return value
     classes = {cls.__name__: cls for cls in SOLVERS_AND_ADJOINTS}
@@ -199,19 +219,9 @@ def _from_json(value: Any) -> Any:
 # Inside the compiled step.
 
 
-def forget_at_start(history: History, is_start: Bool[Array, ""] | bool) -> History:
-    """The history, emptied where the streams start anew: no column of it is valid then."""
-    return history._replace(length=jnp.where(is_start, 0, history.length))
-
-
-def cross_entropy(
-    logits: Float[Array, "batch time vocab"],
-    targets: Int[Array, "batch time"],
-    weights: Float[Array, "batch time"] | None = None,
-) -> Float[Array, ""]:
-    """Σ weights · −log softmax(logits)[target], in nats; without weights, the mean."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return jnp.mean(losses) if weights is None else jnp.sum(weights * losses)
+def forget_at_start(history: PyTree, is_start: Bool[Array, ""] | bool) -> PyTree:
+    """The history, emptied where the streams start anew: zeros, in every model."""
+    return jax.tree.map(lambda leaf: jnp.where(is_start, jnp.zeros_like(leaf), leaf), history)
 
 
 def solve_metrics(stats: deq.Stats) -> dict[str, Array]:
@@ -251,9 +261,9 @@ def make_evaluate(graphdef: Any, segments: data.EvaluationSegments, solver: deq.
     def step(params, history, segment, solver):
         model = nnx.merge(graphdef, params)
         history = forget_at_start(history, segment.is_start)
-        logits, history, solution = model(segment.inputs, history, solver=solver)
-        total = cross_entropy(logits, segment.targets, segment.weights)
-        return history, (total, jnp.sum(segment.weights), solve_metrics(solution.stats))
+        out = model.hidden(segment.inputs, history, solver=solver)
+        total = jnp.sum(segment.weights * model.nll(out.hidden, segment.targets))
+        return out.history, (total, jnp.sum(segment.weights), solve_metrics(out.solution.stats))
 
     def evaluate(params, limit: int | None = None, solver: deq.Solver = solver) -> Evaluation:
         history = nnx.merge(graphdef, params).empty_history(segments.batch)

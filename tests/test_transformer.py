@@ -61,13 +61,21 @@ def random_history(config, batch, length):
 # ---- the cell ----------------------------------------------------------------------------------------------
 
 
-def normalise(x):
+def layer_normalise(x):
     return (x - x.mean()) / np.sqrt(x.var() + 1e-5)
+
+
+def rotated(x, position):
+    half = len(x) // 2
+    angle = position / 10_000 ** (np.arange(half) / half)
+    pairs = (x[:half] + 1j * x[half:]) * np.exp(1j * angle)
+    return np.concatenate([pairs.real, pairs.imag])
 
 
 def reference_cell(cell, z, injection, history):
     """f(z; x) for one sequence, one query, one head and one key at a time."""
     config, (heads, head_dim) = cell.config, cell.config.head_shape
+    normalise = (lambda x: x / np.sqrt((x**2).mean() + 1e-5)) if config.rms_norm else layer_normalise
     pre = normalise if config.pre_norm else lambda x: x
     p = {name: np.asarray(value[...]) for name, value in vars(cell).items() if isinstance(value, nnx.Param)}
     w = {name: np.asarray(value(float)) for name, value in vars(cell).items() if isinstance(value, Weight)}
@@ -81,22 +89,40 @@ def reference_cell(cell, z, injection, history):
         for head in range(heads):
             scores, values = [], []
             for s in range(max(0, now - config.window + 1), now + 1):
-                angle = (now - s) / 10_000 ** (np.arange(0, config.dim, 2) / config.dim)
-                r = np.concatenate([np.sin(angle), np.cos(angle)]) @ w["positions"][:, head]
                 q, k = qkv[now][0, head], qkv[s][1, head]
-                score = (q + p["content_bias"][head]) @ k + (q + p["position_bias"][head]) @ r
+                if config.rotary:
+                    score = rotated(q, now - s) @ k
+                else:
+                    angle = (now - s) / 10_000 ** (np.arange(0, config.dim, 2) / config.dim)
+                    r = np.concatenate([np.sin(angle), np.cos(angle)]) @ w["positions"][:, head]
+                    score = (q + p["content_bias"][head]) @ k + (q + p["position_bias"][head]) @ r
                 scores.append(score / math.sqrt(head_dim))
                 values.append(qkv[s][2, head])
             probability = np.exp(scores) / np.exp(scores).sum()
             total += (probability @ np.array(values)) @ w["attended"][head]
         h = total + z[t] if config.pre_norm else normalise(total + z[t])
         n = normalise(h) if config.pre_norm else h
-        step = np.maximum(n @ w["inner"] + p["inner_bias"], 0) @ w["outer"] + p["outer_bias"] + n
+        inner = np.einsum("d,d...->...", n, w["inner"]) + p["inner_bias"]
+        inner = inner[0] / (1 + np.exp(-inner[0])) * inner[1] if config.gated else np.maximum(inner, 0)
+        step = inner @ w["outer"] + p["outer_bias"] + n
         out.append(step if config.pre_norm else normalise(step))
     return np.array(out)
 
 
-@pytest.mark.parametrize("changes", [{}, {"window": 3}, {"pre_norm": True, "heads": 3, "head_dim": 5}])
+MODERN = dict(rotary=True, rms_norm=True, gated=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"window": 3},
+        {"pre_norm": True, "heads": 3, "head_dim": 5},
+        {**MODERN, "window": 3},
+        {**MODERN, "pre_norm": True, "heads": 3, "head_dim": 6},
+    ],
+    ids=str,
+)
 def test_cell_is_the_papers_loop(x64, changes):
     config = dataclasses.replace(TINY, **changes)
     cell = TransformerCell(config, param_dtype=float, rngs=rngs())
@@ -110,6 +136,20 @@ def test_cell_is_the_papers_loop(x64, changes):
         row = jax.tree.map(lambda x, i=i: np.asarray(x[i]), history)
         want = reference_cell(cell, np.asarray(z[i]), np.asarray(injection[i]), row)
         np.testing.assert_allclose(got[i], want, rtol=1e-12, atol=1e-12)
+
+
+def test_the_attention_kernel_is_the_formula(x64):
+    """float64 has the formula and float32 has JAX's kernel, whose softmax is in float32 always."""
+    config = dataclasses.replace(TINY, **MODERN, window=3)
+    wide, narrow = (TransformerCell(config, param_dtype=dtype, rngs=rngs()) for dtype in (jnp.float64, jnp.float32))
+    z, injection = normal(3, 5, config.dim, seed=5), normal(3, 5, 3, *config.head_shape, seed=6)
+    args = z, injection, random_history(config, 3, [0, 2, 4])
+    cast = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == float else x, tree)
+    narrow = nnx.merge(nnx.split(narrow)[0], cast(nnx.split(wide)[1]))
+    exact = jit(lambda: wide(*args))()
+    got = jit(lambda: narrow(*cast(args)))()
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, exact, atol=5e-6)
 
 
 def test_weight_norm_gives_rows_of_norm_g_and_begins_at_the_draw(x64):
@@ -182,10 +222,10 @@ def test_no_gradient_reaches_a_later_token(x64):
     assert (size.diagonal() > 1e-4).all() and (np.tril(size, -1)[1:].max(axis=1) > 1e-4).all()
 
 
-@pytest.mark.parametrize("segment, mem_len", [(4, 2), (2, 4)])
-def test_segments_with_history_are_one_long_sequence(x64, segment, mem_len):
+@pytest.mark.parametrize("segment, mem_len, changes", [(4, 2, {}), (2, 4, {}), (2, 4, MODERN)], ids=str)
+def test_segments_with_history_are_one_long_sequence(x64, segment, mem_len, changes):
     # A window of 3 reaches two columns back: a history of two or more holds all that a token may see.
-    model, tokens = build(window=3, mem_len=mem_len), sequences(8)
+    model, tokens = build(window=3, mem_len=mem_len, **changes), sequences(8)
     history, logits = model.empty_history(2), []
     for start in range(0, 8, segment):
         out, history, _ = run(model, tokens[:, start : start + segment], history)
@@ -229,12 +269,17 @@ def test_picard_and_unroll_are_the_weight_tied_explicit_model(x64):
 
 
 def nll(model, tokens, history=None, **options):
-    logits, _, _ = model(tokens[:, :-1], history, **options)
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1).mean()
+    return model.nll(model.hidden(tokens[:, :-1], history, **options).hidden, tokens[:, 1:]).mean()
 
 
 @pytest.mark.parametrize(
-    "changes, key", [({}, None), ({"pre_norm": True, "weight_norm": False, "tie": True, **DROPOUT}, 0)]
+    "changes, key",
+    [
+        ({}, None),
+        ({"pre_norm": True, "weight_norm": False, "tie": True, **DROPOUT}, 0),
+        ({**MODERN, "cutoffs": (3, 7), "div_val": 2, "tie": True}, None),
+    ],
+    ids=str,
 )
 def test_gradient_is_that_of_a_long_unroll_and_of_finite_differences(x64, changes, key):
     model, tokens = build(**changes), sequences(6)
@@ -354,7 +399,11 @@ def test_wikitext103_has_the_papers_size():
     config = TransformerConfig.wikitext103()
     params = nnx.eval_shape(lambda: nnx.split(DEQTransformer(config, rngs=nnx.Rngs(0)))[1])
     count = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
-    outside = config.vocab_size * (config.dim + 1)
+    tables = 20_000 * 700 + 20_000 * 175 + 160_000 * 43 + 67_735 * 10
+    embedding = tables + 700 * (700 + 175 + 43 + 10)
+    assert round(embedding / 1e6, 1) == 25.7
+    # Of the softmax alone: the head's projection, the biases, and three entries for the tails.
+    outside = embedding + 700**2 + config.vocab_size + 3 * 701
     # qkv, positions, output, feed-forward, injection, then biases and the norms g
     kernels = (3 + 1 + 1) * 700**2 + 2 * 700 * 48_000 + 3 * 700**2
     vectors = 2 * 700 + (700 + 48_000 + 700) + 3 * 700 + (5 * 700 + 48_000 + 700)
@@ -378,6 +427,10 @@ def test_a_token_outside_the_vocabulary_is_reported(token):
         ({"dim": 9, "heads": 3}, "dim must be even .*, got 9"),
         ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
         ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
+        ({"rotary": True, "attention_dropout": 0.1}, "attention_dropout must be 0 with rotary=True"),
+        ({"rotary": True, "head_dim": 3}, "head_dim must be even with rotary=True, got 3"),
+        ({"flash": True}, "flash=True needs rotary=True"),
+        ({"cutoffs": (12,)}, "cutoffs must be increasing and between 0 and vocab_size=11"),
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"mem_len": -1}, "mem_len must be at least 0, got -1"),
         ({"hidden_dropout": 1.0}, r"hidden_dropout must be in \[0, 1\), got 1.0"),

@@ -1,5 +1,7 @@
 """The models of the DEQ papers, as Flax NNX modules."""
 
+from deq_jax.models.adaptive import AdaptiveVocabulary
 from deq_jax.models.transformer import DEQTransformer, TransformerConfig
+from deq_jax.models.trellisnet import DEQTrellisNet, TrellisNetConfig
 
-__all__ = ["DEQTransformer", "TransformerConfig"]
+__all__ = ["AdaptiveVocabulary", "DEQTransformer", "DEQTrellisNet", "TransformerConfig", "TrellisNetConfig"]

@@ -1,0 +1,421 @@
+"""The DEQ-TrellisNet of Bai, Kolter and Koltun (NeurIPS 2019, arXiv 1909.01377, section 4.1).
+
+A TrellisNet (Bai, Kolter & Koltun, ICLR 2019) is a temporal convolution whose layers share one kernel, see the
+input anew each time, and end in the gates of an LSTM. Here its infinitely many layers are solved for: z = (h, c), a
+hidden and a cell state for each column of time. What does not depend on z (normalised and dropped weights, the
+injection, masks, the columns before the segment) is computed once, into a `Context`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from deq_jax.adjoints import Adjoint, Implicit, Phantom, Probe, Unroll
+from deq_jax.fixed_point import Solution, fixed_point
+from deq_jax.models import adaptive
+from deq_jax.models.adaptive import AdaptiveVocabulary, EmbeddingWeights
+from deq_jax.models.common import (
+    Weight,
+    check_history,
+    check_rates,
+    check_sizes,
+    check_tokens,
+    drop,
+    keep_mask,
+    require,
+    wide,
+)
+from deq_jax.solvers import Anderson, Picard, Solver
+from deq_jax.trajectory import trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class TrellisNetConfig:
+    """Everything about a `DEQTrellisNet` but its solver and its precision; `penn_treebank` is the paper's.
+
+    The state has `hidden_dim + output_dim` channels, of which the last `output_dim` are decoded.
+    """
+
+    vocab_size: int
+    hidden_dim: int = 256  # nhid: channels that are not decoded
+    output_dim: int = 128  # nout
+    embedding_dim: int | None = None  # None: output_dim, as a tied table needs
+    kernel: int = 2  # columns that one layer of the convolution sees
+    input_dropout: float = 0.0  # of the embedding, one mask for all times
+    embedding_dropout: float = 0.0  # of whole words
+    weight_dropout: float = 0.0  # of the kernels' taps on earlier columns
+    hidden_dropout: float = 0.0  # of h before its convolution, one mask for all times and layers
+    output_dropout: float = 0.0
+    weight_norm: bool = True  # the paper needs it for stability
+    init_std: float | None = 0.01  # of kernels; None: U(±1/√fan_in)
+    embedding_range: float = 0.1  # tables begin at U(±this)
+    tie: bool = True  # logits = h Eᵀ + b, with the embedding's own E
+    cutoffs: tuple[int, ...] = ()  # where the vocabulary is cut into clusters, see `AdaptiveVocabulary`; (): plain
+    div_val: int = 1
+    projection_std: float | None = None
+
+    def __post_init__(self):
+        check_sizes(self, vocab_size=1, hidden_dim=0, output_dim=1, kernel=1)
+        rates = ("input_dropout", "embedding_dropout", "weight_dropout", "hidden_dropout", "output_dropout")
+        check_rates(self, *rates)
+        width = self.embedding_width
+        require(width >= 1, f"embedding_dim must be at least 1, got {width}")
+        require(
+            not self.tie or width == self.output_dim,
+            f"a tied table needs embedding_dim == output_dim, got {width} and {self.output_dim}",
+        )
+        require(
+            self.tie or width == self.output_dim or not self.cutoffs,
+            f"a vocabulary with cutoffs needs embedding_dim == output_dim, got {width} and {self.output_dim}",
+        )
+
+    @classmethod
+    def penn_treebank(cls, vocab_size: int = 10_000) -> "TrellisNetConfig":
+        """Table 2 of the paper: 20.2M parameters and 4M of the embedding, with its script's rates of dropout."""
+        return cls(
+            vocab_size,
+            hidden_dim=1000,
+            output_dim=400,
+            input_dropout=0.45,
+            embedding_dropout=0.1,
+            weight_dropout=0.5,
+            hidden_dropout=0.28,
+            output_dropout=0.45,
+        )
+
+    @classmethod
+    def wikitext103(cls, vocab_size: int = 267_735) -> "TrellisNetConfig":
+        """Table 3 of the paper: 44.4M parameters outside the vocabulary (its script's are 40.0M, with 1500 and 500).
+
+        Clusters as in the script's softmax; their rows keep the full width.
+        """
+        rates = dict.fromkeys(("input_dropout", "embedding_dropout", "weight_dropout", "hidden_dropout"), 0.1)
+        cutoffs = (2_800, 20_000, 76_000)
+        return cls(vocab_size, hidden_dim=1600, output_dim=512, output_dropout=0.1, cutoffs=cutoffs, **rates)
+
+    @property
+    def channels(self) -> int:
+        return self.hidden_dim + self.output_dim
+
+    @property
+    def embedding_width(self) -> int:
+        return self.output_dim if self.embedding_dim is None else self.embedding_dim
+
+
+class State(NamedTuple):
+    """z: what is solved for."""
+
+    h: Float[Array, "batch time channels"]
+    c: Float[Array, "batch time channels"]
+
+
+class History(NamedTuple):
+    """The last columns before a segment, detached: all that the columns after them depend on.
+
+    One column each with the paper's kernel of two. (The released code forgets the embedding between segments, and
+    begins the convolution of the input with zeros; with it, segments are exactly one long sequence.)
+    """
+
+    h: Float[Array, "batch past channels"]  # past = kernel − 1
+    c: Float[Array, "batch 1 channels"]
+    embedded: Float[Array, "batch past embedding"]
+
+
+class Masks(NamedTuple):
+    """Dropout masks, 0 or 1/(1 − rate), drawn once and fixed over a whole solve; None keeps everything."""
+
+    words: Float[Array, " vocab"] | None = None
+    embedding: Float[Array, "batch 1 embedding"] | None = None
+    inject: Float[Array, "kernel embedding 4 channels"] | None = None  # ones at the tap of the column itself
+    kernel: Float[Array, "kernel channels 4 channels"] | None = None
+    hidden: Float[Array, "batch 1 channels"] | None = None
+    output: Float[Array, "batch 1 output"] | None = None
+
+
+class Context(NamedTuple):
+    """All that the cell needs beside z."""
+
+    kernel: Float[Array, "kernel channels 4 channels"]
+    injection: Float[Array, "batch time 4 channels"]
+    past_h: Float[Array, "batch past channels"]  # dropped already
+    past_c: Float[Array, "batch 1 channels"]
+    masks: Masks
+
+
+class Hidden(NamedTuple):
+    """What `DEQTrellisNet.hidden` returns; `auxiliary` are the outputs of layers on the way, where asked for."""
+
+    hidden: Float[Array, "batch time output"]
+    history: History
+    solution: Solution
+    auxiliary: tuple[Float[Array, "batch time output"], ...]
+
+
+class Output(NamedTuple):
+    """What `DEQTrellisNet` returns; logits are float32 or wider, and `history` goes into the next call."""
+
+    logits: Float[Array, "batch time vocab"]
+    history: History
+    solution: Solution
+
+
+class DEQTrellisNet(nnx.Module):
+    """A language model of one gated causal convolution at equilibrium, with the interface of `DEQTransformer`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from deq_jax.models import DEQTrellisNet, TrellisNetConfig
+    >>> model = DEQTrellisNet(TrellisNetConfig(vocab_size=27, hidden_dim=16, output_dim=8), rngs=nnx.Rngs(0))
+    >>> logits, history, solution = model(jnp.arange(10).reshape(2, 5))
+    >>> logits, history, solution = model(jnp.arange(10, 20).reshape(2, 5), history)
+    >>> logits.shape, history.h.shape, solution.stats.steps.shape
+    ((2, 5, 27), (2, 1, 24), (2,))
+
+    `Picard(max_steps=L)` with `Unroll()` is the TrellisNet of L layers on the same parameters: the paper's baseline
+    and its warm-up. That one is trained with auxiliary losses, which `aux_every` gives the outputs for:
+
+    >>> import deq_jax as deq
+    >>> twelve = dict(solver=deq.Picard(max_steps=12), adjoint=deq.Unroll())
+    >>> hidden, _, _, auxiliary = model.hidden(jnp.arange(10).reshape(2, 5), **twelve, aux_every=5)
+    >>> len(auxiliary), auxiliary[0].shape  # of layers 5 and 10
+    (2, (2, 5, 8))
+    """
+
+    def __init__(
+        self,
+        config: TrellisNetConfig,
+        *,
+        solver: Solver = Anderson(),  # noqa: B008  frozen
+        adjoint: Adjoint = Implicit(),  # noqa: B008
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """`dtype` is that of the state and of the arithmetic; None means `param_dtype`."""
+        self.config = config
+        self.solver = solver
+        self.adjoint = adjoint
+        self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
+        width, output, vocab = config.embedding_width, config.output_dim, config.vocab_size
+        bound = config.embedding_range
+        draw = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+        options: dict[str, Any] = dict(draw=draw, param_dtype=param_dtype, rngs=rngs)
+        clusters: dict[str, Any] = {n: getattr(config, n) for n in ("cutoffs", "div_val", "projection_std")}
+        # An embedding of another width than the output is a table of its own, and the vocabulary decodes alone.
+        self.vocabulary = AdaptiveVocabulary(vocab, output, tie=config.tie or width != output, **clusters, **options)
+        self.embedding = nnx.Param(draw(rngs.params(), (vocab, width), param_dtype)) if width != output else None
+        self.cell = TrellisNetCell(config, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch time"],
+        history: History | None = None,
+        *,
+        z0: State | None = None,
+        key: Array | None = None,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
+        probe: Probe | None = None,
+    ) -> Output:
+        """Logits for the token after each of `tokens`, the history for the next segment, and the `Solution`.
+
+        A `key` turns dropout on, None is evaluation. `z0` defaults to zeros. Raises TypeError or ValueError,
+        before tracing, for tokens, a history or a z0 that do not fit. A token id outside the vocabulary, also
+        a negative one, cannot be seen then: it gives NaN, and the status NONFINITE.
+        """
+        hidden, history, solution, _ = self.hidden(
+            tokens, history, z0=z0, key=key, solver=solver, adjoint=adjoint, probe=probe
+        )
+        return Output(self.decode(hidden), history, solution)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "batch time"],
+        history: History | None = None,
+        *,
+        z0: State | None = None,
+        key: Array | None = None,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
+        probe: Probe | None = None,
+        aux_every: int = 0,
+    ) -> Hidden:
+        """All but the logits: `decode` gives them, and `nll` a loss without them.
+
+        With `aux_every` the outputs of layers aux_every, 2 aux_every, … below `solver.max_steps` come too, under the
+        same output mask. With `Unroll` their gradient is that of the network of so many layers, for which the solver
+        has to be `Picard`; with any other adjoint they are states of `deq.trajectory`, with `Phantom`'s gradient.
+        """
+        history, embedded, context = self._prepared(tokens, history, key)
+        shape = (*tokens.shape, self.config.channels)
+        start = State(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) if z0 is None else State(*z0)
+        for name, leaf in zip(State._fields, start, strict=True):
+            require(leaf.shape == shape, f"z0.{name} must have shape {shape}, got {leaf.shape}")
+        start = State(start.h.astype(self.dtype), start.c.astype(self.dtype))
+        options: dict[str, Any] = {
+            "solver": self.solver if solver is None else solver,
+            "adjoint": self.adjoint if adjoint is None else adjoint,
+            "batch_ndim": 1,
+            "probe": probe,
+        }
+        solution, states = _solve(self.cell.f, start, context, aux_every, options)
+        read = lambda z: drop(z.h[..., self.config.hidden_dim :], context.masks.output)
+        past = self.config.kernel - 1
+        join = lambda old, new, keep: jnp.concatenate([old, new], axis=1)[:, old.shape[1] + new.shape[1] - keep :]
+        z = solution.value
+        after = History(join(history.h, z.h, past), z.c[:, -1:], join(history.embedded, embedded, past))
+        return Hidden(read(z), jax.lax.stop_gradient(after), solution, tuple(map(read, states)))
+
+    def decode(self, hidden: Float[Array, "*batch output"]) -> Float[Array, "*batch vocab"]:
+        """Logits h Eᵀ + b, in float32 or wider; of an adaptive softmax, log p itself."""
+        return self.vocabulary.logits(hidden.astype(wide(self.dtype)))
+
+    def nll(self, hidden: Float[Array, "*batch output"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """−log p of each target given the `hidden` of its column, in nats: never all logits of a large vocabulary."""
+        return self.vocabulary.nll(hidden.astype(wide(self.dtype)), targets)
+
+    def context(
+        self, tokens: Int[Array, "batch time"], history: History | None = None, *, key: Array | None = None
+    ) -> Context:
+        """What `model.cell.f(z, context)` is solved with: for penalties and diagnostics at the equilibrium.
+
+        With a call's own `key` it is that call's context, masks included, and under jit computed once.
+        """
+        return self._prepared(tokens, history, key)[2]
+
+    def empty_history(self, batch: int) -> History:
+        """The history of a first segment: zeros, as before the beginning of every sequence."""
+        config, past = self.config, self.config.kernel - 1
+        zeros = lambda columns, width: jnp.zeros((batch, columns, width), self.dtype)
+        return History(zeros(past, config.channels), zeros(1, config.channels), zeros(past, config.embedding_width))
+
+    def _prepared(self, tokens, history, key) -> tuple[History, Array, Context]:
+        """The history, or an empty one, the embedded tokens, and the context, once it is known that all fit."""
+        check_tokens(tokens)
+        if history is None:
+            history = self.empty_history(len(tokens))
+        else:
+            check_history(history, jax.eval_shape(lambda: self.empty_history(len(tokens))))
+            history = jax.lax.stop_gradient(history)
+        masks = draw_masks(self.config, key, len(tokens), dtype=self.dtype)
+        embedded = self._embed(tokens)
+        if masks.words is not None:
+            # No gradient and no NaN comes from an id outside: `embed` has dealt with it.
+            embedded = embedded * jnp.take(masks.words, tokens, axis=0, mode="clip")[..., None]
+        embedded = drop(embedded, masks.embedding)
+        return history, embedded, self.cell.context(embedded, history, masks)
+
+    def _embed(self, tokens):
+        if self.embedding is None:
+            return self.vocabulary.embed(tokens, self.dtype)
+        return adaptive.embed(tokens, EmbeddingWeights((self.embedding[...],), (None,)), self.dtype)
+
+
+class TrellisNetCell(nnx.Module):
+    """The parameters of f(z; x): a kernel for the input, a kernel for h, and one bias."""
+
+    def __init__(self, config: TrellisNetConfig, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
+
+        def weight(width: int) -> Weight:
+            # Sums over taps and channels: weight norm is that of PyTorch's convolution over dim=0.
+            shape = (config.kernel, width, 4, config.channels)
+            options: dict[str, Any] = dict(weight_norm=config.weight_norm, fan_in_axes=2)
+            return Weight(shape, config.init_std, **options, param_dtype=param_dtype, rngs=rngs)
+
+        self.inject = weight(config.embedding_width)
+        self.kernel = weight(config.channels)
+        self.bias = nnx.Param(jnp.zeros((4, config.channels), param_dtype))
+
+    @property
+    def f(self) -> Callable[[State, Context], State]:
+        """The function that is solved, f(z, context): pure, and the same object at every call."""
+        return step
+
+    def context(
+        self,
+        embedded: Float[Array, "batch time embedding"],
+        history: History,
+        masks: Masks = Masks(),  # noqa: B008
+    ) -> Context:
+        """All of f that does not depend on z, and so is computed once."""
+        # x̃ = W_x * x + b, from the last columns of the segment before on.
+        x = jnp.concatenate([history.embedded, embedded], axis=1)
+        injection = causal_convolution(x, self.inject(self.dtype, masks.inject)) + self.bias[...].astype(self.dtype)
+        kernel = self.kernel(self.dtype, masks.kernel)
+        return Context(kernel, injection, drop(history.h, masks.hidden), history.c, masks)
+
+
+def step(z: State, context: Context) -> State:
+    """f(z; x): one layer of a TrellisNet.
+
+    i, o, g, f = x̃ + W * h, then the gates of an LSTM, whose memory is c one column before:
+    c' = σ(f) ∘ c₋₁ + σ(i) ∘ tanh(g),  h' = σ(o) ∘ tanh(c').
+    """
+    h = jnp.concatenate([context.past_h, drop(z.h, context.masks.hidden)], axis=1)
+    a = causal_convolution(h, context.kernel) + context.injection
+    i, o, g, f = (a[:, :, gate] for gate in range(4))
+    before = jnp.concatenate([context.past_c, z.c[:, :-1]], axis=1)
+    c = jax.nn.sigmoid(f) * before + jax.nn.sigmoid(i) * jnp.tanh(g)
+    return z._replace(h=jax.nn.sigmoid(o) * jnp.tanh(c), c=c)
+
+
+def causal_convolution(
+    x: Float[Array, "batch columns width"], kernel: Float[Array, "taps width 4 channels"]
+) -> Float[Array, "batch time 4 channels"]:
+    """Σ_j x[t + j] W[j] for t = 0 … columns − taps: the last tap is the column itself, the others come before it."""
+    taps = kernel.shape[0]
+    time = x.shape[1] - taps + 1
+    windows = jnp.stack([x[:, j : j + time] for j in range(taps)], axis=2)
+    return jnp.einsum("btkw,kwgc->btgc", windows, kernel)
+
+
+def draw_masks(config: TrellisNetConfig, key: Array | None, batch: int, *, dtype: Any) -> Masks:
+    """Masks for one forward pass, all None without a key; a rate of 0 draws nothing."""
+    if key is None:
+        return Masks()
+    past, channels, width = config.kernel - 1, config.channels, config.embedding_width
+    draws = dict(
+        words=(config.embedding_dropout, (config.vocab_size,)),
+        embedding=(config.input_dropout, (batch, 1, width)),
+        inject=(config.weight_dropout, (past, width, 4, channels)),
+        kernel=(config.weight_dropout, (past, channels, 4, channels)),
+        hidden=(config.hidden_dropout, (batch, 1, channels)),
+        output=(config.output_dropout, (batch, 1, config.output_dim)),
+    )
+    keys = jax.random.split(key, len(draws))
+    masks: dict[str, Any] = {name: keep_mask(key, *draws[name], dtype) for name, key in zip(draws, keys, strict=True)}
+    for name in ("inject", "kernel"):  # as in the paper's code, weights in time alone are dropped
+        if masks[name] is not None:
+            masks[name] = jnp.concatenate([masks[name], jnp.ones_like(masks[name], shape=(1, *masks[name].shape[1:]))])
+    return Masks(**masks)
+
+
+def _solve(f, z0: State, context: Context, aux_every: int, options: dict) -> tuple[Solution, list[State]]:
+    """The solution, and the states after every `aux_every` steps before it."""
+    solver, adjoint = options["solver"], options["adjoint"]
+    at = range(aux_every, solver.max_steps, aux_every) if aux_every else ()
+    if not at:
+        return fixed_point(f, z0, context, **options), []
+    if not isinstance(adjoint, Unroll):
+        found = trajectory(f, z0, context, at=tuple(at), correction=Phantom(), **options)
+        return Solution(found.value, found.stats), list(found.states)
+
+    # L layers are n times aux_every layers and the rest: one after the other, for `Unroll` has a gradient in z0.
+    if not isinstance(solver, Picard):
+        raise ValueError(f"auxiliary outputs through Unroll need solver=Picard, got {type(solver).__name__}")
+    some: dict[str, Any] = options | {"solver": dataclasses.replace(solver, max_steps=aux_every)}
+    rest: dict[str, Any] = options | {
+        "solver": dataclasses.replace(solver, max_steps=solver.max_steps - aux_every * len(at))
+    }
+    states = []
+    for _ in at:
+        states.append(z0 := fixed_point(f, z0, context, **some).value)
+    value, stats = fixed_point(f, z0, context, **rest)
+    return Solution(value, stats._replace(steps=stats.steps + aux_every * len(at))), states
