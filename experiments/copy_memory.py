@@ -48,10 +48,10 @@ class Config:
     delay: int = 400  # T; a sequence has T + 20 tokens
     train_sequences: int = 20_000
     test_sequences: int = 256
-    steps: int = 600  # of the equilibrium
+    steps: int = 800  # of the equilibrium
     shallow_steps: int = 200  # of them, first, through two unrolled layers: the paper's warm-up
     batch: int = 4
-    lr: float = 1e-2
+    lr: float = 1.2e-2
     baseline_steps: int = 2000
     baseline_batch: int = 32
     baseline_lr: float = 2e-3
