@@ -1,7 +1,7 @@
 """Explicit networks to compare an equilibrium with: an untied stack of the same cell, LSTM, GRU and TCN.
 
 The weight-tied network of L layers needs nothing of its own: it is `Picard(max_steps=L)` with `Unroll(checkpoint)` on
-the equilibrium's own parameters. `TIED` names its three ways of keeping what the backward pass needs.
+the equilibrium's own parameters. `TIED` has its three ways of keeping what the backward pass needs.
 """
 
 import bisect
@@ -21,10 +21,11 @@ from deq_jax.models.transformer import History, TransformerCell, Weight
 from experiments.training import count_params
 
 # What is kept of L layers: all linearizations; every state and one linearization; √L of each.
-TIED: dict[str, deq.Unroll] = {
-    "plain": deq.Unroll(),
-    "checkpointed": deq.Unroll(checkpoint=1),
-    "√L-checkpointed": deq.Unroll(checkpoint=True),
+TIED: dict[str, Callable[[int], deq.Unroll]] = {
+    "plain": lambda layers: deq.Unroll(),
+    "checkpointed": lambda layers: deq.Unroll(checkpoint=1),
+    # What checkpoint=True means, in a number: True == 1, and jax.jit takes equal static arguments for the same.
+    "√L-checkpointed": lambda layers: deq.Unroll(checkpoint=math.isqrt(layers - 1) + 1),
 }
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 import deq_jax as deq
 from deq_jax.models import DEQTransformer, TransformerConfig
@@ -39,7 +39,7 @@ class Config:
 
     python -m experiments.copy_memory
 
-    The equilibrium is trained on few sequences, for its steps are dear; the others get as much processor time.
+    The equilibrium is trained on few sequences, for its steps are dear; the others on 20 times as many, in less time.
     """
 
     run: Path = Path("runs/copy_memory")
@@ -96,8 +96,8 @@ PRESETS = {
 
 
 class Batch(NamedTuple):
-    inputs: Int[Array, "batch time"]
-    targets: Int[Array, "batch time"]
+    inputs: Int[np.ndarray, "batch time"]
+    targets: Int[np.ndarray, "batch time"]
 
 
 def sequences(count: int, delay: int, rng: np.random.Generator) -> Batch:
@@ -288,7 +288,7 @@ def table(results: dict[str, Any]) -> str:
     head = ["", "parameters", "steps", "sequences", "CPU s", "test loss", "symbols right", "published"]
     lines += plots.markdown_table(head, [
         [name, f"{m['parameters']:,}", m["steps"], f"{m['sequences']:,}", f"{m['cpu_seconds']:.0f}",
-         f"**{m['test']['loss']:.2g}**", f"{m['test']['right']:.1%}", f"{PUBLISHED[name]:g}"]
+         f"**{show(m['test']['loss'])}**", f"{m['test']['right']:.1%}", f"{PUBLISHED[name]:g}"]
         for name, m in models.items()
     ])  # fmt: skip
     if deep := models.get("DEQ-Transformer"):
@@ -296,14 +296,18 @@ def table(results: dict[str, Any]) -> str:
         ways = {f"as trained, rtol {config['rtol']:g}": deep["test"], **deep["test_otherwise"]}
         head = ["", "test loss", "symbols right", "evaluations", "relative residual"]
         lines += plots.markdown_table(head, [
-            [name, f"{t['loss']:.2g}", f"{t['right']:.1%}", f"{t['fwd_steps']:.1f}", f"{t['fwd_residual']:.1e}"]
+            [name, show(t['loss']), f"{t['right']:.1%}", f"{t['fwd_steps']:.1f}", f"{t['fwd_residual']:.1e}"]
             for name, t in ways.items()
         ])  # fmt: skip
     lines += ["## Bars", ""]
     lines += plots.markdown_table(["", "bar", "measured", "met"], [
-        [b["model"], b["bar"], f"{b['got']:.2g}", "yes" if b["met"] else "**no**"] for b in results["bars"]
+        [b["model"], b["bar"], show(b["got"]), "yes" if b["met"] else "**no**"] for b in results["bars"]
     ])  # fmt: skip
     return "\n".join(lines)
+
+
+def show(loss: float) -> str:
+    return f"{loss:.4f}" if loss >= 1e-3 else f"{loss:.2g}"
 
 
 COLOURS = {"DEQ-Transformer": plots.COLOURS["implicit"], "TCN": "#CC79A7", "LSTM": "#E69F00", "GRU": "0.45"}
@@ -319,7 +323,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             loss = study.numbers([line["loss"] for line in model["curve"]])
             for axes, clock in (by_step, "step"), (by_time, "cpu_seconds"):
                 x = [line[clock] for line in model["curve"]]
-                label = f"{name}, test {model['test']['loss']:.1e}"
+                label = f"{name}, test {show(model['test']['loss'])}"
                 axes.plot(x, loss, color=COLOURS[name], lw=1.3, label=label)
                 axes.plot(x[-1], model["test"]["loss"], "o", color=COLOURS[name], ms=6, clip_on=False)
         for axes in (by_step, by_time):
@@ -327,14 +331,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axes.axhline(results["chance"], color="0.6", lw=0.8, ls=":")
             axes.axhline(BAR, color="0.6", lw=0.8, ls=":")
             axes.grid(alpha=0.2)
-        by_step.text(1, results["chance"] * 1.1, "chance", fontsize=8, color="0.4")
-        by_step.text(1, BAR * 1.1, f"{BAR:g}", fontsize=8, color="0.4")
+        for level, text in (results["chance"], "chance "), (BAR, f"{BAR:g} "):
+            where = dict(transform=by_time.get_yaxis_transform(), ha="right", va="bottom")
+            by_time.text(1, level, text, fontsize=8, color="0.4", **where)
         by_step.set_xscale("log")
         if "DEQ-Transformer" in models:
             by_step.axvline(config["shallow_steps"], color="0.6", lw=0.8, ls=":")
-            by_step.text(
-                config["shallow_steps"], 3, " from two layers\n to the equilibrium", fontsize=8, color="0.4", va="top"
-            )
+            text, above = " from two layers\n to the equilibrium", by_step.get_xaxis_transform()
+            by_step.text(config["shallow_steps"], 0.98, text, transform=above, fontsize=8, color="0.4", va="top")
         by_step.set(xlabel="optimizer step (log)", ylabel="loss (nats a place, mean over T + 20)")
         by_time.set(xlabel="processor time of training (s)")
         by_time.legend(frameon=False, fontsize=8)
@@ -347,7 +351,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def finding(results: dict[str, Any]) -> str:
     ends = {name: model["test"]["loss"] for name, model in results["models"].items()}
-    words = [f"{name} {loss:.1e}" for name, loss in sorted(ends.items(), key=lambda item: item[1])]
+    words = [f"{name} {show(loss)}" for name, loss in sorted(ends.items(), key=lambda item: item[1])]
     return f"Copy memory, T = {results['config']['delay']}, {results['chance']:.4f} is chance: {', '.join(words)}"
 
 

@@ -144,7 +144,7 @@ LARGER = "larger"
 def mode(config: Config, name: str, depth: int) -> dict[str, Any]:
     """Solver and adjoint of one way to train: `depth` layers, or an equilibrium with that many evaluations."""
     if name in EXPLICIT:
-        return dict(solver=deq.Picard(max_steps=depth), adjoint=TIED[name])
+        return dict(solver=deq.Picard(max_steps=depth), adjoint=TIED[name](depth))
     anderson = deq.Anderson(rtol=config.rtol, max_steps=depth, history=6)
     implicit = deq.Implicit(deq.Anderson(rtol=config.rtol, max_steps=depth, history=6))
     return {
@@ -188,7 +188,7 @@ def abstract_step(config: Config, family: str, shape: Shape, how: dict[str, Any]
     tx = optimizer(config)
     start = lambda params, history: init_state(params, tx, jax.random.key(0), carry=history)
     state = jax.eval_shape(start, nnx.to_pure_dict(params), history)
-    tokens = jax.ShapeDtypeStruct((shape.batch, shape.length), jnp.int32)
+    tokens: Any = jax.ShapeDtypeStruct((shape.batch, shape.length), jnp.int32)
     return Step(training_step(config, graphdef, how), state, data.Segment(tokens, tokens, False))
 
 
