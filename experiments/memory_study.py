@@ -31,7 +31,8 @@ from experiments.baselines import TIED, parameters
 from experiments.training import init_state, make_optimizer, make_train_step
 
 # Gigabytes at T = 150, batch 15 without embeddings: the paper's Table 3. No time was published for the second.
-PUBLISHED = {"plain": 24.7, "checkpointed": 5.2, "Implicit": 3.3}  # 70-layer TrellisNet, and DEQ-TrellisNet
+# 70-layer TrellisNet, and DEQ-TrellisNet. The paper does not say where its checkpoints stand.
+PUBLISHED = {"plain": 24.7, "checkpointed": 5.2, "√L-checkpointed": 5.2, "Implicit": 3.3}
 PUBLISHED_DEPTH = 70
 
 
@@ -428,8 +429,12 @@ def family_table(config: dict[str, Any], family: str, part: dict[str, Any]) -> l
         lines += [
             f"At {PUBLISHED_DEPTH} layers, over the plain network's; the published ones are of 70-layer TrellisNet"
         ]
-        lines += ["and DEQ-TrellisNet (24.7, 5.2 and 3.3 GB), of another cell on another machine.", ""]
+        lines += ["and DEQ-TrellisNet (24.7, 5.2 and 3.3 GB), of another cell on another machine, with checkpoints at"]
+        lines += ["places that the paper does not tell.", ""]
         lines += plots.markdown_table(["", "published", "here"], rows)
+    crossing = {name: break_even(memory[name], max(memory["Implicit"].values())) for name in EXPLICIT}
+    words = [f"{name} from {depth:.0f}" for name, depth in crossing.items() if depth is not None]
+    lines += [f"Layers from which an explicit network needs more than Implicit does: {', '.join(words) or 'none'}.", ""]
     lines += ["## Time of a training step", ""]
     shape = config["measured"]
     lines += [
@@ -439,7 +444,10 @@ def family_table(config: dict[str, Any], family: str, part: dict[str, Any]) -> l
         "time over the plain network's of the same depth, by minima (by medians); megabytes planned, and by which"
     ]
     lines += [f"resident memory grew. The equilibrium stops at a relative residual of {config['rtol']:g} or at L", ""]
-    lines[-1] += " evaluations; Reversible at 21 at most."
+    lines[-1] += (
+        " evaluations; Reversible at 21 at most. Below some 30 MB the memory used is the allocator's, which gives"
+    )
+    lines += ["again what it had."]
     lines.append("")
     for depth, rows in part["times"].items():
         lines += [f"L = {depth}", ""]
@@ -449,6 +457,15 @@ def family_table(config: dict[str, Any], family: str, part: dict[str, Any]) -> l
             for name, row in rows.items()
         ])  # fmt: skip
     return lines + quality_table(config, part)
+
+
+def break_even(sizes: dict[str, float], size: float) -> float | None:
+    """The depth at which `sizes` pass `size`, on the line between two depths; None if it is not within them."""
+    depths, known = np.array([int(d) for d in sizes]), np.array(list(sizes.values()))
+    above = int(np.searchsorted(known, size))
+    if above in (0, len(known)):
+        return float(depths[0]) if above == 0 else None
+    return float(np.interp(size, known[above - 1 : above + 1], depths[above - 1 : above + 1]))
 
 
 def over(rows: dict[str, Any], name: str, base: str) -> str:

@@ -101,6 +101,13 @@ def test_memory_of_the_committed_results_by_depth():
         assert slope(a, b) == pytest.approx(slope(b, c), rel=0.1)
 
 
+def test_break_even_is_between_two_depths():
+    sizes = {"2": 10.0, "4": 20.0, "8": 60.0}
+    assert memory_study.break_even(sizes, 30.0) == 5.0
+    assert memory_study.break_even(sizes, 5.0) == 2.0
+    assert memory_study.break_even(sizes, 100.0) is None
+
+
 def test_equal_time_reads_every_curve_at_the_end_of_the_fastest():
     curve = lambda *points: {"curve": [{"cpu_seconds": t, "valid_loss": loss} for t, loss in points]}
     found = memory_study.equal_time({"fast": curve((0, 3.0), (2, 1.0)), "slow": curve((0, 3.0), (4, 2.0))})
