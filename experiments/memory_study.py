@@ -8,6 +8,7 @@ Gradient checkpointing saves memory too, with explicit layers. What does it cost
 cost, and what of the larger model that the time saved would train? The paper answered with memory alone.
 """
 
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -226,7 +227,7 @@ def timed_steps(config: Config, family: str, depth: int) -> dict[str, Any]:
     for name in MODES if depth == config.layers else (*EXPLICIT, "Implicit"):
         how = mode(config, name, min(depth, 21) if name == "Reversible" else depth)
         programs[name] = training_step(config, graphdef, how).lower(state, batches[0]).compile()
-        rows[name] = {"temp_bytes": lm.temp_bytes(programs[name]), **used_bytes(programs[name], state, batches[0])}
+        rows[name] = {"temp_bytes": lm.temp_bytes(programs[name])}
     timed = interleaved(programs, dict.fromkeys(programs, state), batches[0], config.repeats)
     return {name: rows[name] | row for name, row in timed.items()}
 
@@ -254,17 +255,27 @@ def interleaved(
     return rows
 
 
-def used_bytes(program: Any, state: Any, batch: Any) -> dict[str, float]:
-    """Growth of the process's resident memory in one step; nothing where the system does not tell it."""
+def used_bytes(config: Config, family: str, depth: int) -> dict[str, dict[str, Any]]:
+    """What was planned, and by how much the process's resident memory grew in a step; None where none tells."""
+    graphdef, state, batches = start(config, family, config.measured, corpus_of(config))
+    rows = {}
+    for name in (*EXPLICIT, "Implicit"):
+        program = training_step(config, graphdef, mode(config, name, depth)).lower(state, batches[0]).compile()
+        rows[name] = {"temp_bytes": lm.temp_bytes(program), "used_bytes": growth(program, state, batches[0])}
+    return rows
+
+
+def growth(program: Any, state: Any, batch: Any) -> int | None:
     own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
     gc.collect()
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what the step before has freed goes back to the system
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
         before = resident("VmRSS")
         jax.block_until_ready(program(own, batch))
-        return {"used_bytes": resident("VmHWM") - before}
-    except OSError:
-        return {}
+        return resident("VmHWM") - before
+    except (OSError, AttributeError):  # not Linux, or not its usual C library
+        return None
 
 
 def resident(field: str) -> int:
@@ -373,6 +384,8 @@ def measure_family(config: Config, family: str, cells: study.Cells) -> dict[str,
         str(depth): cells(f"{family}: times, {depth}", lambda: timed_steps(config, family, depth))
         for depth in config.measured_depths
     }
+    deepest = max(config.measured_depths)
+    used = cells(f"{family}: bytes used, {deepest}", lambda: used_bytes(config, family, deepest))
     runs = {
         name: cells(f"{family}: training, {name}", lambda: trained(config, family, name, config.trained))
         for name in TRAINED
@@ -380,9 +393,13 @@ def measure_family(config: Config, family: str, cells: study.Cells) -> dict[str,
     larger = cells(f"{family}: the larger model", lambda: choose_larger(config, family))
     runs["√L-checkpointed"] = slowed(runs["plain"], larger["times"])
     if larger["width"] > 1:
-        shape, label = widened(config.trained, larger["width"]), f"{LARGER} {larger['fast']}"
-        runs[label] = cells(f"{family}: training, {label}", lambda: trained(config, family, label, shape))
-    return {"memory": memory, "times": times, "larger": larger, "runs": runs, "equal_time": equal_time(runs)}
+        shape = widened(config.trained, larger["width"])
+        # The layers as wide too: what does the width do, and what the gradient?
+        for name in dict.fromkeys((larger["fast"], "plain")):
+            label = f"{LARGER} {name}"
+            runs[label] = cells(f"{family}: training, {label}", lambda: trained(config, family, label, shape))
+    part = {"memory": memory, "times": times, "used": used, "larger": larger, "runs": runs}
+    return part | {"equal_time": equal_time(runs)}
 
 
 def slowed(run: dict[str, Any], times: dict[str, Any]) -> dict[str, Any]:
@@ -435,28 +452,32 @@ def family_table(config: dict[str, Any], family: str, part: dict[str, Any]) -> l
     crossing = {name: break_even(memory[name], max(memory["Implicit"].values())) for name in EXPLICIT}
     words = [f"{name} from {depth:.0f}" for name, depth in crossing.items() if depth is not None]
     lines += [f"Layers from which an explicit network needs more than Implicit does: {', '.join(words) or 'none'}.", ""]
+    shape, depth = config["measured"], max(config["measured_depths"])
+    lines += [f"Planned and used, MB: L = {depth}, width {shape['dim']}, inner {shape['inner_dim']}, batch"]
+    lines += [
+        f"{shape['batch']}, T {shape['length']}. Used is the growth of the process's resident memory in one step.",
+        "",
+    ]
+    lines += plots.markdown_table(["", "planned", "used"], [
+        [name, f"{row['temp_bytes'] / 1e6:.1f}", megabytes(row["used_bytes"])] for name, row in part["used"].items()
+    ])  # fmt: skip
     lines += ["## Time of a training step", ""]
-    shape = config["measured"]
-    lines += [
-        f"Width {shape['dim']}, inner {shape['inner_dim']}, batch {shape['batch']}, T {shape['length']}: processor"
-    ]
-    lines += [
-        "time over the plain network's of the same depth, by minima (by medians); megabytes planned, and by which"
-    ]
-    lines += [f"resident memory grew. The equilibrium stops at a relative residual of {config['rtol']:g} or at L", ""]
-    lines[-1] += (
-        " evaluations; Reversible at 21 at most. Below some 30 MB the memory used is the allocator's, which gives"
-    )
-    lines += ["again what it had."]
-    lines.append("")
-    for depth, rows in part["times"].items():
-        lines += [f"L = {depth}", ""]
-        lines += plots.markdown_table(["", "time", "evaluations", "MB planned", "MB used"], [
-            [name, over(rows, name, "plain"), f"{row['fwd_steps']:.0f}" if "fwd_steps" in row else depth,
-             f"{row['temp_bytes'] / 1e6:.1f}", f"{row['used_bytes'] / 1e6:.1f}" if "used_bytes" in row else ""]
-            for name, row in rows.items()
-        ])  # fmt: skip
+    lines += ["The same shape: processor time over the plain network's of the same depth, all in turn"]
+    lines += [f"{config['repeats']} times, by minima (by medians). The equilibrium of the untrained network stops at a"]
+    lines += [f"relative residual of {config['rtol']:g} or at L evaluations; Reversible at 21 at most.", ""]
+    depths = list(part["times"])
+    head = ["", *(f"L = {depth}" for depth in depths), f"evaluations at {depths[-1]}"]
+    cell = lambda depth, name: over(part["times"][depth], name, "plain") if name in part["times"][depth] else ""
+    spent = lambda name: f"{part['times'][depths[-1]][name]['fwd_steps']:.0f}" if cell(depths[-1], name) else ""
+    lines += plots.markdown_table(head, [
+        [name, *(cell(depth, name) for depth in depths), depths[-1] if name in EXPLICIT else spent(name)]
+        for name in MODES
+    ])  # fmt: skip
     return lines + quality_table(config, part)
+
+
+def megabytes(size: float | None) -> str:
+    return "" if size is None else f"{size / 1e6:.1f}"
 
 
 def break_even(sizes: dict[str, float], size: float) -> float | None:
@@ -546,7 +567,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def style(name: str) -> dict[str, Any]:
     kind = name.removeprefix(LARGER).strip()
     wide = dict(marker="D", lw=2) if name.startswith(LARGER) else dict(marker="o", lw=1.3)
-    return dict(color=COLOURS[kind], ls=DASHES.get(kind, "-"), ms=4, label=name, **wide)
+    # Implicit lies over what has the same memory.
+    return dict(
+        color=COLOURS[kind], ls=DASHES.get(kind, "-"), ms=4, label=name, zorder=3 + (kind == "Implicit"), **wide
+    )
 
 
 def draw_memory(axes: Any, memory: dict[str, Any]) -> None:
@@ -558,9 +582,16 @@ def draw_memory(axes: Any, memory: dict[str, Any]) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.2)
     deepest = max(int(d) for d in memory["plain"])
-    few = {name: memory[name][str(deepest)] for name in EXPLICIT} | {"Implicit": max(memory["Implicit"].values())}
-    words = " : ".join(f"{size / few['plain']:.3f}" for size in few.values())
-    axes.set_title(plots.fill(f"at {deepest} layers, plain : per step : √L : Implicit = {words} in memory"))
+    ours = max(memory["Implicit"].values())
+    more = {name: memory[name][str(deepest)] / ours for name in EXPLICIT}
+    crossing = break_even(memory["checkpointed"], ours)
+    words = f"{'over ' * (crossing is None)}{crossing or deepest:.0f} layers need the memory of Implicit"
+    axes.set_title(
+        plots.fill(
+            f"checkpointed each, {words}; {deepest} layers need {more['plain']:.1f}× plain, "
+            f"{more['√L-checkpointed']:.1f}× at √L, {more['checkpointed']:.2f}× each"
+        )
+    )
     axes.set(xlabel="layers, or evaluations allowed", ylabel="temporaries of the compiled step (GB), paper's shape")
 
 
