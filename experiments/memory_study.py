@@ -585,11 +585,11 @@ def draw_memory(axes: Any, memory: dict[str, Any]) -> None:
     ours = max(memory["Implicit"].values())
     more = {name: memory[name][str(deepest)] / ours for name in EXPLICIT}
     crossing = break_even(memory["checkpointed"], ours)
-    words = f"{'over ' * (crossing is None)}{crossing or deepest:.0f} layers need the memory of Implicit"
+    least = f"{'over ' * (crossing is None)}{crossing or deepest:.0f}"
     axes.set_title(
         plots.fill(
-            f"checkpointed each, {words}; {deepest} layers need {more['plain']:.1f}× plain, "
-            f"{more['√L-checkpointed']:.1f}× at √L, {more['checkpointed']:.2f}× each"
+            f"with a checkpoint at every layer, {least} layers take Implicit's memory; {deepest} take "
+            f"{more['checkpointed']:.2f} times it, {more['√L-checkpointed']:.1f} at √L, {more['plain']:.1f} plain"
         )
     )
     axes.set(xlabel="layers, or evaluations allowed", ylabel="temporaries of the compiled step (GB), paper's shape")
