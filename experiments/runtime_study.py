@@ -410,7 +410,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         size = (12.5, 0.6 + 4.2 * len(families))
         figure, rows = plt.subplots(len(families), 2, figsize=size, layout="constrained", squeeze=False)
         for (bars, curves), (family, part) in zip(rows, families.items(), strict=True):
-            draw_ratios(bars, family, part)
+            draw_ratios(bars, family, part, config["layers"])
             draw_curves(curves, part)
         note = f"{results['command']}; float32, seed {config['seed']}; {results['machine']['cores']} shared CPU cores"
         figure.supxlabel(note, fontsize=8, family="monospace")
@@ -418,7 +418,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         plt.close(figure)
 
 
-def draw_ratios(axes: Any, family: str, part: dict[str, Any]) -> None:
+def draw_ratios(axes: Any, family: str, part: dict[str, Any], layers: int) -> None:
     base, labels, ratios, colours = base_of(part["training"]), [], [], []
     for kind in ("training", "inference"):
         for name, row in part[kind].items():
@@ -436,7 +436,9 @@ def draw_ratios(axes: Any, family: str, part: dict[str, Any]) -> None:
         axes.text(published, len(labels) - 0.4, f"paper,\n{kind}", fontsize=7, ha="center")
     axes.set_xlabel(f"processor time / that of {base}")
     train = part["training"]["Implicit"]["cpu_min"] / part["training"][base]["cpu_min"]
-    axes.set_title(plots.fill(f"{family}: a training step at the equilibrium takes {train:.2f}× one of {base}"), pad=24)
+    axes.set_title(
+        plots.fill(f"{family}: a training step at the equilibrium takes {train:.2f}× one of {layers} {base}"), pad=24
+    )
 
 
 def draw_curves(axes: Any, part: dict[str, Any]) -> None:
