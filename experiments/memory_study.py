@@ -71,7 +71,7 @@ FAMILIES: dict[str, Callable[[Shape], Any]] = {"DEQTransformer": transformer}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Ten minutes on two free CPU cores: memory flat in depth for the equilibrium, and its time and loss beside it.
+    """Thirteen minutes on two free CPU cores: memory flat in depth for the equilibrium, and its time and loss beside it.
 
     python -m experiments.memory_study
 
@@ -114,7 +114,7 @@ class Config:
 
 
 PRESETS = {
-    "reduced": ("ten minutes on two free CPU cores, a third of it compiling", Config()),
+    "reduced": ("thirteen minutes on two free CPU cores, half of it compiling", Config()),
     "paper": (
         "some hours on one GPU with 80 GB (an estimate: nothing of this size was run)",
         Config(
@@ -610,7 +610,7 @@ def draw_times(axes: Any, times: dict[str, Any]) -> None:
     ratios = {name: deepest[name]["cpu_min"] / deepest["plain"]["cpu_min"] for name in ("checkpointed", "Implicit")}
     axes.set_title(
         plots.fill(
-            f"at {max(depths)} layers a checkpoint each takes {ratios['checkpointed']:.2f}× the time of the plain network, "
+            f"at {max(depths)} layers a checkpoint each takes {ratios['checkpointed']:.2f}× the plain network's time, "
             f"Implicit {ratios['Implicit']:.2f}×"
         )
     )

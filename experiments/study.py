@@ -9,6 +9,7 @@ import json
 import math
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -176,6 +177,11 @@ def published(panel: str, series: str) -> np.ndarray:
     if not found:
         raise ValueError(f"no curve {panel}, {series}: there are {sorted({(p, s) for p, s, *_ in rows[1:]})}")
     return np.array(found)
+
+
+def paragraph(*sentences: str) -> list[str]:
+    """Lines of text for a table.md, and the empty one that ends them."""
+    return [*textwrap.wrap(" ".join(sentences), 118, break_on_hyphens=False), ""]
 
 
 def conditions(results: dict[str, Any], **more: Any) -> str:
