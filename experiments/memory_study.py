@@ -71,7 +71,7 @@ FAMILIES: dict[str, Callable[[Shape], Any]] = {"DEQTransformer": transformer}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Thirteen minutes on two free CPU cores: memory flat in depth for the equilibrium, and its time and loss beside it.
+    """Thirteen minutes on two free CPU cores: flat memory for the equilibrium, and its time and loss beside it.
 
     python -m experiments.memory_study
 
