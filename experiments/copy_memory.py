@@ -1,0 +1,368 @@
+"""The copy memory task (the paper's Table 1): ten symbols, a long silence, and then the ten symbols again.
+
+    python -m experiments.copy_memory
+    python -m experiments.copy_memory paper --delay 1000
+    python -m experiments.copy_memory figure
+
+A DEQ-Transformer against a TCN, an LSTM and a GRU of as many parameters, in one run.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+
+import deq_jax as deq
+from deq_jax.models import DEQTransformer, TransformerConfig
+from experiments import lm, plots, study
+from experiments.baselines import TCN, Recurrent, fitted, parameters
+from experiments.training import init_state, make_optimizer, make_train_step
+
+SYMBOLS, COPIED, DELIMITER = 10, 10, 9  # 0 is silence, 1 … 8 are to be remembered
+PUBLISHED = {"DEQ-Transformer": 3.5e-6, "TCN": 2.7e-5, "LSTM": 0.0501, "GRU": 0.0491}  # the paper's Table 1
+BAR = 1e-4
+MODELS = tuple(PUBLISHED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Ten minutes on two free CPU cores: the equilibrium below 1e-4, TCN too, LSTM and GRU at chance (0.0495).
+
+    python -m experiments.copy_memory
+
+    The equilibrium is trained on few sequences, for its steps are dear; the others on 20 times as many, in less time.
+    """
+
+    run: Path = Path("runs/copy_memory")
+    out: Path | None = None
+    models: tuple[str, ...] = MODELS
+    delay: int = 400  # T; a sequence has T + 20 tokens
+    train_sequences: int = 20_000
+    test_sequences: int = 256
+    steps: int = 800  # of the equilibrium
+    shallow_steps: int = 200  # of them, first, through two unrolled layers: the paper's warm-up
+    batch: int = 4
+    lr: float = 1.2e-2
+    baseline_steps: int = 2000
+    baseline_batch: int = 32
+    baseline_lr: float = 2e-3
+    dim: int = 32
+    heads: int = 4
+    inner_dim: int = 64
+    embedding_std: float = 0.3
+    rtol: float = 1e-3  # of the forward solve
+    max_steps: int = 20
+    backward_rtol: float = 1e-2
+    backward_max_steps: int = 16
+    log_every: int = 25
+    seed: int = 0
+
+    def __post_init__(self):
+        if unknown := sorted(set(self.models) - set(MODELS)):
+            raise ValueError(f"--models must be of {', '.join(MODELS)}, got {', '.join(unknown)}")
+        for name in ("delay", "train_sequences", "test_sequences", "batch", "baseline_batch", "log_every"):
+            lm.require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        lm.require(0 <= self.shallow_steps < self.steps, "shallow_steps", f"in [0, {self.steps})", self.shallow_steps)
+        lm.require(self.baseline_steps >= 2, "baseline_steps", "at least 2", self.baseline_steps)
+
+
+PRESETS = {
+    "reduced": ("ten minutes on two free CPU cores, four models one after the other", Config()),
+    "paper": (
+        "about half an hour on one GPU (an estimate: nothing of this size was run)",
+        Config(
+            run=Path("runs/copy_memory_paper"),
+            test_sequences=2000,
+            steps=6000,
+            shallow_steps=1200,
+            batch=32,
+            lr=3e-3,
+            baseline_steps=20_000,
+        ),
+    ),
+}
+
+
+# ---- the task ----------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    inputs: Int[np.ndarray, "batch time"]
+    targets: Int[np.ndarray, "batch time"]
+
+
+def sequences(count: int, delay: int, rng: np.random.Generator) -> Batch:
+    """x = ten of 1 … 8, then silence, then 9 from the last eleven on; y = silence, then the ten of x.
+
+    The last eleven, as in the code of the TCN paper; its text has the delimiter at T + 10 alone.
+    """
+    inputs = np.zeros((count, delay + 2 * COPIED), np.int32)
+    targets = np.zeros_like(inputs)
+    inputs[:, :COPIED] = targets[:, -COPIED:] = rng.integers(1, DELIMITER, (count, COPIED))
+    inputs[:, -COPIED - 1 :] = DELIMITER
+    return Batch(inputs, targets)
+
+
+def chance(delay: int) -> float:
+    """The loss of knowing all but the symbols: ln 8 in ten of T + 20 places."""
+    return COPIED * float(np.log(DELIMITER - 1)) / (delay + 2 * COPIED)
+
+
+# ---- the models --------------------------------------------------------------------------------------------
+
+
+def equilibrium(config: Config) -> DEQTransformer:
+    length = config.delay + 2 * COPIED
+    transformer = TransformerConfig(
+        SYMBOLS,
+        dim=config.dim,
+        heads=config.heads,
+        inner_dim=config.inner_dim,
+        mem_len=0,
+        window=length,
+        embedding_std=config.embedding_std,
+    )
+    solver = deq.Anderson(rtol=config.rtol, max_steps=config.max_steps)
+    adjoint = deq.Implicit(deq.Anderson(rtol=config.backward_rtol, max_steps=config.backward_max_steps))
+    return DEQTransformer(transformer, solver=solver, adjoint=adjoint, rngs=nnx.Rngs(config.seed))
+
+
+def build(config: Config, name: str) -> nnx.Module:
+    """That model, a baseline with as many parameters as the equilibrium has or as nearly as its width allows."""
+    rngs = lambda: nnx.Rngs(config.seed)
+    makers: dict[str, Callable[[int], nnx.Module]] = {
+        "LSTM": lambda dim: Recurrent(nnx.OptimizedLSTMCell, vocab_size=SYMBOLS, dim=dim, rngs=rngs()),
+        "GRU": lambda dim: Recurrent(nnx.GRUCell, vocab_size=SYMBOLS, dim=dim, rngs=rngs()),
+        "TCN": lambda dim: TCN(vocab_size=SYMBOLS, dim=dim, levels=levels(config.delay), width=8, rngs=rngs()),
+    }
+    if name == "DEQ-Transformer":
+        return equilibrium(config)
+    wanted = parameters(lambda: equilibrium(config))
+    return makers[name](fitted(makers[name], wanted, range(2, 513)))
+
+
+def levels(delay: int) -> int:
+    """The fewest levels of width 8 with which the last token sees the first, and the paper's 8 from T = 400 on."""
+    fewest = next(n for n in range(1, 32) if 1 + 14 * (2**n - 1) >= delay + 2 * COPIED)
+    return max(8, fewest) if delay >= 400 else fewest
+
+
+def loss_fn(graphdef, call, params, probe, rest, batch, key, carry):
+    """The mean cross entropy over all T + 20 places, in nats."""
+    logits, metrics = call(nnx.merge(graphdef, params, rest, copy=True), batch.inputs)
+    return lm.cross_entropy(logits, batch.targets), (rest, carry, metrics)
+
+
+def explicit(model, tokens):
+    return model(tokens), {}
+
+
+def solved(model, tokens, **options):
+    logits, _, solution = model(tokens, **options)
+    return logits, lm.solve_metrics(solution.stats)
+
+
+SHALLOW: dict[str, Any] = dict(solver=deq.Picard(max_steps=2), adjoint=deq.Unroll())
+
+
+# ---- one cell: a model trained and tested ------------------------------------------------------------------
+
+
+def train_and_test(config: Config, name: str) -> dict[str, Any]:
+    """The curve of the training loss, the loss on the test sequences, and what both cost."""
+    deep = name == "DEQ-Transformer"
+    steps, batch, lr = (
+        (config.steps, config.batch, config.lr)
+        if deep
+        else (config.baseline_steps, config.baseline_batch, config.baseline_lr)
+    )
+    graphdef, params, rest = nnx.split(build(config, name), nnx.Param, ...)
+    params = nnx.to_pure_dict(params)
+    tx = make_optimizer(lr=lr, warmup_steps=min(100, steps - 1), total_steps=steps, clip=1.0)
+    state = init_state(params, tx, jax.random.key(config.seed), rest=rest)
+    compile_step = lambda call: make_train_step(functools.partial(loss_fn, graphdef, call), tx)
+    last_step = compile_step(solved if deep else explicit)
+    first_step = compile_step(functools.partial(solved, **SHALLOW)) if deep else last_step
+    switch = config.shallow_steps if deep else 0
+
+    rng = np.random.default_rng(config.seed)
+    pool, test = (sequences(n, config.delay, rng) for n in (config.train_sequences, config.test_sequences))
+    curve, window, spent = [], [], np.zeros(2)
+    clocks = np.array([time.perf_counter(), time.process_time()])
+    for step in range(steps):
+        rows = rng.integers(0, config.train_sequences, batch)
+        state, metrics = (first_step if step < switch else last_step)(state, Batch(*(x[rows] for x in pool)))
+        window.append(metrics["loss"])
+        if (step + 1) % config.log_every == 0 or step + 1 == steps:
+            losses = jax.device_get(window)
+            now = np.array([time.perf_counter(), time.process_time()])
+            spent, clocks, window = spent + now - clocks, now, []
+            curve.append({"step": step + 1, "cpu_seconds": spent[1], "loss": float(np.mean(losses))})
+            if len(curve) % 8 == 0:
+                print(f"    {name} {step + 1}/{steps}: loss {curve[-1]['loss']:.2e}, {spent[0]:.0f} s", flush=True)
+    test_call = make_test(graphdef, solved if deep else explicit, test)
+    measured = test_call(state, *([deq.Anderson(rtol=config.rtol, max_steps=config.max_steps)] if deep else []))
+    otherwise = {}
+    if deep:
+        # The same equilibrium, found more exactly: what was learned should be z*, not where the solver stops.
+        for rtol in (config.rtol / 10, config.rtol / 100):
+            otherwise[f"rtol {rtol:g}"] = test_call(state, deq.Anderson(rtol=rtol, max_steps=100))
+        otherwise["two layers"] = make_test(graphdef, functools.partial(solved, **SHALLOW), test)(state)
+    return {
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "steps": steps,
+        "sequences": steps * batch,
+        "seconds": spent[0],
+        "cpu_seconds": spent[1],
+        "curve": curve,
+        "test": measured,
+        "test_otherwise": otherwise,
+    }
+
+
+def make_test(graphdef: Any, call: Callable, test: Batch, batch: int = 32) -> Callable:
+    """`test(state, *solver)`: means over the sequences of the loss, of the share of the ten symbols that is right, and
+    of the solver's work. Another tolerance or budget does not compile anew."""
+
+    @jax.jit
+    def measure(params, rest, batch, *solver):
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        logits, metrics = call(model, batch.inputs, **({"solver": solver[0]} if solver else {}))
+        right = jnp.argmax(logits, -1)[:, -COPIED:] == batch.targets[:, -COPIED:]
+        return {"loss": lm.cross_entropy(logits, batch.targets), "right": right.mean(), **metrics}
+
+    count = len(test.inputs)
+    batch = max(n for n in range(1, min(batch, count) + 1) if count % n == 0)  # equal parts: one program, plain means
+    parts = [Batch(*(x[i : i + batch] for x in test)) for i in range(0, count, batch)]
+
+    def run(state: Any, *solver: deq.Solver) -> dict[str, float]:
+        values = jax.device_get([measure(state.params, state.rest, part, *solver) for part in parts])
+        return {name: float(np.mean([v[name] for v in values])) for name in values[0]}
+
+    return run
+
+
+# ---- what is kept ------------------------------------------------------------------------------------------
+
+
+def measure(config: Config, cells: study.Cells) -> dict[str, Any]:
+    models = {name: cells(name, functools.partial(train_and_test, config, name)) for name in config.models}
+    return {"chance": chance(config.delay), "models": models, "bars": bars(config, models)}
+
+
+def bars(config: Config, models: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each bar with what was measured, for the models that were run."""
+    rows = []
+    for name, model in models.items():
+        loss, level = model["test"]["loss"], chance(config.delay)
+        met, bar = (
+            (loss <= BAR, f"≤ {BAR:g}")
+            if name in ("DEQ-Transformer", "TCN")
+            else (abs(loss / level - 1) <= 0.1, f"within 10 % of chance, {level:.4f}")
+        )
+        rows.append({"model": name, "bar": bar, "got": loss, "met": bool(met)})
+    size = {name: model["parameters"] for name, model in models.items()}
+    if "DEQ-Transformer" in size:
+        off = max(abs(n / size["DEQ-Transformer"] - 1) for n in size.values())
+        rows.append({"model": "parameters", "bar": "within 15 % of the equilibrium's", "got": off, "met": off <= 0.15})
+    return rows
+
+
+def table(results: dict[str, Any]) -> str:
+    config, models = results["config"], results["models"]
+    told = study.conditions(
+        results, dtype="float32", seed=config["seed"], gradient=f"Implicit, rtol {config['backward_rtol']:g}"
+    )
+    lines = [f"# Copy memory, T = {config['delay']}", "", f"    {results['command']}", "", f"{told}.", ""]
+    lines += [f"Mean cross entropy over all T + 20 places of {config['test_sequences']} test sequences;"]
+    lines += [f"chance is {results['chance']:.4f}. Published: Table 1 of the paper, about 14,000 parameters.", ""]
+    head = ["", "parameters", "steps", "sequences", "CPU s", "test loss", "symbols right", "published"]
+    lines += plots.markdown_table(head, [
+        [name, f"{m['parameters']:,}", m["steps"], f"{m['sequences']:,}", f"{m['cpu_seconds']:.0f}",
+         f"**{show(m['test']['loss'])}**", f"{m['test']['right']:.1%}", f"{PUBLISHED[name]:g}"]
+        for name, m in models.items()
+    ])  # fmt: skip
+    if deep := models.get("DEQ-Transformer"):
+        lines += ["## The same weights, solved otherwise", ""]
+        ways = {f"as trained, rtol {config['rtol']:g}": deep["test"], **deep["test_otherwise"]}
+        head = ["", "test loss", "symbols right", "evaluations", "relative residual"]
+        lines += plots.markdown_table(head, [
+            [name, show(t['loss']), f"{t['right']:.1%}", f"{t['fwd_steps']:.1f}", f"{t['fwd_residual']:.1e}"]
+            for name, t in ways.items()
+        ])  # fmt: skip
+    lines += ["## Bars", ""]
+    lines += plots.markdown_table(["", "bar", "measured", "met"], [
+        [b["model"], b["bar"], show(b["got"]), "yes" if b["met"] else "**no**"] for b in results["bars"]
+    ])  # fmt: skip
+    return "\n".join(lines)
+
+
+def show(loss: float) -> str:
+    return f"{loss:.4f}" if loss >= 1e-3 else f"{loss:.2g}"
+
+
+COLOURS = {"DEQ-Transformer": plots.COLOURS["implicit"], "TCN": "#CC79A7", "LSTM": "#E69F00", "GRU": "0.45"}
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """The training loss by step and by processor time, and the loss on the test sequences at its end."""
+    plt = plots.plt
+    config, models = results["config"], results["models"]
+    with plt.rc_context(plots.STYLE):
+        figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
+        for name, model in models.items():
+            loss = study.numbers([line["loss"] for line in model["curve"]])
+            for axes, clock in (by_step, "step"), (by_time, "cpu_seconds"):
+                x = [line[clock] for line in model["curve"]]
+                label = f"{name}, test {show(model['test']['loss'])}"
+                axes.plot(x, loss, color=COLOURS[name], lw=1.3, label=label)
+                axes.plot(x[-1], model["test"]["loss"], "o", color=COLOURS[name], ms=6, clip_on=False)
+        for axes in (by_step, by_time):
+            axes.set_yscale("log")
+            axes.axhline(results["chance"], color="0.6", lw=0.8, ls=":")
+            axes.axhline(BAR, color="0.6", lw=0.8, ls=":")
+            axes.grid(alpha=0.2)
+        for level, text in (results["chance"], "chance "), (BAR, f"{BAR:g} "):
+            where = dict(transform=by_time.get_yaxis_transform(), ha="right", va="bottom")
+            by_time.text(1, level, text, fontsize=8, color="0.4", **where)
+        by_step.set_xscale("log")
+        if "DEQ-Transformer" in models:
+            by_step.axvline(config["shallow_steps"], color="0.6", lw=0.8, ls=":")
+            text, above = " from two layers\n to the equilibrium", by_step.get_xaxis_transform()
+            by_step.text(config["shallow_steps"], 0.98, text, transform=above, fontsize=8, color="0.4", va="top")
+        by_step.set(xlabel="optimizer step (log)", ylabel="loss (nats a place, mean over T + 20)")
+        by_time.set(xlabel="processor time of training (s)")
+        by_time.legend(frameon=False, fontsize=8)
+        figure.suptitle(finding(results))
+        note = f"{results['command']}; float32, seed {config['seed']}; lines: training, dots: test"
+        figure.supxlabel(note, fontsize=8, family="monospace")
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+
+def finding(results: dict[str, Any]) -> str:
+    ends = {name: model["test"]["loss"] for name, model in results["models"].items()}
+    words = [f"{name} {show(loss)}" for name, loss in sorted(ends.items(), key=lambda item: item[1])]
+    return f"Copy memory, T = {results['config']['delay']}, {results['chance']:.4f} is chance: {', '.join(words)}"
+
+
+def figures(directory: Path = Path("experiments/results/copy_memory")) -> None:
+    """Table and figure again, from the results that are kept."""
+    study.write(json.loads((directory / "results.json").read_text()), directory, table, draw)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    study.run("copy_memory", PRESETS, measure, table, draw, args, description=__doc__, module="experiments.copy_memory")
+
+
+if __name__ == "__main__":
+    main()
