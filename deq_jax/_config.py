@@ -35,16 +35,21 @@ def config(cls: type[T]) -> type[T]:
 
     cls.__init__ = init
 
+    # Configurations are keys of jit's caches, where 1 == True would answer with another one's program.
+    key = lambda self: tuple((isinstance(v, bool), v) for v in (getattr(self, name) for name in names))
+    cls.__eq__ = lambda self, other: key(self) == key(other) if type(other) is cls else NotImplemented
+    cls.__hash__ = lambda self: hash((cls, key(self)))
+
     def flatten(self):
         values = [getattr(self, name) for name in names]
-        static = tuple(v if _is_static(v) else _LEAF for v in values)
+        static = tuple((isinstance(v, bool), v) if _is_static(v) else _LEAF for v in values)
         return [v for v in values if not _is_static(v)], static
 
     def unflatten(static, leaves):
         # Around __init__: JAX also builds trees of placeholders, which no range check should see.
         leaves, self = iter(leaves), object.__new__(cls)
         for name, value in zip(names, static, strict=True):
-            object.__setattr__(self, name, next(leaves) if value is _LEAF else value)
+            object.__setattr__(self, name, next(leaves) if value is _LEAF else value[1])
         return self
 
     jax.tree_util.register_pytree_node(cls, flatten, unflatten)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 import deq_jax as deq
 from deq_jax.models import DEQTransformer, TransformerConfig
-from deq_jax.models.transformer import attention, feed_forward, post_norm_step, pre_norm_step
+from deq_jax.models.transformer_cell import attention, feed_forward, post_norm_step, pre_norm_step
 from deq_jax.solvers.base import norm
 from experiments import data, lm, plots, study
 
@@ -157,7 +157,7 @@ def programs(config: Config, vocabulary: int, layer_norm: str, weight_norm: bool
         model = nnx.merge(graphdef, params)
         z0 = jnp.zeros((*inputs.shape, config.dim))
         z, stats = deq.fixed_point(f, z0, model.context(inputs), solver=solver, batch_ndim=1)
-        return lm.cross_entropy(model.decode(z), targets), stats
+        return jnp.mean(model.nll(z, targets)), stats
 
     @jax.jit
     def step(params, opt_state, inputs, targets):
@@ -184,7 +184,7 @@ def programs(config: Config, vocabulary: int, layer_norm: str, weight_norm: bool
         )
         radius = deq.stability.spectral_radius(f, solved.value, context, batch_ndim=1, iterations=60)
         return {
-            "loss": lm.cross_entropy(model.decode(solved.value), targets),
+            "loss": jnp.mean(model.nll(solved.value, targets)),
             "radius": jnp.median(radius),
             "stretch": jnp.median(stretch(f, solved.value, context)),
             "evaluations": jnp.mean(solved.stats.steps),

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 import deq_jax as deq
 from experiments import data
@@ -222,6 +222,16 @@ def _from_json(value: Any) -> Any:
 def forget_at_start(history: PyTree, is_start: Bool[Array, ""] | bool) -> PyTree:
     """The history, emptied where the streams start anew: zeros, in every model."""
     return jax.tree.map(lambda leaf: jnp.where(is_start, jnp.zeros_like(leaf), leaf), history)
+
+
+def cross_entropy(
+    logits: Float[Array, "batch time vocab"],
+    targets: Int[Array, "batch time"],
+    weights: Float[Array, "batch time"] | None = None,
+) -> Float[Array, ""]:
+    """Σ weights · −log softmax(logits)[target], in nats, of models that have no `nll`; without weights, the mean."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.mean(losses) if weights is None else jnp.sum(weights * losses)
 
 
 def solve_metrics(stats: deq.Stats) -> dict[str, Array]:

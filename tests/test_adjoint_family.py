@@ -488,3 +488,9 @@ def test_forward_mode_names_the_adjoint_that_has_it(params, x, adjoint, mode):
 
     with pytest.raises(TypeError, match=r"reverse mode \(grad, vjp, jacrev\) alone.*adjoint=ImplicitJVP\(\)"):
         FORWARD_MODE[mode](solve, x)
+
+
+def test_checkpoints_at_every_step_are_not_those_of_root_l():
+    one, root = deq.Unroll(checkpoint=1), deq.Unroll(checkpoint=True)
+    assert one != root and one == deq.Unroll(checkpoint=1) and hash(one) != hash(root)
+    assert jax.tree.structure(one) != jax.tree.structure(root)
