@@ -218,9 +218,22 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def train_command(config: Annotated[Config, tyro.conf.arg(name="")] = Config()) -> None:
-    """Train, or resume, one model; then measure it on the whole validation split."""
-    result = train(config)
-    print(json.dumps(result.report, indent=1))
+    """Train, or resume, one model; then measure it on the whole validation split. The report stays in the run."""
+    report = about(config) | train(config).report
+    text = json.dumps(report, indent=1)
+    write_atomically(config.run / "report.json", (text + "\n").encode())
+    print(text)
+
+
+def about(config: Config) -> dict[str, Any]:
+    """Command, seed, dtype, gradient, machine and versions: what stands beside every number."""
+    return {
+        "command": command(),
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "gradient": config_to_json(config.adjoint),
+        **lm.environment(),
+    }
 
 
 def sample(
@@ -274,12 +287,8 @@ def demo(
     prompt = "\n" if "\n" in corpus.vocabulary.tokens else corpus.vocabulary.tokens[0]
     text = sample_text(deep, corpus.vocabulary, params, prompt, sample_length, 0.8, config.seed)
     summary = {
-        "command": command(),
-        "seed": config.seed,
-        "dtype": config.dtype,
-        "gradient": config_to_json(config.adjoint),
+        **about(config),
         "config": {k: v for k, v in config_to_json(config).items() if k not in ("run", "data_dir")},
-        **lm.environment(),
         "shallow_steps": config.shallow_steps,
         "deq": equilibrium.report,
         "unrolled": {"layers": layers, **baseline.report},
@@ -471,7 +480,7 @@ def memory_by_depth(
 
 
 def command() -> str:
-    return "python -m experiments.char_lm " + shlex.join(sys.argv[1:])
+    return "python -m experiments." + shlex.join([Path(sys.argv[0]).stem, *sys.argv[1:]])
 
 
 if __name__ == "__main__":

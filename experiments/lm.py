@@ -164,10 +164,15 @@ ADDED: dict[str, Any] = {
 }
 
 
+def without_added(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration in JSON as it was before the options of `ADDED`, where they have their old values."""
+    return {name: value for name, value in config.items() if name not in ADDED or value != ADDED[name]}
+
+
 def identity(config: dict[str, Any], corpus: data.Corpus) -> dict[str, Any]:
     """What a resume must agree with: the configuration in JSON, and what the data are."""
     sizes = [len(corpus.train), len(corpus.valid), len(corpus.test)]
-    config = {name: value for name, value in config.items() if name not in ADDED or value != ADDED[name]}
+    config = without_added(config)
     text = hashlib.sha256()
     for stream in (corpus.train, corpus.valid, corpus.test):
         text.update(np.ascontiguousarray(stream).data)

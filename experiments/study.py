@@ -75,14 +75,14 @@ def run(
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """A configuration in JSON, without its paths."""
+    """A configuration in JSON, without its paths and without language-model options at `lm.ADDED`'s values."""
 
-    def without_paths(value):
+    def plain(value):
         if not isinstance(value, dict):
             return value
-        return {name: without_paths(v) for name, v in value.items() if name not in PATHS}
+        return {name: plain(v) for name, v in lm.without_added(value).items() if name not in PATHS}
 
-    return without_paths(config_to_json(config))
+    return plain(config_to_json(config))
 
 
 def command_line(module: str, args: Sequence[str]) -> str:

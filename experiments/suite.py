@@ -25,6 +25,10 @@ class Part(NamedTuple):
     args: tuple[str, ...]
     minutes: float  # on two quiet CPU cores
 
+    @property
+    def name(self) -> str:
+        return " ".join((self.module, *(arg for arg in self.args if arg != "reduced")))
+
 
 PARTS = (
     Part("trained", (), 4),
@@ -35,6 +39,8 @@ PARTS = (
     Part("copy_memory", ("reduced",), 8),
     Part("memory_study", ("reduced",), 10),
     Part("runtime_study", ("reduced",), 8),
+    Part("word_lm", ("ptb-small",), 6),
+    Part("word_lm", ("ptb-trellisnet-small",), 6),
     Part("gradient_study", (), 6),
     Part("robustness_study", (), 6),
     Part("backward_study", (), 7),
@@ -62,10 +68,10 @@ def run(kept: Path = Path("runs/suite"), *, only: tuple[str, ...] = ()) -> None:
     kept.mkdir(parents=True, exist_ok=True)
     print(f"{len(parts)} experiments, {sum(part.minutes for part in parts):g} minutes on two quiet CPU cores:")
     for part in parts:
-        done = (kept / f"{part.module}.json").exists()
-        print(f"  {part.module:22} {part.minutes:4g} min{'  finished before' if done else ''}")
+        done = (kept / f"{part.name}.json").exists()
+        print(f"  {part.name:28} {part.minutes:4g} min{'  finished before' if done else ''}")
     for number, part in enumerate(parts, 1):
-        marker = kept / f"{part.module}.json"
+        marker = kept / f"{part.name}.json"
         if marker.exists():
             continue
         print(f"\n[{number}/{len(parts)}] python -m experiments.{' '.join((part.module, *part.args))}", flush=True)
@@ -75,7 +81,7 @@ def run(kept: Path = Path("runs/suite"), *, only: tuple[str, ...] = ()) -> None:
             raise SystemExit(code if code > 0 else 128 - code)  # it has said why
         minutes = round((time.perf_counter() - began) / 60, 1)
         write_atomically(marker, json.dumps({"minutes": minutes}).encode())
-        print(f"[{number}/{len(parts)}] {part.module}: {minutes} minutes", flush=True)
+        print(f"[{number}/{len(parts)}] {part.name}: {minutes} minutes", flush=True)
 
 
 def figures() -> None:

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from deq_jax.models import TransformerConfig
-from deq_jax.models.transformer import NO_DROPOUT, History
+from deq_jax.models.transformer_cell import NO_DROPOUT, History
 from experiments.baselines import TCN, Recurrent, TransformerStack, causal_convolution, fitted, parameters
 
 CONFIG = TransformerConfig(vocab_size=11, dim=8, heads=2, inner_dim=12, mem_len=6)
