@@ -48,8 +48,8 @@ MUTANTS = [
     Mutant(
         "an absolute ridge",
         "solvers/anderson.py",
-        "a = gram * inverse(left)[..., :, None] * inverse(right)[..., None, :] + ridge * unit",
-        "a = (gram + ridge * unit) * inverse(left)[..., :, None] * inverse(right)[..., None, :]",
+        "a = gram * inverse(left)[..., :, None] * inverse(right)[..., None, :] + ridge * jnp.eye(m, dtype=gram.dtype)",
+        "a = (gram + ridge * jnp.eye(m, dtype=gram.dtype)) * inverse(left)[..., :, None] * inverse(right)[..., None, :]",
         "test_solvers.py -k ridge_is_relative",
     ),
     Mutant(
@@ -77,8 +77,8 @@ MUTANTS = [
     Mutant(
         "Anderson without acceleration",
         "solvers/anderson.py",
-        "step = self.damping * residual - jnp.einsum(",
-        "step = self.damping * residual - 0 * jnp.einsum(",
+        "step = self.damping * (residual - mixed(dgs)) - mixed(dzs)",
+        "step = self.damping * residual",
         "test_solvers.py -k acceleration_is_really_happening",
     ),
     Mutant(
