@@ -48,8 +48,8 @@ MUTANTS = [
     Mutant(
         "an absolute ridge",
         "solvers/anderson.py",
-        "a = gram * inverse(left)[..., :, None] * inverse(right)[..., None, :] + ridge * jnp.eye(m, dtype=gram.dtype)",
-        "a = (gram + ridge * jnp.eye(m, dtype=gram.dtype)) * inverse(left)[..., :, None] * inverse(right)[..., None, :]",
+        "a = gram * inverse(left)[..., :, None] * inverse(right)[..., None, :] + ridge * unit",
+        "a = (gram + ridge * unit) * inverse(left)[..., :, None] * inverse(right)[..., None, :]",
         "test_solvers.py -k ridge_is_relative",
     ),
     Mutant(

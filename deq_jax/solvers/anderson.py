@@ -114,9 +114,10 @@ def _project(
     problems at once: batched LAPACK calls on small matrices cost more than f.
     """
     m, eps = gram.shape[-1], jnp.finfo(gram.dtype).eps
+    unit = jnp.eye(m, dtype=gram.dtype)
     used = jnp.einsum("...mm->...m", gram) != 0
     inverse = lambda length: jnp.where(used & (length > 0), 1 / jnp.where(length > 0, length, 1), 0)
-    a = gram * inverse(left)[..., :, None] * inverse(right)[..., None, :] + ridge * jnp.eye(m, dtype=gram.dtype)
+    a = gram * inverse(left)[..., :, None] * inverse(right)[..., None, :] + ridge * unit
     table = jnp.concatenate([a, (target * inverse(left))[..., None]], axis=-1)
 
     def eliminate(age, carry):

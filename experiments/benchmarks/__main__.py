@@ -15,14 +15,13 @@ from typing import Any
 
 import tyro
 
-from experiments.benchmarks import report
+from experiments.benchmarks import problems, report
 from experiments.benchmarks.contenders import ALTERNATIVES, CONTENDERS, Contender
 from experiments.lm import environment
 
 ROOT = Path(__file__).parents[2]
 TUNED = Path(__file__).with_name("tuned.json")
 PEERS = ("torchdeq", "jaxopt", "optimistix", "banax")
-RESIDUAL, GRADIENT = 1e-4, 1e-4  # equal accuracy: the largest residual of a problem, the error of the gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,10 +157,6 @@ def judged(worker: Worker, contender: str, judge: Worker) -> dict[str, Any]:
         return answer if "error" in answer else judge.ask("judge", path=path)
 
 
-def good(verdict: dict[str, Any]) -> bool:
-    return verdict.get("residual", 1) <= RESIDUAL and verdict.get("gradient_error", 1) <= GRADIENT
-
-
 def measure(config: Config, problem: str, tuned: dict[str, list[float]]) -> dict[str, Any]:
     """Build, count, judge, then time all contenders of one problem in turn."""
     names = chosen(config, problem)
@@ -196,15 +191,21 @@ def measure(config: Config, problem: str, tuned: dict[str, list[float]]) -> dict
     for name, row in rows.items():
         for what in ("forward", "step"):
             if (name, what) in times:
-                row[what] |= {"ms": min(times[name, what]), "median_ms": sorted(times[name, what])[len(times[name, what]) // 2]}
+                row[what] |= {
+                    "ms": min(times[name, what]),
+                    "median_ms": sorted(times[name, what])[len(times[name, what]) // 2],
+                }
     parts = {what: min(times["limit", what]) / 20 for what in ("t_f", "t_vjp", "t_params")}
-    return {"limit": parts, "contenders": rows}
+    what = (problems.TINY if config.tiny else problems.PROBLEMS)[problem]().what
+    return {"what": what, "limit": parts, "contenders": rows}
 
 
 def describe(row: dict[str, Any]) -> str:
     if "error" in row:
         return row["error"]
-    return f"residual {row['residual']:.1e}, gradient error {row['gradient_error']:.1e}" + ("" if good(row) else " MISSES")
+    return f"residual {row['residual']:.1e}, gradient error {row['gradient_error']:.1e}" + (
+        "" if report.good(row) else " MISSES"
+    )
 
 
 def tune(config: Config, problem: str) -> dict[str, list[float] | None]:
@@ -230,23 +231,23 @@ def loosest(verdict: Any) -> list[float] | None:
     if trial.get("residual", 1) > 3e-2:  # hopeless, unless its test is of another thing
         rtol, backward = 1e-6, 1e-6
         trial = verdict(rtol, backward)
-        if not good(trial):
+        if not report.good(trial):
             return None
         return [rtol, backward]
-    while trial.get("residual", 1) > RESIDUAL and rtol > 1e-7:
+    while trial.get("residual", 1) > report.RESIDUAL and rtol > 1e-7:
         rtol /= 3
         trial = verdict(rtol, backward)
     turn = 0
-    while not good(trial):  # the gradient's error has two sources
+    while not report.good(trial):  # the gradient's error has two sources
         if min(rtol, backward) < 1e-7 or "error" in trial:
             return None
         rtol, backward = (rtol, backward / 3) if turn % 2 == 0 else (rtol / 3, backward)
         turn += 1
-        before, trial = trial, verdict(rtol, backward)
+        trial = verdict(rtol, backward)
     for which in ("backward", "rtol"):
         while True:
             looser = (rtol, backward * 3) if which == "backward" else (rtol * 3, backward)
-            if max(looser) > 1e-2 or not good(verdict(*looser)):
+            if max(looser) > 1e-2 or not report.good(verdict(*looser)):
                 break
             rtol, backward = looser
     return [rtol, backward]

@@ -65,7 +65,9 @@ def optimistix(cell, z, params, x, rtol, backward, scale, *, name: str, each: bo
         size = scale / (z.shape[0] ** 0.5 if each else 1)
         solver = optimistix.FixedPointIteration(rtol=0.0, atol=rtol * size, norm=whole)
     else:
-        solver = optimistix.Newton(rtol=0.0, atol=rtol * scale, norm=whole, linear_solver=linear, cauchy_termination=False)
+        solver = optimistix.Newton(
+            rtol=0.0, atol=rtol * scale, norm=whole, linear_solver=linear, cauchy_termination=False
+        )
     adjoint = optimistix.ImplicitAdjoint(linear_solver=linear)
     options: dict[str, Any] = dict(max_steps=STEPS, adjoint=adjoint, throw=False)
 

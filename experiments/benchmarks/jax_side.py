@@ -96,9 +96,7 @@ def ticking(z: jax.Array) -> jax.Array:
 @ticking.defjvp
 def _ticking_jvp(primals, tangents):
     (z,), (z_dot,) = primals, tangents
-    along = jax.custom_derivatives.linear_call(
-        lambda _, t: t * _tick("jvp"), lambda _, t: t * _tick("vjp"), (), z_dot
-    )
+    along = jax.custom_derivatives.linear_call(lambda _, t: t * _tick("jvp"), lambda _, t: t * _tick("vjp"), (), z_dot)
     return ticking(z), along
 
 
