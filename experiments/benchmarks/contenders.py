@@ -19,7 +19,7 @@ class Contender(NamedTuple):
     problems: tuple[str, ...] = ("P1", "P2", "P3", "P4", "P5", "P6")
 
 
-def ours(cell, z, params, x, rtol, backward, scale, *, name: str, history: int, back: int):
+def ours(cell, z, params, x, rtol, backward, scale, *, name: str, history: int, back: int, compact: bool = False):
     import deq_jax as deq
 
     options = dict(rtol=rtol, max_steps=STEPS)
@@ -30,7 +30,10 @@ def ours(cell, z, params, x, rtol, backward, scale, *, name: str, history: int, 
             solver = deq.Anderson(history=history, **options)
         case _:
             solver = deq.Broyden(rank=history, **options)
-    adjoint = deq.Implicit(deq.Anderson(rtol=backward, max_steps=STEPS, history=back))
+    linear = deq.Anderson(rtol=backward, max_steps=STEPS, history=back)
+    if compact:  # the cell's parameters are shared, what is injected is each problem's own
+        return deq.compact(cell, z, params, x, axes=(None, 0), solver=solver, backward=linear).value
+    adjoint = deq.Implicit(linear)
     return deq.fixed_point(cell, z, params, x, solver=solver, adjoint=adjoint, batch_ndim=1).value
 
 
@@ -113,6 +116,9 @@ def _table() -> dict[str, Contender]:
         "ours Anderson 5": Contender("deq_jax", part(ours, name="Anderson", history=5, back=8)),
         "ours Anderson 8": Contender("deq_jax", part(ours, name="Anderson", history=8, back=8)),
         "ours Broyden": Contender("deq_jax", part(ours, name="Broyden", history=20, back=8)),
+        "ours Anderson 5, compact": Contender(
+            "deq_jax", part(ours, name="Anderson", history=5, back=8, compact=True), ("P4",)
+        ),
         "jaxopt Anderson": Contender("jaxopt", part(jaxopt, history=5, linear="bicgstab")),
         "banax Picard": Contender("banax", part(banax, name="Picard", back="Picard", options={})),
         "banax Anderson": Contender("banax", part(banax, name="Anderson", back="Anderson", options={})),
