@@ -1,10 +1,11 @@
 """A batch of unequal problems, solved without carrying those that have finished."""
 
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Int, PyTree
 
 from deq_jax._config import check_solver
@@ -66,10 +67,12 @@ def compact(
     return Solution(value, jax.lax.stop_gradient(stats))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _compact(f, axes, sizes, solver, backward, z0, args, probe):
+def _solve(f, axes, sizes, solver, backward, z0, args, probe):
     solved = staged(lambda args: lambda z: f(z, *args), z0, args, axes, solver, sizes)
     return solved.value, solved.stats
+
+
+_compact: Any = jax.custom_vjp(_solve, nondiff_argnums=(0, 1, 2))
 
 
 def _compact_fwd(f, axes, sizes, solver, backward, z0, args, probe):
@@ -146,5 +149,5 @@ def _check_axes(args: tuple, axes: tuple, count: int) -> None:
 def _check_captured(f: Callable, z0: PyTree, args: tuple) -> None:
     """A captured tracer would have no gradient, and no batch axis to gather along."""
     closed = jax.make_jaxpr(lambda z, args: f(z, *args))(z0, args)
-    if any(isinstance(const, jax.core.Tracer) for const in closed.consts):
+    if any(isinstance(const, Tracer) for const in closed.consts):
         raise TypeError("compact: f captures a traced array; pass it in args, with axes None where problems share it")

@@ -6,6 +6,8 @@ tolerance is absolute. Peers are imported where they are used: each runs in a pr
 environment that may lack the others.
 """
 
+# pyright: reportMissingImports=false
+
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -118,6 +120,9 @@ def _table() -> dict[str, Contender]:
         "ours Broyden": Contender("deq_jax", part(ours, name="Broyden", history=20, back=8)),
         "ours Anderson 5, compact": Contender(
             "deq_jax", part(ours, name="Anderson", history=5, back=8, compact=True), ("P4",)
+        ),
+        "ours Picard, compact": Contender(
+            "deq_jax", part(ours, name="Picard", history=0, back=5, compact=True), ("P4",)
         ),
         "jaxopt Anderson": Contender("jaxopt", part(jaxopt, history=5, linear="bicgstab")),
         "banax Picard": Contender("banax", part(banax, name="Picard", back="Picard", options={})),

@@ -28,7 +28,7 @@ def commands(table: dict[str, Callable[[], Problem]]) -> dict[str, Callable]:
         report: dict[str, Any] = {"device": jax.devices()[0].device_kind}
         for name, f in (("forward", forward), ("step", step)):
             began = time.perf_counter()
-            program = jax.jit(f).lower(params).compile()
+            program: Any = jax.jit(f).lower(params).compile()
             compiled = time.perf_counter()
             jax.block_until_ready(program(params))
             report[name] = {
@@ -40,8 +40,8 @@ def commands(table: dict[str, Callable[[], Problem]]) -> dict[str, Callable]:
         if count:
             for name, f in zip(("forward", "step"), functions(drawn, run, ticking), strict=True):
                 COUNTS.update(f=0, vjp=0, jvp=0)
-                quick = jax.jit(f).lower(params).compile({"xla_backend_optimization_level": 0})
-                jax.block_until_ready(quick(params))
+                lowered: Any = jax.jit(f).lower(params)
+                jax.block_until_ready(lowered.compile({"xla_backend_optimization_level": 0})(params))
                 jax.effects_barrier()
                 report[name] |= COUNTS
         return report

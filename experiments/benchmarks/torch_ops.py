@@ -1,5 +1,7 @@
 """What a cell needs of PyTorch, with the names of `jax_ops`: torch's own fused kernels where it has them."""
 
+# pyright: reportMissingImports=false
+
 import torch
 import torch.nn.functional as F
 

@@ -1,5 +1,7 @@
 """A contender written in PyTorch."""
 
+# pyright: reportMissingImports=false
+
 import time
 from collections.abc import Callable
 from typing import Any
