@@ -6,10 +6,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # What depends on versions, and so is run on every corner; the rest (experiments, data, notebooks) runs once.
 CORE_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
-	solvers fixed_point adjoints adjoint_family transforms trajectory warm_start nn transformer bad_input doctests packaging)))
+	solvers fixed_point adjoints adjoint_family compact transforms trajectory warm_start nn transformer bad_input doctests packaging)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo experiments figures test lint mutants notebooks corners corner-lowest corner-newest constraints clean
+.PHONY: help setup demo experiments figures bench test lint mutants notebooks corners corner-lowest corner-newest constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -74,6 +74,22 @@ notebooks: .venv/.stamp ## check that every notebook and its .py twin hold the s
 	bad = [str(p) for p in sorted(pathlib.Path("colabs").glob("*.ipynb")) if cells(p) != cells(p.with_suffix(".py"))]; \
 	sys.exit(bad and "out of step: %s; run jupytext --sync on its .py" % ", ".join(bad) or None)'
 
+# banax needs Python 3.12. A peer that cannot be installed is left out, and the table says so.
+PEERS_PYTHON ?= $(shell for v in 3.12 3.13; do \
+	for p in python$$v "$$(pyenv root 2>/dev/null)"/versions/$$v.*/bin/python$$v; do \
+		if "$$p" --version >/dev/null 2>&1; then echo "$$p"; exit; fi; done; done; echo "$(PYTHON)")
+
+.venv-peers/.stamp: constraints-peers.txt
+	@echo ".venv-peers: installing the peers (PyTorch alone may take several GB)"
+	@$(PEERS_PYTHON) -m venv --clear .venv-peers
+	@for peer in torchdeq jaxopt optimistix banax; do \
+		.venv-peers/bin/python -m pip install -qq --constraint constraints-peers.txt jax numpy $$peer \
+			|| echo "$$peer cannot be installed here"; done
+	@touch $@
+
+bench: .venv/.stamp .venv-peers/.stamp ## time ours and each peer on the same work (half an hour; BENCH_ARGS='--problems P1')
+	.venv/bin/python -m experiments.benchmarks $(BENCH_ARGS)
+
 # On the corners compiling is most of the time, and what is asked is whether it works there, not how fast.
 QUICKLY := XLA_FLAGS="--xla_backend_optimization_level=0"
 
@@ -101,4 +117,4 @@ constraints: .venv/.stamp ## resolve constraints.txt anew, to the newest version
 	mv constraints.new constraints.txt
 
 clean: ## remove the environments and caches
-	rm -rf .venv .venv-lowest .venv-newest .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-lowest .venv-newest .venv-peers .pytest_cache .ruff_cache build dist

@@ -17,6 +17,7 @@ from deq_jax.adjoints import (
     Shine,
     Unroll,
 )
+from deq_jax.compact import compact
 from deq_jax.fixed_point import Solution, SolutionWithAux, attach, fixed_point, solve
 from deq_jax.solvers import (
     Anderson,
@@ -67,6 +68,7 @@ __all__ = [
     "Unroll",
     "adapters",
     "attach",
+    "compact",
     "diagnostics",
     "first_guess_loss",
     "fixed_point",

@@ -75,7 +75,7 @@ def fixed_point(
     >>> grads["w"].shape
     (3, 3)
     """
-    z0 = _check(f, z0, args, solver, adjoint, batch_ndim, probe)
+    z0 = check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe)
     warn = getattr(adjoint, "warn", None)
     if warn is not None:  # here, outside the jit below, its numbers are still numbers
         warn(z0, solver)
@@ -140,7 +140,7 @@ def solve(
     >>> bool(again.stats.steps < first.stats.steps), bool(again.stats.converged)
     (True, True)
     """
-    z0 = _check(f, z0, args, solver, Implicit(), batch_ndim, None)
+    z0 = check_arguments(f, z0, args, solver, Implicit(), batch_ndim, None)
     frozen = jax.lax.stop_gradient(args)
     z0 = jax.lax.stop_gradient(z0)
     out = jax.eval_shape(f, z0, *frozen)
@@ -181,7 +181,7 @@ def attach(
     >>> bool(abs(jax.grad(square_root)(4.0) - 0.25) < 1e-6)
     True
     """
-    z = jax.lax.stop_gradient(_check(f, z, args, solver, adjoint, batch_ndim, probe))
+    z = jax.lax.stop_gradient(check_arguments(f, z, args, solver, adjoint, batch_ndim, probe))
     at = getattr(adjoint, "at", None)
     if at is None:
         raise TypeError(
@@ -198,7 +198,7 @@ def attach(
 # ---- checks ------------------------------------------------------------------------------------------------
 
 
-def _check(f, z0, args, solver, adjoint, batch_ndim, probe) -> PyTree:
+def check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe) -> PyTree:
     """z0 as arrays, or TypeError/ValueError."""
     if not callable(f):
         raise TypeError(f"f must be callable as f(z, *args), got {type(f).__name__}")

@@ -77,8 +77,8 @@ MUTANTS = [
     Mutant(
         "Anderson without acceleration",
         "solvers/anderson.py",
-        "step = self.damping * residual - jnp.einsum(",
-        "step = self.damping * residual - 0 * jnp.einsum(",
+        "step = self.damping * (residual - mixed(dgs)) - mixed(dzs)",
+        "step = self.damping * residual",
         "test_solvers.py -k acceleration_is_really_happening",
     ),
     Mutant(

@@ -90,7 +90,7 @@ class Solved(NamedTuple):
     folded: Any  # the fold's result, or None
 
 
-class _Loop(NamedTuple):
+class Loop(NamedTuple):
     z: Float[Array, "*batch dim"]
     best: Float[Array, "*batch dim"]
     best_residual: Float[Array, "*batch"]
@@ -115,13 +115,43 @@ def solve(
     is frozen at its best iterate, and the loop ends with the last one. `memory` is that of an earlier solve,
     with the same solver and shapes.
     """
+    body = evaluation(f, z0, solver, batch_ndim, fold)
+    start = beginning(z0, solver, batch_ndim, memory, fold)
+    end = jax.lax.while_loop(lambda loop: jnp.any(loop.status == RUNNING), body, start)
+    return ending(end, z0, batch_ndim)
+
+
+def beginning(z0: PyTree, solver: Solver, batch_ndim: int, memory: Any = None, fold: Fold | None = None) -> Loop:
+    """What the loop carries before the first evaluation."""
+    z = raveler(z0, batch_ndim)[0](z0)
+    # Carries are made from the data, never from a bare constant: under sharding they inherit its type.
+    zero = zeros_from(z[..., 0])
+    count = zero.astype(jnp.int32)
+    status = jnp.where(jnp.asarray(solver.max_steps) > 0, RUNNING, Status.MAX_STEPS).astype(jnp.int32) + count
+    # The previous z and residual of another problem's memory must not be paired with this f: see `Solver`.
+    resume = getattr(solver, "resume", lambda memory: memory)
+    memory = solver.init(z) if memory is None else resume(memory)
+    folded = None if fold is None else fold.init(z0, batch_ndim)
+    return Loop(z, z, zero + jnp.inf, zero, zero, zero, count, count, status, memory, folded, jnp.zeros((), jnp.int32))
+
+
+def ending(end: Loop, z0: PyTree, batch_ndim: int) -> Solved:
+    """What came of a loop, with values in the structure of z0."""
+    stats = Stats(end.steps, end.best_residual, ratio(end.best_residual, end.best_norm), end.status)
+    return Solved(raveler(z0, batch_ndim)[1](end.best), stats, end.solver, end.folded)
+
+
+def evaluation(
+    f: Callable, z0: PyTree, solver: Solver, batch_ndim: int, fold: Fold | None = None
+) -> Callable[[Loop], Loop]:
+    """The body of the loop: one evaluation of f, what it says of each problem, and the next iterate."""
     ravel, unravel = raveler(z0, batch_ndim)
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(z0))
     floor = min(64 * eps, 0.05)  # relative residual at which rounding in f may hide all progress
     recovers, asks = getattr(solver, "recovers", False), getattr(solver, "asks", None)
     patience = max(STALE_EVALUATIONS, getattr(solver, "patience", 0))
 
-    def body(loop: _Loop) -> _Loop:
+    def body(loop: Loop) -> Loop:
         running = loop.status == RUNNING
         z_tree = unravel(loop.z)
         fz_tree = f(z_tree)
@@ -159,7 +189,7 @@ def solve(
         z = loop.z + step if asks is None else asks(state)
         z = jnp.where((status == RUNNING)[..., None], ravel(unravel(z)), best)
         seen = Seen(loop.evaluation, z_tree, fz_tree, residual, ratio(residual, scale), running)
-        return _Loop(
+        return Loop(
             z=z,
             best=best,
             best_residual=jnp.where(better, residual, loop.best_residual),
@@ -174,21 +204,7 @@ def solve(
             evaluation=loop.evaluation + 1,
         )
 
-    z = ravel(z0)
-    # Carries are made from the data, never from a bare constant: under sharding they inherit its type.
-    zero = zeros_from(z[..., 0])
-    count = zero.astype(jnp.int32)
-    status = jnp.where(jnp.asarray(solver.max_steps) > 0, RUNNING, Status.MAX_STEPS).astype(jnp.int32) + count
-    # The previous z and residual of another problem's memory must not be paired with this f: see `Solver`.
-    resume = getattr(solver, "resume", lambda memory: memory)
-    memory = solver.init(z) if memory is None else resume(memory)
-    folded = None if fold is None else fold.init(z0, batch_ndim)
-    start = _Loop(
-        z, z, zero + jnp.inf, zero, zero, zero, count, count, status, memory, folded, jnp.zeros((), jnp.int32)
-    )
-    end = jax.lax.while_loop(lambda loop: jnp.any(loop.status == RUNNING), body, start)
-    stats = Stats(end.steps, end.best_residual, ratio(end.best_residual, end.best_norm), end.status)
-    return Solved(unravel(end.best), stats, end.solver, end.folded)
+    return body
 
 
 def measure(f: Callable, z: PyTree, solver: Solver, steps: Any, batch_ndim: int) -> Stats:
@@ -288,15 +304,23 @@ def norm(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch"]:
     Scaled by a power of two, which changes no bit where it was not needed. Always: a branch on "is it needed"
     would be one more collective in each step of a sharded solve.
     """
-    top = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1)  # what scales has no part in the derivative
-    usable = (top > 0) & jnp.isfinite(top)
-    _, exponent = jnp.frexp(jnp.where(usable, top, 1))
-    widest = jnp.finfo(x.dtype).maxexp - 2
-    scale = jnp.ldexp(zeros_from(top) + 1, jnp.clip(exponent, -widest, widest))
+    scale = leading_power(jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1))  # no part in the derivative
     unit = x * (1 / scale)[..., None]
     square = jnp.einsum("...d,...d->...", unit, unit)
     zero = square == 0  # where the root has no derivative: 0 there, for `Unroll`
     return jnp.where(zero, 0, scale * jnp.sqrt(jnp.where(zero, 1, square)))
+
+
+def leading_power(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """2^⌊log₂ x⌋ of x ≥ 0: the bits of the exponent alone (frexp and ldexp take thirty operations for it).
+
+    Held away from both ends of the range, so that it and its reciprocal are normal numbers (XLA flushes the others
+    to zero): the least one for x = 0, the greatest for Inf and NaN.
+    """
+    info, bits = jnp.finfo(x.dtype), jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    mask = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, x.dtype), bits)
+    power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, bits) & mask, x.dtype)
+    return jnp.clip(power, 2.0 ** (info.minexp + 2), 2.0 ** (info.maxexp - 3))
 
 
 def ratio(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -1,0 +1,153 @@
+"""A batch of unequal problems, solved without carrying those that have finished."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array, Int, PyTree
+
+from deq_jax._config import check_solver
+from deq_jax.adjoints import Implicit, Probe
+from deq_jax.adjoints.base import add, as_probe, divide, multiply, power_of_two
+from deq_jax.adjoints.implicit import default_backward
+from deq_jax.fixed_point import Solution, check_arguments
+from deq_jax.solvers import Anderson, Solved, Solver
+from deq_jax.solvers.base import RUNNING, Loop, beginning, ending, evaluation
+
+
+def compact(
+    f: Callable,
+    z0: PyTree,
+    *args: PyTree,
+    axes: tuple[int | None, ...],
+    solver: Solver = Anderson(),  # noqa: B008  frozen
+    backward: Solver | None = None,
+    sizes: tuple[int, ...] | None = None,
+    probe: Probe | None = None,
+) -> Solution:
+    """`fixed_point(..., batch_ndim=1)` with the exact gradient, on a batch that shrinks as its problems finish.
+
+    Once no more than `sizes[0]` problems are left, they are gathered into a batch of that size and go on there,
+    then those left of them in one of `sizes[1]`, and so on, in the backward solve too. That pays where f is cheap
+    and the problems differ much in difficulty, for a batch is otherwise evaluated until its last problem stops;
+    each size is one more loop to compile. A problem's iterates are the same, up to the rounding of f on a batch of
+    another size.
+
+    Args:
+      f, z0, solver, probe: as for `fixed_point`; the problems are along the first axis of every leaf of z0. f is
+        called on smaller batches, and reads all that has a gradient or a batch axis from args.
+      axes: for each of args 0, if the first axis of all its leaves counts problems, or None if they share it.
+      backward: of the backward equilibrium; None chooses as `Implicit` does.
+      sizes: decreasing; by default a third and a ninth of the batch.
+
+    Raises:
+      TypeError, ValueError: as `fixed_point`; for axes that do not match args; for an f that captures a tracer.
+
+    >>> import jax, jax.numpy as jnp, deq_jax as deq
+    >>> gain, x = jnp.linspace(0.1, 0.99, 90)[:, None], jnp.ones((90, 2))
+    >>> cell = lambda z, gain, x, w: jnp.tanh(gain * (z @ w) + x)
+    >>> z, stats = deq.compact(cell, 0 * x, gain, x, jnp.eye(2), axes=(0, 0, None))
+    >>> z.shape, bool(stats.converged.all())
+    ((90, 2), True)
+    """
+    z0 = check_arguments(f, z0, args, solver, Implicit(), 1, probe)
+    if backward is not None:
+        check_solver(backward, "backward")
+    count = jax.tree.leaves(z0)[0].shape[0]
+    _check_axes(args, axes, count)
+    sizes = tuple(size for size in (count // 3, count // 9) if size) if sizes is None else tuple(sizes)
+    if any(not 0 < small < large for small, large in zip(sizes, (count, *sizes), strict=False)):
+        raise ValueError(f"sizes must decrease from below the batch of {count} to 1 at the least, got {sizes}")
+    _check_captured(f, z0, args)
+    backward = default_backward(solver) if backward is None else backward
+    probe = Probe.like(z0, 1) if probe is None else probe
+    value, stats = _compact(f, axes, sizes, solver, backward, jax.lax.stop_gradient(z0), args, probe)
+    return Solution(value, jax.lax.stop_gradient(stats))
+
+
+def _solve(f, axes, sizes, solver, backward, z0, args, probe):
+    solved = staged(lambda args: lambda z: f(z, *args), z0, args, axes, solver, sizes)
+    return solved.value, solved.stats
+
+
+_compact: Any = jax.custom_vjp(_solve, nondiff_argnums=(0, 1, 2))
+
+
+def _compact_fwd(f, axes, sizes, solver, backward, z0, args, probe):
+    value, stats = _compact(f, axes, sizes, solver, backward, z0, args, probe)
+    return (value, stats), (backward, value, args)
+
+
+def _compact_bwd(f, axes, sizes, saved, cotangents):
+    # z = f(z, a)  ⇒  ā = fₐᵀu with u = z̄ + Jᵀu, as in `Implicit`. The problems are independent, so that each may
+    # have its own scale, a power of two: u / scale = z̄ / scale + Jᵀ(u / scale).
+    (backward, z, args), (z_bar, _) = saved, cotangents
+    scale = power_of_two(z_bar, 1)
+    unit = divide(z_bar, scale)
+
+    def bind(reads):
+        unit, z, *args = reads
+        _, vjp = jax.vjp(lambda z: f(z, *args), z)  # here, outside the loop: once for each size of the batch
+        return lambda u: add(unit, vjp(u)[0])
+
+    u, stats, *_ = staged(bind, unit, (unit, z, *args), (0, 0, *axes), backward, sizes)
+    _, vjp = jax.vjp(lambda args: f(z, *args), args)
+    return None, None, None, vjp(multiply(u, scale))[0], as_probe(stats)
+
+
+_compact.defvjp(_compact_fwd, _compact_bwd)
+
+
+def staged(
+    bind: Callable[[tuple], Callable], z0: PyTree, args: tuple, axes: tuple, solver: Solver, sizes: tuple[int, ...]
+) -> Solved:
+    """`solve(bind(args), z0, solver, 1)`, in batches that shrink to each of `sizes` in turn; without memory."""
+
+    def run(loop: Loop, args: tuple, sizes: tuple[int, ...]) -> Loop:
+        left = sizes[0] if sizes else 0
+        body = evaluation(bind(args), z0, solver, 1)
+        loop = jax.lax.while_loop(lambda loop: jnp.sum(loop.status == RUNNING) > left, body, loop)
+        if not sizes:
+            return loop
+        who = jnp.argsort(loop.status != RUNNING, stable=True)[:left]  # those that are left, first
+        part = run(_gather(loop, who), _gather_args(args, axes, who), sizes[1:])
+        return _scatter(loop, part, who)
+
+    return ending(run(beginning(z0, solver, 1), args, sizes), z0, 1)._replace(memory=None)
+
+
+def _gather(loop: Loop, who: Int[Array, "left"]) -> Loop:
+    """The loop of some of the problems; what all share has no axis."""
+    return jax.tree.map(lambda leaf: leaf[who] if leaf.ndim else leaf, loop)
+
+
+def _gather_args(args: tuple, axes: tuple, who: Int[Array, "left"]) -> tuple:
+    pick = lambda tree, axis: tree if axis is None else jax.tree.map(lambda leaf: leaf[who], tree)
+    return tuple(map(pick, args, axes))
+
+
+def _scatter(loop: Loop, part: Loop, who: Int[Array, "left"]) -> Loop:
+    """The loop with the results of some of its problems; their memory stays where it was, for no one reads it."""
+    names = ("best", "best_residual", "best_norm", "steps", "status")
+    return loop._replace(**{name: getattr(loop, name).at[who].set(getattr(part, name)) for name in names})
+
+
+def _check_axes(args: tuple, axes: tuple, count: int) -> None:
+    if not isinstance(axes, tuple) or len(axes) != len(args) or any(axis not in (0, None) for axis in axes):
+        raise ValueError(f"axes must be a tuple of 0 or None, one for each of {len(args)} args; got {axes!r}")
+    for i, (arg, axis) in enumerate(zip(args, axes, strict=True)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arg):
+            if axis == 0 and jnp.shape(leaf)[:1] != (count,):
+                where = f"args[{i}]" + jax.tree_util.keystr(path)
+                raise ValueError(
+                    f"axes[{i}] is 0, so {where} must begin with the batch of {count}; got shape {jnp.shape(leaf)}"
+                )
+
+
+def _check_captured(f: Callable, z0: PyTree, args: tuple) -> None:
+    """A captured tracer would have no gradient, and no batch axis to gather along."""
+    closed = jax.make_jaxpr(lambda z, args: f(z, *args))(z0, args)
+    if any(isinstance(const, Tracer) for const in closed.consts):
+        raise TypeError("compact: f captures a traced array; pass it in args, with axes None where problems share it")

@@ -1,0 +1,257 @@
+"""Ours against every peer on the same work: `python -m experiments.benchmarks`, or `make bench`."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from experiments.benchmarks import problems, report
+from experiments.benchmarks.contenders import ALTERNATIVES, CONTENDERS, Contender
+from experiments.lm import environment
+
+ROOT = Path(__file__).parents[2]
+TUNED = Path(__file__).with_name("tuned.json")
+PEERS = ("torchdeq", "jaxopt", "optimistix", "banax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Time, memory and evaluations of ours and of each peer at equal accuracy, and how far both are from the limit.
+
+        make bench                                                    # half an hour on two cores
+        python -m experiments.benchmarks --problems P1 P3 --rounds 2  # a look, a few minutes
+        python -m experiments.benchmarks --tune                       # seek every contender's tolerances anew
+
+    Every contender runs at the loosest tolerances, on a grid of thirds, that still meet the referee's bar; they are
+    kept in `tuned.json` and judged again in each run. You should see one line a contender, and the bars at the end.
+    """
+
+    problems: tuple[str, ...] = ("P1", "P2", "P3", "P4", "P5", "P6")
+    only: tuple[str, ...] = ()  # contenders by the beginnings of their names, as in the table
+    rounds: int = 7  # visits to each contender, in an order drawn anew each time
+    budget_ms: float = 1500.0  # what a visit may take, where more than one run fits
+    alternatives: bool = True  # also time backpropagation through the iterations, on P6
+    tune: bool = False
+    tiny: bool = False  # problems that a test can afford; the numbers mean nothing
+    seed: int = 0
+    peers: Path = Path(".venv-peers/bin/python")  # the environment of the peers
+    out: Path = Path("experiments/results/benchmarks")
+
+
+class Worker:
+    """A process that answers commands; see `worker.py`."""
+
+    def __init__(self, python: str, kind: str, tiny: bool):
+        environ = os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        self.process = subprocess.Popen(
+            [python, "-m", "experiments.benchmarks.worker"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environ, cwd=ROOT,
+        )  # fmt: skip
+        self.failed = self.ask("start", kind=kind, tiny=tiny).get("error")
+
+    def ask(self, do: str, **options: Any) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **options}) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        return json.loads(line) if line else {"error": f"the process ended with code {self.process.wait()}"}
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def main(config: Config) -> dict[str, Any]:
+    out = ROOT / config.out
+    out.mkdir(parents=True, exist_ok=True)
+    tuned = json.loads(TUNED.read_text()) if TUNED.exists() else {}
+    results: dict[str, Any] = environment() | {"seed": config.seed, "dtype": "float32", "rounds": config.rounds}
+    results["peers"], results["problems"] = installed(config), {}
+    print(f"{results['machine']['processor']}, {results['machine']['cores']} cores; peers: {results['peers']}")
+    for problem in config.problems:
+        began = time.perf_counter()
+        if config.tune:
+            tuned[problem] = tuned.get(problem, {}) | tune(config, problem)
+            TUNED.write_text(json.dumps(tuned, indent=1) + "\n")
+            continue
+        results["problems"][problem] = measure(config, problem, tuned.get(problem, {}))
+        print(f"{problem}: {time.perf_counter() - began:.0f} s", flush=True)
+        report.write(results, out)  # after each problem, so that an interrupted run leaves what it has
+    if not config.tune:
+        print((out / "table.md").read_text())
+    return results
+
+
+def installed(config: Config) -> dict[str, str]:
+    """The versions of the peers, or why there is none."""
+    python = ROOT / config.peers
+    if not python.exists():
+        return dict.fromkeys(PEERS, "not installed: no environment of the peers")
+    script = (
+        "import importlib.metadata as m, json, sys\n"
+        "def version(p):\n  try: return m.version(p)\n"
+        "  except m.PackageNotFoundError: return 'not installable here'\n"
+        "print(json.dumps({p: version(p) for p in sys.argv[1:]}))"
+    )
+    run = subprocess.run([python, "-c", script, *PEERS, "jax", "torch"], capture_output=True, text=True, check=True)
+    return json.loads(run.stdout)
+
+
+def chosen(config: Config, problem: str) -> dict[str, Contender]:
+    """Those that take part: named in `only`, meant for this problem, and with their package at hand."""
+    here = lambda name: not config.only or name.startswith(config.only)
+    at_hand = {p for p, version in installed(config).items() if version[:1].isdigit()} | {"deq_jax", "equinox"}
+    return {
+        name: c for name, c in CONTENDERS.items()
+        if here(name) and problem in c.problems and c.package in at_hand
+        and (config.alternatives or name not in ALTERNATIVES)
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def workers(config: Config, names: dict[str, Contender]) -> Iterator[dict[str, Worker]]:
+    """A process for each package, by contender."""
+    processes = {package: start(config, package) for package in sorted({c.package for c in names.values()})}
+    try:
+        yield {name: processes[contender.package] for name, contender in names.items()}
+    finally:
+        for process in processes.values():
+            process.close()
+
+
+def start(config: Config, package: str) -> Worker:
+    python = ROOT / config.peers if package in PEERS else Path(sys.executable)
+    return Worker(str(python), "torch" if package == "torchdeq" else "jax", config.tiny)
+
+
+@contextlib.contextmanager
+def referee(config: Config, problem: str) -> Iterator[tuple[Worker, float]]:
+    """The referee's process, and the norm of the solution that it found."""
+    process = Worker(sys.executable, "referee", config.tiny)
+    try:
+        answer = process.ask("solve", problem=problem)
+        if "error" in answer:
+            raise RuntimeError(f"the referee failed on {problem}: {answer['error']}")
+        yield process, answer["scale"]
+    finally:
+        process.close()
+
+
+def judged(worker: Worker, contender: str, judge: Worker) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "found.npz")
+        answer = worker.ask("save", contender=contender, path=path)
+        return answer if "error" in answer else judge.ask("judge", path=path)
+
+
+def measure(config: Config, problem: str, tuned: dict[str, list[float]]) -> dict[str, Any]:
+    """Build, count, judge, then time all contenders of one problem in turn."""
+    names = chosen(config, problem)
+    rows: dict[str, dict[str, Any]] = {name: {"package": c.package} for name, c in names.items()}
+    times: dict[tuple[str, str], list[float]] = {}
+    with workers(config, names) as processes:
+        with referee(config, problem) as (judge, scale):
+            for name, process in processes.items():
+                rtol, backward = tuned.get(name, [1e-4, 1e-5])
+                row = rows[name] | {"rtol": rtol, "backward": backward}
+                if name in tuned and tuned[name] is None:
+                    rows[name] = row | {"error": "misses the accuracy at every tolerance"}
+                    continue
+                options = dict(problem=problem, contender=name, rtol=rtol, backward=backward, scale=scale)
+                row |= process.ask("build", count=True, **options)
+                row |= {} if "error" in row else judged(process, name, judge)
+                rows[name] = row
+                print(f"  {problem} {name}: {describe(row)}", flush=True)
+        limit = start(config, "deq_jax")
+        limit.ask("limit", problem=problem)
+        visits = [(limit, ("limit", what)) for what in ("t_f", "t_vjp", "t_params")]
+        visits += [(processes[n], (n, w)) for n, row in rows.items() if "error" not in row for w in ("forward", "step")]
+        order = random.Random(config.seed)
+        for _ in range(config.rounds):
+            order.shuffle(visits)
+            for process, key in visits:
+                known = min(times.get(key, [config.budget_ms]))
+                repeats = max(1, min(20, int(config.budget_ms / (8 * known))))
+                answer = process.ask("time", contender=key[0], what=key[1], repeats=repeats)
+                times.setdefault(key, []).extend(answer["ms"])
+        limit.close()
+    for name, row in rows.items():
+        for what in ("forward", "step"):
+            if (name, what) in times:
+                row[what] |= {
+                    "ms": min(times[name, what]),
+                    "median_ms": sorted(times[name, what])[len(times[name, what]) // 2],
+                }
+    parts = {what: min(times["limit", what]) / 20 for what in ("t_f", "t_vjp", "t_params")}
+    what = (problems.TINY if config.tiny else problems.PROBLEMS)[problem]().what
+    return {"what": what, "limit": parts, "contenders": rows}
+
+
+def describe(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return row["error"]
+    return f"residual {row['residual']:.1e}, gradient error {row['gradient_error']:.1e}" + (
+        "" if report.good(row) else " MISSES"
+    )
+
+
+def tune(config: Config, problem: str) -> dict[str, list[float] | None]:
+    """The loosest tolerances of each contender, on a grid of thirds, at which the referee is content."""
+    found: dict[str, list[float] | None] = {}
+    names = {n: c for n, c in chosen(config, problem).items() if n not in ALTERNATIVES}
+    with referee(config, problem) as (judge, scale), workers(config, names) as processes:
+        for name, process in processes.items():
+
+            def verdict(rtol, backward, process=process, name=name):
+                options = dict(problem=problem, contender=name, rtol=rtol, backward=backward, scale=scale)
+                answer = process.ask("build", count=False, **options)
+                return answer if "error" in answer else judged(process, name, judge)
+
+            found[name] = loosest(verdict)
+            print(f"  {problem} {name}: {found[name]}", flush=True)
+    return found
+
+
+def loosest(verdict: Any) -> list[float] | None:
+    rtol, backward = 1e-4, 1e-4
+    trial = verdict(rtol, backward)
+    if trial.get("residual", 1) > 3e-2:  # hopeless, unless its test is of another thing
+        rtol, backward = 1e-6, 1e-6
+        trial = verdict(rtol, backward)
+        if not report.good(trial):
+            return None
+        return [rtol, backward]
+    while trial.get("residual", 1) > report.RESIDUAL and rtol > 1e-7:
+        rtol /= 3
+        trial = verdict(rtol, backward)
+    turn = 0
+    while not report.good(trial):  # the gradient's error has two sources
+        if min(rtol, backward) < 1e-7 or "error" in trial:
+            return None
+        rtol, backward = (rtol, backward / 3) if turn % 2 == 0 else (rtol / 3, backward)
+        turn += 1
+        trial = verdict(rtol, backward)
+    for which in ("backward", "rtol"):
+        while True:
+            looser = (rtol, backward * 3) if which == "backward" else (rtol * 3, backward)
+            if max(looser) > 1e-2 or not report.good(verdict(*looser)):
+                break
+            rtol, backward = looser
+    return [rtol, backward]
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=Config.__doc__))

@@ -1,0 +1,196 @@
+"""The table, the bars and the figure of a benchmark: `python -m experiments.benchmarks.report DIRECTORY [PARTS …]`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from experiments.plots import STYLE, markdown_table
+
+RESIDUAL, GRADIENT = 1e-4, 1e-4  # equal accuracy: the largest residual of a problem, the error of the gradient
+# One colour a library; ours is that of Anderson in the other figures.
+PACKAGES = {
+    "deq_jax": "#0072B2",
+    "jaxopt": "#E69F00",
+    "banax": "#009E73",
+    "optimistix": "#CC79A7",
+    "torchdeq": "#D55E00",
+}
+# Forward and backward: at least this many times faster than the best peer, and at most this many times the limit.
+FASTER = {"P1": 1 / 1.05, "P2": 1.3, "P3": 1.5, "P4": 2.0, "P5": 1.3, "P6": 1.3}
+LIMIT = {"P1": 1.25, "P2": 1.15, "P5": 1.15, "P6": 1.15}
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    """results.json, table.md and figure.png."""
+    results["bars"] = bars(results)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "table.md").write_text(table(results))
+    if any(timed(p) for p in results["problems"].values()):
+        draw(results, out / "figure.png")
+
+
+def good(row: dict[str, Any]) -> bool:
+    """Whether the referee found it accurate enough to be compared. NaN is not."""
+    return row.get("residual", 1) <= RESIDUAL and row.get("gradient_error", 1) <= GRADIENT
+
+
+def timed(problem: dict[str, Any]) -> dict[str, Any]:
+    """The contenders that are accurate enough and were timed, fastest training step first."""
+    rows = {n: r for n, r in problem["contenders"].items() if "error" not in r and good(r) and "ms" in r["step"]}
+    return dict(sorted(rows.items(), key=lambda item: item[1]["step"]["ms"]))
+
+
+def limit_ms(row: dict[str, Any], parts: dict[str, float]) -> float:
+    """What this contender's own evaluations cost in a bare compiled loop, and one pullback to the parameters."""
+    step = row["step"]
+    # A Jacobian-vector product costs no less than f, and is counted as one: in the contender's favour.
+    return step["f"] * parts["t_f"] + step["vjp"] * parts["t_vjp"] + step["jvp"] * parts["t_f"] + parts["t_params"]
+
+
+def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each bar, what was measured, and whether it is met."""
+    found = []
+
+    def bar(what: str, measured: float, wanted: float, met: bool) -> None:
+        found.append({"bar": what, "measured": measured, "wanted": wanted, "met": met})
+
+    for name, problem in results["problems"].items():
+        rows = timed(problem)
+        us = [r for r in rows.values() if r["package"] == "deq_jax"]
+        peers = [r for r in rows.values() if r["package"] in PACKAGES and r["package"] != "deq_jax"]
+        if not us or not peers:
+            continue
+        faster = peers[0]["step"]["ms"] / us[0]["step"]["ms"]
+        bar(f"{name}: times faster than the best peer", faster, FASTER[name], faster >= FASTER[name])
+        if name in LIMIT:
+            over = us[0]["step"]["ms"] / limit_ms(us[0], problem["limit"])
+            bar(f"{name}: time over the limit", over, LIMIT[name], over <= LIMIT[name])
+        quick = [r["step"]["temp_bytes"] for n, r in rows.items() if r in peers and accelerated(n)]
+        if name != "P1" and quick:
+            ours = us[0]["step"]["temp_bytes"]
+            bar(
+                f"{name}: temporaries over the least of an accelerated peer", ours / min(quick), 1.0, ours <= min(quick)
+            )
+    return found
+
+
+def accelerated(name: str) -> bool:
+    return ("Anderson" in name or "Broyden" in name) and "torchdeq" not in name
+
+
+def table(results: dict[str, Any]) -> str:
+    machine, versions = results["machine"], results["versions"]
+    peers = ", ".join(f"{name} {version}" for name, version in results["peers"].items())
+    lines = [
+        "# Ours and the peers on the same work",
+        "",
+        f"{machine['processor']}, {machine['cores']} cores, {machine['devices'][0]}, shared with other work; "
+        f"deq_jax {versions['deq_jax']}, jax {versions['jax']}; peers: {peers}; {results['dtype']}; "
+        f"seed {results['seed']}.",
+        f"Times are minima of interleaved runs, {results['rounds']} rounds; accuracy is the referee's, in float64. "
+        "The limit is the cost of a contender's own evaluations in a bare loop. Only rows without a mark are "
+        "compared: the others miss the accuracy.",
+        "",
+    ]
+    if results["bars"]:
+        rows = [
+            (b["bar"], f"{b['measured']:.2f}", f"{b['wanted']:.2f}", "met" if b["met"] else "**missed**")
+            for b in results["bars"]
+        ]
+        lines += ["## Bars", "", *markdown_table(("bar", "measured", "wanted", ""), rows)]
+    for name, problem in results["problems"].items():
+        parts = problem["limit"]
+        lines += [
+            f"## {name}: {problem['what']}",
+            "",
+            f"In a compiled loop: f {parts['t_f']:.3g} ms, Jᵀv {parts['t_vjp']:.3g} ms, the parameters' pullback "
+            f"{parts['t_params']:.3g} ms.",
+            "",
+            *markdown_table(HEAD, [cells(n, r, parts) for n, r in ordered(problem)]),
+        ]
+    return "\n".join(lines)
+
+
+HEAD = (
+    "contender", "forward ms", "forward + backward ms", "over the limit", "f / vjp (+ jvp)", "memory MB", "compile s",
+    "first call s", "residual", "gradient error",
+)  # fmt: skip
+
+
+def ordered(problem: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    best = timed(problem)
+    return [*best.items(), *((n, r) for n, r in problem["contenders"].items() if n not in best)]
+
+
+def cells(name: str, row: dict[str, Any], parts: dict[str, float]) -> tuple[str, ...]:
+    if "error" in row:
+        return (name, row["error"], *[""] * (len(HEAD) - 2))
+    step, forward = row["step"], row["forward"]
+    memory = (
+        f"{step['temp_bytes'] / 1e6:.1f}" if "temp_bytes" in step else f"{step['resident_bytes'] / 1e6:.0f} resident"
+    )
+    return (
+        name + ("" if good(row) else " ✗"),
+        f"{forward['ms']:.3g}",
+        f"{step['ms']:.3g}",
+        f"{step['ms'] / limit_ms(row, parts):.2f}",
+        f"{step['f']} / {step['vjp']}" + (f" + {step['jvp']}" if step["jvp"] else ""),
+        memory,
+        f"{step['compile_s']:.1f}",
+        f"{step['first_call_s']:.1f}",
+        f"{row['residual']:.0e}",
+        f"{row['gradient_error']:.0e}",
+    )
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Time of a training step of every contender that is accurate enough, with its limit."""
+    problems = {name: p for name, p in results["problems"].items() if timed(p)}
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(problems), figsize=(4.6 * len(problems), 4.4), layout="constrained", squeeze=False
+        )
+        for ax, (name, problem) in zip(axes[0], problems.items(), strict=True):
+            rows = timed(problem)
+            labels, times = list(rows), [row["step"]["ms"] for row in rows.values()]
+            limits = [limit_ms(row, problem["limit"]) for row in rows.values()]
+            colours = [PACKAGES.get(row["package"], "0.5") for row in rows.values()]
+            ax.barh(labels, times, color=colours)
+            ax.plot(limits, labels, "k|", ms=11, mew=1.5, label="limit: its evaluations alone")
+            ax.set(xscale="log", xlabel="forward + backward, ms (least of interleaved runs)")
+            ax.invert_yaxis()
+            ours = [row["step"]["ms"] for row in rows.values() if row["package"] == "deq_jax"]
+            peers = [row["step"]["ms"] for row in rows.values() if row["package"] not in ("deq_jax", "equinox")]
+            ratio = f"ours {peers[0] / ours[0]:.2f} times as fast as the best peer" if ours and peers else ""
+            ax.set_title(f"{name}, {problem['what']}\n{ratio}")
+            ax.legend(frameon=False, fontsize=7)
+        machine = results["machine"]
+        figure.supxlabel(
+            f"{machine['processor']}, {machine['cores']} shared cores; jax {results['versions']['jax']}; "
+            f"{results['dtype']}; at equal accuracy",
+            fontsize=8,
+        )
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+
+def main() -> None:
+    """Write the report of a directory anew; results.json of further directories are added to it first."""
+    out, *parts = map(Path, sys.argv[1:])
+    kept = [json.loads((part / "results.json").read_text()) for part in parts or [out]]
+    results = kept[0]
+    for other in kept[1:]:
+        results["problems"] |= other["problems"]
+    out.mkdir(parents=True, exist_ok=True)
+    write(results, out)
+    print((out / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
