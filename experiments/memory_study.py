@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 
 import deq_jax as deq
-from deq_jax.models import DEQTransformer, TransformerConfig
+from deq_jax.models import DEQTransformer, DEQTrellisNet, TransformerConfig, TrellisNetConfig
 from experiments import char_lm, data, gradient_study, lm, plots, study
 from experiments.baselines import TIED, parameters
 from experiments.training import init_state, make_optimizer, make_train_step
@@ -65,8 +65,14 @@ def transformer(shape: Shape) -> DEQTransformer:
     return DEQTransformer(config, rngs=nnx.Rngs(0))
 
 
+def trellisnet(shape: Shape) -> DEQTrellisNet:
+    """Of `dim` channels that are not decoded and `inner_dim` that are; heads and memory mean nothing here."""
+    config = TrellisNetConfig(shape.vocab_size, hidden_dim=shape.dim, output_dim=shape.inner_dim)
+    return DEQTrellisNet(config, rngs=nnx.Rngs(0))
+
+
 # A model family is one entry: its constructor, from a Shape. The model is called and read as a DEQTransformer is.
-FAMILIES: dict[str, Callable[[Shape], Any]] = {"DEQTransformer": transformer}
+FAMILIES: dict[str, Callable[[Shape], Any]] = {"DEQTransformer": transformer, "DEQTrellisNet": trellisnet}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +89,8 @@ class Config:
     families: tuple[str, ...] = ("DEQTransformer",)
     depths: tuple[int, ...] = (2, 16, 70, 128)  # of the unrolled layers: compiled
     solved_depths: tuple[int, ...] = (2, 128)  # likewise, max_steps of the equilibrium
+    # What the published bytes are of: compiled at their depth alone.
+    published: Shape = Shape(dim=1600, heads=1, inner_dim=512, batch=15, length=150, mem_len=1)
     compiled: Shape = Shape(dim=700, heads=10, inner_dim=48_000, batch=15, length=150, mem_len=150)
     measured: Shape = Shape(dim=64, heads=4, inner_dim=256, batch=8, length=64, mem_len=64)
     measured_depths: tuple[int, ...] = (4, 12, 64)  # all modes at `layers`, else the explicit ones and Implicit
@@ -194,12 +202,12 @@ def abstract_step(config: Config, family: str, shape: Shape, how: dict[str, Any]
     return Step(training_step(config, graphdef, how), state, data.Segment(tokens, tokens, False))
 
 
-def compiled_bytes(config: Config, family: str, name: str, depth: int) -> dict[str, float]:
-    """Temporaries of the compiled training step at the paper's shape, and its arithmetic as XLA counts it."""
+def compiled_bytes(config: Config, family: str, name: str, depth: int, shape: Shape) -> dict[str, float]:
+    """Temporaries of the compiled training step at that shape."""
     with warnings.catch_warnings():
         # Reversible warns of depths that float32 cannot walk back; their memory is the question here.
         warnings.filterwarnings("ignore", message="Reversible")
-        built = abstract_step(config, family, config.compiled, mode(config, name, depth))
+        built = abstract_step(config, family, shape, mode(config, name, depth))
         program = built.step.lower(built.state, built.batch).compile()
     return {"temp_bytes": lm.temp_bytes(program)}
 
@@ -371,14 +379,25 @@ TRAINED = ("plain", "Implicit", "Phantom(5)", "Reversible")
 
 
 def measure(config: Config, cells: study.Cells) -> dict[str, Any]:
-    return {"families": {family: measure_family(config, family, cells) for family in config.families}}
+    families = {family: measure_family(config, family, cells) for family in config.families}
+    return {"families": families, "published": published_bytes(config, cells)}
+
+
+def published_bytes(config: Config, cells: study.Cells) -> dict[str, float]:
+    """The bytes of the network whose bytes are published, by mode."""
+    found = {}
+    for name in (*EXPLICIT, "Implicit", "Implicit, Broyden"):
+        measured = lambda: compiled_bytes(config, "DEQTrellisNet", name, PUBLISHED_DEPTH, config.published)
+        found[name] = cells(f"DEQTrellisNet: bytes, {name}, {PUBLISHED_DEPTH}", measured)["temp_bytes"]
+    return found
 
 
 def measure_family(config: Config, family: str, cells: study.Cells) -> dict[str, Any]:
     memory: dict[str, Any] = {name: {} for name in MODES}
     for name in MODES:
         for depth in config.depths if name in EXPLICIT else config.solved_depths:
-            value = cells(f"{family}: bytes, {name}, {depth}", lambda: compiled_bytes(config, family, name, depth))
+            measured = lambda: compiled_bytes(config, family, name, depth, config.compiled)
+            value = cells(f"{family}: bytes, {name}, {depth}", measured)
             memory[name][str(depth)] = value["temp_bytes"]
     times = {
         str(depth): cells(f"{family}: times, {depth}", lambda: timed_steps(config, family, depth))
@@ -424,9 +443,27 @@ def table(results: dict[str, Any]) -> str:
     config = results["config"]
     told = study.conditions(results, dtype="float32", seed=config["seed"])
     lines = ["# Memory, time and quality by gradient and depth", "", f"    {results['command']}", "", f"{told}.", ""]
+    lines += published_table(config["published"], results["published"])
     for family, part in results["families"].items():
         lines += family_table(config, family, part)
     return "\n".join(lines)
+
+
+def published_table(shape: dict[str, Any], sizes: dict[str, float]) -> list[str]:
+    lines = [f"## DEQTrellisNet of {PUBLISHED_DEPTH} layers: temporaries of the compiled training step, GB", ""]
+    lines += [f"The paper's Table 3: {shape['dim']} channels and {shape['inner_dim']} that are decoded, batch"]
+    lines += [f"{shape['batch']}, T {shape['length']}, without embeddings; planned by XLA for the CPU, not run. The"]
+    lines += [
+        "published figures are of whole processes on a GPU, whose checkpoints stand where the paper does not say.",
+        "",
+    ]
+    ratio = lambda sizes, name: f"{sizes[name] / sizes['plain']:.3f}" if name in sizes else ""
+    published = lambda name: f"{PUBLISHED[name]:.1f}" if name in PUBLISHED else ""
+    lines += plots.markdown_table(["", "published", "/ plain", "here", "/ plain"], [
+        [name, published(name), ratio(PUBLISHED, name), f"{size / 1e9:.2f}", ratio(sizes, name)]
+        for name, size in sizes.items()
+    ])  # fmt: skip
+    return lines
 
 
 def family_table(config: dict[str, Any], family: str, part: dict[str, Any]) -> list[str]:
