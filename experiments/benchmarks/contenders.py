@@ -32,7 +32,8 @@ def ours(cell, z, params, x, rtol, backward, scale, *, name: str, history: int, 
             solver = deq.Anderson(history=history, **options)
         case _:
             solver = deq.Broyden(rank=history, **options)
-    linear = deq.Anderson(rtol=backward, max_steps=STEPS, history=back)
+    options = dict(rtol=backward, max_steps=STEPS)
+    linear = deq.Anderson(history=back, **options) if back else deq.Picard(**options)
     if compact:  # the cell's parameters are shared, what is injected is each problem's own
         return deq.compact(cell, z, params, x, axes=(None, 0), solver=solver, backward=linear).value
     adjoint = deq.Implicit(linear)
@@ -121,8 +122,9 @@ def _table() -> dict[str, Contender]:
         "ours Anderson 5, compact": Contender(
             "deq_jax", part(ours, name="Anderson", history=5, back=8, compact=True), ("P4",)
         ),
+        "ours Picard, Picard": Contender("deq_jax", part(ours, name="Picard", history=0, back=0)),
         "ours Picard, compact": Contender(
-            "deq_jax", part(ours, name="Picard", history=0, back=5, compact=True), ("P4",)
+            "deq_jax", part(ours, name="Picard", history=0, back=0, compact=True), ("P4",)
         ),
         "jaxopt Anderson": Contender("jaxopt", part(jaxopt, history=5, linear="bicgstab")),
         "banax Picard": Contender("banax", part(banax, name="Picard", back="Picard", options={})),

@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from experiments.plots import STYLE, markdown_table
 
@@ -95,7 +96,7 @@ def table(results: dict[str, Any]) -> str:
         f"seed {results['seed']}.",
         f"Times are minima of interleaved runs, {results['rounds']} rounds; accuracy is the referee's, in float64. "
         "The limit is the cost of a contender's own evaluations in a bare loop. Only rows without a mark are "
-        "compared: the others miss the accuracy.",
+        "compared: the others miss the accuracy. Where there is a NOTES.md beside this file, read it first.",
         "",
     ]
     if results["bars"]:
@@ -161,9 +162,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
             labels, times = list(rows), [row["step"]["ms"] for row in rows.values()]
             limits = [limit_ms(row, problem["limit"]) for row in rows.values()]
             colours = [PACKAGES.get(row["package"], "0.5") for row in rows.values()]
-            ax.barh(labels, times, color=colours)
+            ax.scatter(times, labels, color=colours, s=60)  # no bars: on a logarithmic axis their length means nothing
             ax.plot(limits, labels, "k|", ms=11, mew=1.5, label="limit: its evaluations alone")
             ax.set(xscale="log", xlabel="forward + backward, ms (least of interleaved runs)")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            ax.minorticks_off()
             ax.invert_yaxis()
             ours = [row["step"]["ms"] for row in rows.values() if row["package"] == "deq_jax"]
             peers = [row["step"]["ms"] for row in rows.values() if row["package"] not in ("deq_jax", "equinox")]
@@ -173,7 +177,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         machine = results["machine"]
         figure.supxlabel(
             f"{machine['processor']}, {machine['cores']} shared cores; jax {results['versions']['jax']}; "
-            f"{results['dtype']}; at equal accuracy",
+            f"{results['dtype']}; residual and gradient error at most 1e-4",
             fontsize=8,
         )
         figure.savefig(path, dpi=120)
