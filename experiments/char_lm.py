@@ -480,7 +480,8 @@ def memory_by_depth(
 
 
 def command() -> str:
-    return "python -m experiments." + shlex.join([Path(sys.argv[0]).stem, *sys.argv[1:]])
+    module = "word_lm" if Path(sys.argv[0]).stem == "word_lm" else "char_lm"  # whose presets these are
+    return f"python -m experiments.{module} " + shlex.join(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def test_what_is_wrong_is_said_before_compilation(run, trained, text, tmp_path, 
         ("--seed", -1, "seed must be at least 0, got -1"),
     ):
         assert expected in error(capsys, *new, option, value)
-    assert "ptb, wikitext-2" in error(capsys, "ptbb", main=word_lm.main)
+    assert "ptb-small" in error(capsys, "ptbb", main=word_lm.main)
     assert not (tmp_path / "new").exists()
 
 
@@ -253,9 +253,16 @@ def test_a_run_of_any_length_ends_with_the_equilibrium():
             assert 0 <= short.shallow_steps < steps and 0 <= short.warmup_steps < steps
 
 
-def test_the_commands_solvers_and_adjoints_are_objects(monkeypatch, capsys):
+def test_the_commands_solvers_and_adjoints_are_objects(monkeypatch, capsys, tmp_path):
     seen = []
-    monkeypatch.setattr(char_lm, "train", lambda config: seen.append(config) or char_lm.Trained(None, None, None, {}))
+
+    def train(config):
+        seen.append(config)
+        config.run.mkdir(parents=True, exist_ok=True)
+        return char_lm.Trained(None, None, None, {})
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(char_lm, "train", train)
     char_lm.main("--steps 200 solver:broyden --solver.rank 12 adjoint:phantom --adjoint.steps 3".split())
     char_lm.main("train adjoint:implicit adjoint.solver:picard --adjoint.solver.damping 0.5".split())
     char_lm.main([])
