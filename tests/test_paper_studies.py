@@ -154,11 +154,11 @@ def test_time_to_a_loss():
     (lambda: copy_memory.Config(models=("RNN",)), "--models must be of DEQ-Transformer, TCN, LSTM, GRU, got RNN"),
     (lambda: copy_memory.Config(delay=0), "--delay must be at least 1, got 0"),
     (lambda: copy_memory.Config(shallow_steps=10**6), "--shallow-steps must be in"),
-    (lambda: memory_study.Config(families=("MLP",)), "--families must be of DEQTransformer, got MLP"),
+    (lambda: memory_study.Config(families=("MLP",)), "--families must be of DEQTransformer, DEQTrellisNet, got MLP"),
     (lambda: memory_study.Config(depths=(0, 4)), "--depths must be at least 1 each, got"),
     (lambda: memory_study.Config(eval_every=10**6), "--eval-every must be at most steps"),
     (lambda: dataclasses.replace(TINY, dim=0), "--dim must be at least 1, got 0"),
-    (lambda: runtime_study.Config(families=("MLP",)), "--families must be of DEQTransformer, got MLP"),
+    (lambda: runtime_study.Config(families=("MLP",)), "--families must be of DEQTransformer, DEQTrellisNet, got MLP"),
     (lambda: runtime_study.Config(rtol=0.5), "--inference-rtols must be with rtol"),
 ])  # fmt: skip
 def test_bad_options_are_named(make, message):
