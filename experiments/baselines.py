@@ -17,15 +17,15 @@ from jaxtyping import Array, Float, Int
 
 import deq_jax as deq
 from deq_jax.models import TransformerConfig
-from deq_jax.models.transformer import History, TransformerCell, Weight
+from deq_jax.models.common import Weight
+from deq_jax.models.transformer_cell import History, TransformerCell
 from experiments.training import count_params
 
 # What is kept of L layers: all linearizations; every state and one linearization; √L of each.
 TIED: dict[str, Callable[[int], deq.Unroll]] = {
     "plain": lambda layers: deq.Unroll(),
     "checkpointed": lambda layers: deq.Unroll(checkpoint=1),
-    # What checkpoint=True means, in a number: True == 1, and jax.jit takes equal static arguments for the same.
-    "√L-checkpointed": lambda layers: deq.Unroll(checkpoint=math.isqrt(layers - 1) + 1),
+    "√L-checkpointed": lambda layers: deq.Unroll(checkpoint=True),
 }
 
 

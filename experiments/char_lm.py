@@ -14,7 +14,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -219,16 +219,20 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def train_command(config: Annotated[Config, tyro.conf.arg(name="")] = Config()) -> None:
     """Train, or resume, one model; then measure it on the whole validation split. The report stays in the run."""
-    report = about(config) | train(config).report
-    text = json.dumps(report, indent=1)
+    train_and_report(config, "char_lm")
+
+
+def train_and_report(config: Config, module: str) -> None:
+    """`train`, and what came of it as report.json in the run; `module` is the experiment that was called."""
+    text = json.dumps(about(config, module) | train(config).report, indent=1)
     write_atomically(config.run / "report.json", (text + "\n").encode())
     print(text)
 
 
-def about(config: Config) -> dict[str, Any]:
+def about(config: Config, module: str = "char_lm") -> dict[str, Any]:
     """Command, seed, dtype, gradient, machine and versions: what stands beside every number."""
     return {
-        "command": command(),
+        "command": f"python -m experiments.{module} {shlex.join(sys.argv[1:])}",
         "seed": config.seed,
         "dtype": config.dtype,
         "gradient": config_to_json(config.adjoint),
@@ -313,8 +317,12 @@ class Trained(NamedTuple):
     report: dict[str, Any]  # numbers, for a summary
 
 
-def train(config: Config, title: str = "step") -> Trained:
-    """Train or resume `config.run`; a finished one is measured again."""
+def train(config: Config, title: str = "step", *, keep: Callable[[int, TrainState], None] | None = None) -> Trained:
+    """Train or resume `config.run`; a finished one is measured again.
+
+    `keep(step, state)` is called before the first step and after each one, before the run's own save: a run that
+    was cut in between comes by there again.
+    """
     corpus = lm.load_corpus(config.data, level=config.level, data_dir=config.data_dir)
     batches = data.segments(corpus.train, config.batch, config.length, seed=config.seed)
     evaluation = lm.evaluation_segments(corpus.valid, EVALUATION_BATCH, config.length)
@@ -337,12 +345,16 @@ def train(config: Config, title: str = "step") -> Trained:
             MetricsLog(run.metrics_path, after=start) as log,
             lm.reporting(title, start, config.steps, config.level) as report,
         ):
+            if keep:
+                keep(start, state)
             meter.start()
             for step in range(start, config.steps):
                 one_step = shallow_step if step < config.shallow_steps else train_step
                 state, metrics = one_step(state, batches[step])
                 meter.add(metrics)
                 done, stopping = step + 1, stop.signum is not None
+                if keep:
+                    keep(done, state)
                 save = stopping or done % config.save_every == 0 or done == config.steps
                 if save or done % config.log_every == 0:
                     line = meter.line()  # waits for the device
@@ -477,11 +489,6 @@ def memory_by_depth(
         "unrolled": [measured(deq.Picard(max_steps=depth), deq.Unroll()) for depth in depths],
         "implicit": [measured(solver, config.adjoint) for solver in implicit],
     }
-
-
-def command() -> str:
-    module = "word_lm" if Path(sys.argv[0]).stem == "word_lm" else "char_lm"  # whose presets these are
-    return f"python -m experiments.{module} " + shlex.join(sys.argv[1:])
 
 
 if __name__ == "__main__":

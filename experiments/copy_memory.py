@@ -9,7 +9,6 @@ A DEQ-Transformer against a TCN, an LSTM and a GRU of as many parameters, in one
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ import deq_jax as deq
 from deq_jax.models import DEQTransformer, TransformerConfig
 from experiments import lm, plots, study
 from experiments.baselines import TCN, Recurrent, fitted, parameters
-from experiments.training import init_state, make_optimizer, make_train_step
+from experiments.training import count_params, init_state, make_optimizer, make_train_step
 
 SYMBOLS, COPIED, DELIMITER = 10, 10, 9  # 0 is silence, 1 … 8 are to be remembered
 PUBLISHED = {"DEQ-Transformer": 3.5e-6, "TCN": 2.7e-5, "LSTM": 0.0501, "GRU": 0.0491}  # the paper's Table 1
@@ -218,7 +217,7 @@ def train_and_test(config: Config, name: str) -> dict[str, Any]:
             otherwise[f"rtol {rtol:g}"] = test_call(state, deq.Anderson(rtol=rtol, max_steps=100))
         otherwise["two layers"] = make_test(graphdef, functools.partial(solved, **SHALLOW), test)(state)
     return {
-        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "parameters": count_params(params),
         "steps": steps,
         "sequences": steps * batch,
         "seconds": spent[0],
@@ -353,11 +352,6 @@ def finding(results: dict[str, Any]) -> str:
     ends = {name: model["test"]["loss"] for name, model in results["models"].items()}
     words = [f"{name} {show(loss)}" for name, loss in sorted(ends.items(), key=lambda item: item[1])]
     return f"Copy memory, T = {results['config']['delay']}, {results['chance']:.4f} is chance: {', '.join(words)}"
-
-
-def figures(directory: Path = Path("experiments/results/copy_memory")) -> None:
-    """Table and figure again, from the results that are kept."""
-    study.write(json.loads((directory / "results.json").read_text()), directory, table, draw)
 
 
 def main(args: Sequence[str] | None = None) -> None:

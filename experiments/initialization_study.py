@@ -23,6 +23,7 @@ from deq_jax.models import DEQTransformer, TransformerConfig
 from deq_jax.models.transformer_cell import attention, feed_forward, post_norm_step, pre_norm_step
 from deq_jax.solvers.base import norm
 from experiments import data, lm, plots, study
+from experiments.training import init_state, make_train_step
 
 # Of every kernel: the standard deviation of its entries times √fan_in. At a fan-in of 700, the paper's, the released
 # code's N(0, 0.01) is 0.26, what it begins from with weight norm (±1/√fan_in, uniform) is 0.58, and the paper's text,
@@ -153,21 +154,12 @@ def programs(config: Config, vocabulary: int, layer_norm: str, weight_norm: bool
     solver = deq.Anderson(rtol=config.rtol, max_steps=config.max_steps)
     tx = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(config.lr))
 
-    def loss(params, inputs, targets):
+    def loss(params, probe, rest, segment, key, carry):
         model = nnx.merge(graphdef, params)
-        z0 = jnp.zeros((*inputs.shape, config.dim))
-        z, stats = deq.fixed_point(f, z0, model.context(inputs), solver=solver, batch_ndim=1)
-        return jnp.mean(model.nll(z, targets)), stats
-
-    @jax.jit
-    def step(params, opt_state, inputs, targets):
-        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params, inputs, targets)
-        updates, new_state = tx.update(grads, opt_state, params)
-        finite = jnp.isfinite(optax.global_norm(grads))
-        # A step whose gradient is not finite changes nothing, as in `training.make_train_step`.
-        keep = lambda new, old: jnp.where(finite, new, old)
-        params, opt_state = jax.tree.map(keep, (optax.apply_updates(params, updates), new_state), (params, opt_state))
-        return params, opt_state, (value, stats.converged.mean(), stats.steps.mean(), ~finite)
+        z0 = jnp.zeros((*segment.inputs.shape, config.dim))
+        z, stats = deq.fixed_point(f, z0, model.context(segment.inputs), solver=solver, batch_ndim=1)
+        metrics = {"converged": stats.converged.mean(), "evaluations": stats.steps.mean()}
+        return jnp.mean(model.nll(z, segment.targets)), (rest, carry, metrics)
 
     @jax.jit
     def look(params, inputs, targets):
@@ -194,7 +186,7 @@ def programs(config: Config, vocabulary: int, layer_norm: str, weight_norm: bool
             "picard_converged": jnp.mean(picard.stats.converged),
         }
 
-    return nnx.to_pure_dict(params), tx, step, look
+    return nnx.to_pure_dict(params), tx, make_train_step(loss, tx), look
 
 
 def stretch(
@@ -226,20 +218,21 @@ def measure(config: Config, cells: study.Cells) -> dict[str, Any]:
                 compiled.append(programs(config, len(corpus.vocabulary), layer_norm, weight_norm))
             fresh, tx, step, look = compiled[0]
             params = initialise(fresh, ensemble, gain, jax.random.key(config.seed + 1))
-            opt_state = tx.init(params)
+            state = init_state(params, tx, jax.random.key(config.seed))
             before = look(params, held_out.inputs, held_out.targets)
             lines = []
             for i in range(config.steps):
-                params, opt_state, line = step(params, opt_state, batches[i].inputs, batches[i].targets)
+                state, line = step(state, batches[i])
                 lines.append(line)
-            loss, converged, evaluations, bad = (np.array(x, float) for x in zip(*jax.device_get(lines), strict=True))
-            after = look(params, held_out.inputs, held_out.targets)
+            lines = jax.device_get(lines)
+            loss, bad = (np.array([line[name] for line in lines], float) for name in ("loss", "skipped"))
+            after = look(state.params, held_out.inputs, held_out.targets)
             return {
                 "before": before,
                 "after": after,
                 "training_loss": loss[-20:].mean(),
-                "training_evaluations": evaluations.mean(),
-                "training_converged": converged.mean(),
+                "training_evaluations": np.mean([line["evaluations"] for line in lines]),
+                "training_converged": np.mean([line["converged"] for line in lines]),
                 "diverged_at": divergence(loss, bad),
             }
 

@@ -12,7 +12,6 @@ import ctypes
 import dataclasses
 import functools
 import gc
-import json
 import statistics
 import time
 import warnings
@@ -54,15 +53,13 @@ class Shape:
             lm.require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
 
 
+def transformer_config(shape: Shape) -> TransformerConfig:
+    sizes = {name: getattr(shape, name) for name in ("dim", "heads", "inner_dim", "mem_len")}
+    return TransformerConfig(shape.vocab_size, **sizes)
+
+
 def transformer(shape: Shape) -> DEQTransformer:
-    config = TransformerConfig(
-        shape.vocab_size,
-        dim=shape.dim,
-        heads=shape.heads,
-        inner_dim=shape.inner_dim,
-        mem_len=shape.mem_len,
-    )
-    return DEQTransformer(config, rngs=nnx.Rngs(0))
+    return DEQTransformer(transformer_config(shape), rngs=nnx.Rngs(0))
 
 
 def trellisnet(shape: Shape) -> DEQTrellisNet:
@@ -185,8 +182,8 @@ def training_step(config: Config, graphdef: Any, how: dict[str, Any]) -> Any:
     return make_train_step(loss, optimizer(config))
 
 
-def optimizer(config: Config) -> Any:
-    # Constant after its warm-up: every point of a curve is then a fair end of training, at equal steps and equal time.
+def optimizer(config: Any) -> Any:
+    """Constant after its warm-up: every point of a curve is then a fair end of training, at equal steps and time."""
     return make_optimizer(lr=config.lr, warmup_steps=20, total_steps=10**9, clip=1.0)
 
 
@@ -668,11 +665,6 @@ def draw_quality(axes: Any, part: dict[str, Any], layers: int) -> None:
     )
     axes.grid(alpha=0.2)
     axes.set(xlabel=f"processor time / that of the plain {layers} layers", ylabel="validation loss (nats/token)")
-
-
-def figures(directory: Path = Path("experiments/results/memory")) -> None:
-    """Table and figure again, from the results that are kept."""
-    study.write(json.loads((directory / "results.json").read_text()), directory, table, draw)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -10,7 +10,6 @@ of the equilibrium's own cell. Times are of the processor, all programs in turn,
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,25 +20,17 @@ import numpy as np
 from flax import nnx
 
 import deq_jax as deq
-from deq_jax.models import TransformerConfig
 from experiments import data, gradient_study, lm, plots, study
 from experiments.baselines import TransformerStack, fitted, parameters
-from experiments.memory_study import FAMILIES, Shape, interleaved
-from experiments.training import TrainState, init_state, make_optimizer, make_train_step
+from experiments.memory_study import FAMILIES, Shape, interleaved, optimizer, transformer_config
+from experiments.training import TrainState, count_params, init_state, make_train_step
 
 # Training and inference over the explicit network's: the paper, section 5.3. Both of 18 and of 70 explicit layers.
 PUBLISHED = {"DEQTransformer": (2.82, 1.76), "DEQTrellisNet": (2.40, 1.64)}
 
 
 def stack(shape: Shape, layers: int) -> TransformerStack:
-    config = TransformerConfig(
-        shape.vocab_size,
-        dim=shape.dim,
-        heads=shape.heads,
-        inner_dim=shape.inner_dim,
-        mem_len=shape.mem_len,
-    )
-    return TransformerStack(config, layers=layers, rngs=nnx.Rngs(0))
+    return TransformerStack(transformer_config(shape), layers=layers, rngs=nnx.Rngs(0))
 
 
 # Of a family: the explicit network with weights of its own in each layer. Without an entry the weight-tied one alone is
@@ -169,11 +160,6 @@ def training_step(config: Config, graphdef: Any, contender: Contender) -> Any:
     return make_train_step(functools.partial(loss_fn, graphdef, contender), optimizer(config), probe=probe)
 
 
-def optimizer(config: Config) -> Any:
-    # Constant after its warm-up, so that each point of a curve is a fair end of training.
-    return make_optimizer(lr=config.lr, warmup_steps=20, total_steps=10**9, clip=1.0)
-
-
 # ---- one corpus, its models --------------------------------------------------------------------------------
 
 
@@ -257,7 +243,7 @@ def train(task: Task, name: str, contender: Contender) -> dict[str, Any]:
             meter.start()
     np.savez(task.path(name), *jax.device_get(jax.tree.leaves(state.params)))
     counts = {key: float(line[key]) for key in ("fwd_steps", "bwd_steps", "fwd_residual") if key in line}
-    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    size = count_params(state.params)
     return {"parameters": size, "shallow_steps": shallow, "curve": curve, **counts}
 
 
@@ -458,11 +444,6 @@ def draw_curves(axes: Any, part: dict[str, Any]) -> None:
     )
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.2)
-
-
-def figures(directory: Path = Path("experiments/results/runtime")) -> None:
-    """Table and figure again, from the results that are kept."""
-    study.write(json.loads((directory / "results.json").read_text()), directory, table, draw)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import deq_jax as deq
-from experiments import char_lm, data, lm, plots, study, trained
+from experiments import char_lm, lm, plots, study, trained
 from experiments.gradient_study import float64
 from experiments.initialization_study import stretch
 from experiments.tolerance_study import angle, flat, gradient_of, reference
@@ -262,8 +262,7 @@ def traces(config: Config, model: trained.Trained, steps: Sequence[int], cells: 
 def injected(config: Config, model: trained.Trained, cells: study.Cells) -> list[dict[str, Any]]:
     """The gradient where both solves are cut off, against the float64 one, under each policy."""
     state, gradient = model.last, gradient_of(model.graphdef)
-    batches = data.segments(model.corpus.train, config.model.batch, config.model.length, seed=config.model.seed)
-    segment = batches[int(state.step)]
+    segment = model.batches[int(state.step)]
     exact: list[np.ndarray] = []
 
     def one(cap: int, policy: deq.OnFailure) -> dict[str, Any]:

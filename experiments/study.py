@@ -77,12 +77,12 @@ def run(
 def identity(config: Any) -> dict[str, Any]:
     """A configuration in JSON, without its paths and without language-model options at `lm.ADDED`'s values."""
 
-    def plain(value):
+    def stripped(value):
         if not isinstance(value, dict):
             return value
-        return {name: plain(v) for name, v in lm.without_added(value).items() if name not in PATHS}
+        return {name: stripped(v) for name, v in lm.without_added(value).items() if name not in PATHS}
 
-    return plain(config_to_json(config))
+    return stripped(config_to_json(config))
 
 
 def command_line(module: str, args: Sequence[str]) -> str:

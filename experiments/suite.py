@@ -5,7 +5,6 @@ python -m experiments.suite figures
 """
 
 import importlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -45,16 +44,8 @@ PARTS = (
     Part("robustness_study", (), 6),
     Part("backward_study", (), 7),
 )
-# What `python -m experiments.MODULE figure` redraws, by the folder of its results.
-REDRAWN = {
-    "tolerance": "tolerance_study",
-    "initialization": "initialization_study",
-    "stability": "stability_study",
-    "iterations": "iterations_study",
-    "copy_memory": "copy_memory",
-    "memory": "memory_study",
-    "runtime": "runtime_study",
-}
+# What `python -m experiments.MODULE figure` redraws.
+REDRAWN = tuple(part.module for part in PARTS if part.args == ("reduced",))
 
 
 def run(kept: Path = Path("runs/suite"), *, only: tuple[str, ...] = ()) -> None:
@@ -63,8 +54,6 @@ def run(kept: Path = Path("runs/suite"), *, only: tuple[str, ...] = ()) -> None:
     if unknown := set(only) - {part.module for part in PARTS}:
         known = ", ".join(part.module for part in PARTS)
         raise ValueError(f"no experiment {', '.join(sorted(unknown))}; there are {known}")
-    if absent := [part.module for part in parts if importlib.util.find_spec(f"experiments.{part.module}") is None]:
-        raise ValueError(f"no module experiments.{', experiments.'.join(absent)}: use --only with the others")
     kept.mkdir(parents=True, exist_ok=True)
     print(f"{len(parts)} experiments, {sum(part.minutes for part in parts):g} minutes on two quiet CPU cores:")
     for part in parts:
@@ -86,14 +75,17 @@ def run(kept: Path = Path("runs/suite"), *, only: tuple[str, ...] = ()) -> None:
 
 def figures() -> None:
     """Every figure and table again, from the results that are committed."""
-    for folder, module in REDRAWN.items():
-        if (RESULTS / folder / "results.json").exists():
-            importlib.import_module(f"experiments.{module}").main(["figure"])
-        else:
-            print(f"{RESULTS / folder}: no results yet")
+    for module in REDRAWN:
+        importlib.import_module(f"experiments.{module}").main(["figure"])
     from experiments import gradient_study, robustness_study
+    from experiments.benchmarks import report
 
-    for folder, draw in ("gradients", gradient_study.draw), ("robustness", robustness_study.draw_figure):
+    drawn = (
+        ("gradients", gradient_study.draw),
+        ("robustness", robustness_study.draw_figure),
+        ("benchmarks", report.draw),
+    )
+    for folder, draw in drawn:
         draw(json.loads((RESULTS / folder / "results.json").read_text()), RESULTS / folder / "figure.png")
         print(f"{RESULTS / folder}/: figure.png")
     print(f"{plots.draw_demo(RESULTS / 'char_lm').parent}/: figure.png")

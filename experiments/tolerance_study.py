@@ -161,9 +161,7 @@ def reference(model: trained.Trained, state: Any, segment: data.Segment) -> tupl
 def gradients(config: Config, model: trained.Trained, cells: study.Cells) -> dict[str, Any]:
     """The angle to the float64 gradient by forward and backward tolerance, and by budget, at the trained model."""
     state = model.last
-    segment = data.segments(model.corpus.train, config.model.batch, config.model.length, seed=config.model.seed)[
-        int(state.step)
-    ]
+    segment = model.batches[int(state.step)]
     gradient = gradient_of(model.graphdef)
 
     @functools.cache
@@ -206,7 +204,7 @@ def training(config: Config, model: trained.Trained, start: Any, cells: study.Ce
         tight = deq.Anderson(rtol=config.tight, max_steps=trained.swept(config.max_steps), history=6)
         at_tight = evaluate(state.params, config.segments, tight)
         as_trained = evaluate(state.params, config.segments, solver)
-        batch = data.segments(model.corpus.train, config.model.batch, config.model.length, seed=config.model.seed)[0]
+        batch = model.batches[0]
         exact = deq.Implicit(deq.Anderson(rtol=1e-5, max_steps=trained.swept(config.max_steps), history=12))
         want, _ = gradient(state.params, batch, state.carry, dataclasses.replace(tight, rtol=1e-5), exact)
         got, _ = gradient(state.params, batch, state.carry, solver, adjoint)

@@ -18,7 +18,7 @@ import deq_jax as deq
 from experiments import char_lm, data, lm, word_lm
 from experiments.checkpoints import RunDirectory, config_to_json
 from experiments.plots import read_log
-from experiments.training import MetricsLog, TrainState, graceful_signals, make_train_step
+from experiments.training import TrainState, make_train_step
 
 # The paper's own order of tolerances: tight in training, so that what is measured later is the model's doing.
 REDUCED = char_lm.Config(
@@ -50,6 +50,12 @@ class Trained(NamedTuple):
     log: list[dict[str, Any]]  # of the training
 
     @property
+    def batches(self) -> data.Segments:
+        """The segments of the training text, by step."""
+        config = self.config
+        return data.segments(self.corpus.train, config.batch, config.length, seed=config.seed)
+
+    @property
     def last(self) -> TrainState:
         return self.states[max(self.states)]
 
@@ -70,8 +76,9 @@ def load(config: char_lm.Config) -> Trained:
     graphdef, start = char_lm.start_state(config, corpus.vocabulary)
     stored = lm.identity(config_to_json(config), corpus)
     with RunDirectory(config.run, stored, harmless=char_lm.HARMLESS) as run:
-        if run.step != config.steps:
-            train(config, corpus, graphdef, start, run, stored)
+        finished = run.step == config.steps
+    if not finished:
+        train(config, stored)
     states = {}
     for step in milestones(config):
         with milestone(config, stored, step) as kept:
@@ -83,40 +90,16 @@ def milestone(config: char_lm.Config, stored: dict[str, Any], step: int) -> RunD
     return RunDirectory(config.run / "milestones" / str(step), stored, harmless=char_lm.HARMLESS)
 
 
-def train(
-    config: char_lm.Config, corpus: data.Corpus, graphdef: Any, state: TrainState, run: RunDirectory, stored: Any
-) -> None:
+def train(config: char_lm.Config, stored: dict[str, Any]) -> None:
     print(f"the studies' model: {config.steps} steps, kept in {config.run}; 5 minutes on two quiet cores", flush=True)
-    batches = data.segments(corpus.train, config.batch, config.length, seed=config.seed)
-    shallow_step, train_step = char_lm.make_steps(config, graphdef)
-    with graceful_signals() as stop:
-        state, spent = run.restore(state)
-        start, kept = int(state.step), set(milestones(config))
-        meter = lm.Meter(config.batch * config.length, *(spent or ()))
-        with (
-            MetricsLog(run.metrics_path, after=start) as log,
-            lm.reporting("model", start, config.steps, config.level) as report,
-        ):
-            meter.start()
-            for done in range(start, config.steps + 1):
-                # Before the run's own save: a run that was cut in between comes by here again.
-                if done in kept:
-                    with milestone(config, stored, done) as directory:
-                        directory.save(done, state)
-                stopping = stop.signum is not None
-                if done > start and (stopping or done % config.save_every == 0 or done == config.steps):
-                    report(log.write(done, meter.line()))
-                    run.save(done, state, meter.spent)
-                    meter.start()
-                elif done > start and done % config.log_every == 0:
-                    log.write(done, meter.line())
-                    meter.start()
-                if stopping:
-                    stop.exit(run.wait())
-                if done < config.steps:
-                    one_step = shallow_step if done < config.shallow_steps else train_step
-                    state, metrics = one_step(state, batches[done])
-                    meter.add(metrics)
+    kept = set(milestones(config))
+
+    def keep(step: int, state: TrainState) -> None:
+        if step in kept:
+            with milestone(config, stored, step) as directory:
+                directory.save(step, state)
+
+    char_lm.train(config, "model", keep=keep)
 
 
 # ---- to go on from a milestone, with other solvers -----------------------------------------------------------
@@ -127,8 +110,7 @@ def continuing(trained: Trained, *, jacobian_weight: float = 0.0) -> Callable:
 
     One program for all tolerances and budgets of one structure. `log` has an array [steps] for each metric.
     """
-    config, corpus, graphdef = trained.config, trained.corpus, trained.graphdef
-    batches = data.segments(corpus.train, config.batch, config.length, seed=config.seed)
+    config, graphdef, batches = trained.config, trained.graphdef, trained.batches
 
     def loss(params, probe, rest, batch, key, carry):
         segment, solver, adjoint = batch

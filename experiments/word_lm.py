@@ -17,7 +17,7 @@ import tyro
 
 import deq_jax as deq
 from experiments import lm
-from experiments.char_lm import Config, sample, train_command
+from experiments.char_lm import Config, sample, train_and_report
 
 PRESETS = {
     "ptb": (
@@ -196,7 +196,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _train(about: str, preset: Config) -> Callable:
     def command(config: Annotated[Config, tyro.conf.arg(name="")] = preset) -> None:
-        train_command(config)
+        train_and_report(config, "word_lm")
 
     command.__doc__ = about + "."
     return command

@@ -22,7 +22,7 @@ STUDIES = {"copy_memory": copy_memory, "memory": memory_study, "runtime": runtim
 def test_committed_tables_are_those_of_the_committed_results(name, tmp_path):
     directory = shutil.copytree(RESULTS / name, tmp_path / name)
     (directory / "figure.png").unlink()
-    STUDIES[name].figures(directory)
+    STUDIES[name].main(["figure", "--out", str(directory)])
     assert (directory / "table.md").read_text() == (RESULTS / name / "table.md").read_text()
     assert (directory / "figure.png").read_bytes().startswith(b"\x89PNG")
 

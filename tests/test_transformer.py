@@ -12,7 +12,8 @@ from flax import nnx
 
 import deq_jax as deq
 from deq_jax.models import DEQTransformer, TransformerConfig
-from deq_jax.models.transformer import History, Masks, TransformerCell, Weight, draw_masks
+from deq_jax.models.common import Weight
+from deq_jax.models.transformer_cell import History, Masks, TransformerCell, draw_masks
 
 # A strong injection: Picard converges, so that equilibria are known to 1e-12 and a long unroll agrees.
 TINY = TransformerConfig(

@@ -1,12 +1,15 @@
 """What the models share: normalised kernels, masks of dropout, and checks before tracing."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
+
+T = TypeVar("T")
 
 
 class Weight(nnx.Module):
@@ -68,11 +71,17 @@ def check_tokens(tokens: Array) -> None:
     require(tokens.shape[1] >= 1, f"tokens must have at least one column of time, got {tokens.shape}")
 
 
-def check_history(history: Any, expected: Any) -> None:
-    """ValueError unless a history, a NamedTuple, has the shapes and dtypes of the empty one."""
-    for name, got, want in zip(expected._fields, history, expected, strict=True):
+def checked_history(tokens: Array, history: T | None, empty: Callable[[int], T]) -> T:
+    """The history, or `empty(batch)` for None; TypeError or ValueError unless it and the tokens fit."""
+    check_tokens(tokens)
+    if history is None:
+        return empty(len(tokens))
+    expected: Any = jax.eval_shape(lambda: empty(len(tokens)))
+    given: Any = history
+    for name, got, want in zip(expected._fields, given, expected, strict=True):
         got, want = (f"{x.dtype}{list(x.shape)}" for x in (got, want))
         require(got == want, f"history.{name} must be {want}, as of `empty_history`, got {got}")
+    return history
 
 
 def check_sizes(config: Any, **at_least: int) -> None:

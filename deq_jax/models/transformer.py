@@ -18,29 +18,9 @@ from deq_jax.adjoints import Adjoint, Implicit, Probe
 from deq_jax.fixed_point import Solution, fixed_point
 from deq_jax.models import adaptive
 from deq_jax.models.adaptive import AdaptiveVocabulary, EmbeddingWeights, SoftmaxWeights
-from deq_jax.models.common import Weight, check_history, check_tokens, drop, require, wide
-from deq_jax.models.transformer_cell import (
-    Context,
-    History,
-    Masks,
-    TransformerCell,
-    TransformerConfig,
-    draw_masks,
-)
+from deq_jax.models.common import Weight, checked_history, drop, require, wide
+from deq_jax.models.transformer_cell import Context, History, TransformerCell, TransformerConfig, draw_masks
 from deq_jax.solvers import Anderson, Solver
-
-__all__ = [
-    "Context",
-    "DEQTransformer",
-    "Hidden",
-    "History",
-    "Masks",
-    "Output",
-    "TransformerCell",
-    "TransformerConfig",
-    "Weight",
-    "draw_masks",
-]
 
 
 class Hidden(NamedTuple):
@@ -147,7 +127,7 @@ class DEQTransformer(nnx.Module):
         probe: Probe | None = None,
     ) -> Hidden:
         """All but the logits: `decode` gives them, and `nll` a loss without them."""
-        history = self._checked(tokens, history)
+        history = checked_history(tokens, history, self.empty_history)
         shape = (*tokens.shape, self.config.dim)
         z0 = jnp.zeros(shape, self.dtype) if z0 is None else z0
         require(z0.shape == shape, f"z0 must have shape {shape}, got {z0.shape}")
@@ -198,7 +178,7 @@ class DEQTransformer(nnx.Module):
         With a call's own `key` it is that call's context, masks included, and under jit computed once.
         """
         config = self.config
-        history = self._checked(tokens, history)
+        history = checked_history(tokens, history, self.empty_history)
         masks = draw_masks(config, key, *tokens.shape, dtype=self.dtype)
         if self.vocabulary is not None:
             rows = self.vocabulary.embed(tokens, self.dtype)
@@ -219,14 +199,6 @@ class DEQTransformer(nnx.Module):
             injection=jnp.zeros((batch, config.mem_len, 3, *config.head_shape), self.dtype),
             length=jnp.zeros((batch,), jnp.int32),
         )
-
-    def _checked(self, tokens: Array, history: History | None) -> History:
-        """The history, or an empty one, once it and the tokens are known to fit."""
-        check_tokens(tokens)
-        if history is None:
-            return self.empty_history(len(tokens))
-        check_history(history, jax.eval_shape(lambda: self.empty_history(len(tokens))))
-        return history
 
 
 def _extend(history: History, z: Array, injection: Array) -> History:

@@ -161,7 +161,9 @@ class Context(NamedTuple):
     turn: "Turn | None"  # of rotary positions, of the segment's columns; the memory's keys are turned already
     visible: Bool[Array, "batch time keys"]
     masks: Masks
-    flash: tuple[()] | None  # () for cuDNN's attention: what f does is told by arrays and by where there are none
+    # () or None: what f does is told by arrays and by where there are none.
+    rms: tuple[()] | None  # the root mean square in place of LN
+    flash: tuple[()] | None  # cuDNN's attention
 
 
 class Turn(NamedTuple):
@@ -202,8 +204,6 @@ class TransformerCell(nnx.Module):
     @property
     def f(self) -> Callable[[Array, Context], Array]:
         """The function that is solved, f(z, context): pure, and the same object at every call."""
-        if self.config.rms_norm:
-            return pre_rms_step if self.config.pre_norm else post_rms_step
         return pre_norm_step if self.config.pre_norm else post_norm_step
 
     def __call__(
@@ -240,8 +240,8 @@ class TransformerCell(nnx.Module):
         # for, and W_qkv and LN (pre-norm) act on one column at a time: the same numbers, computed once.
         # No gradient flows into the history, but it does into the weights that are applied to it.
         z, u, length = jax.lax.stop_gradient(history)
-        norm = rms_norm if config.rms_norm else layer_norm
-        z = norm(z) if config.pre_norm else z
+        rms, flash = (() if option else None for option in (config.rms_norm, config.flash))
+        z = normalise(z, rms) if config.pre_norm else z
         memory = jnp.einsum("bmd,dchk->bmchk", z, weights.qkv[:, 1:]) + u[:, :, 1:]
         memory_keys, positions, turned = memory[:, :, 0], None, None
         mem, time = z.shape[1], injection.shape[1]
@@ -254,8 +254,8 @@ class TransformerCell(nnx.Module):
             # R = W_r PE for the distances keys − 1 … 0.
             encoding = drop(sinusoids(mem + time, config.dim, dtype), masks.positions)
             positions = jnp.einsum("sd,dhk->shk", encoding, self.positions(dtype))
-        visible, flash = visibility(time, mem, config.window, length), () if config.flash else None
-        return Context(weights, injection, memory_keys, memory[:, :, 1], positions, turned, visible, masks, flash)
+        visible = visibility(time, mem, config.window, length)
+        return Context(weights, injection, memory_keys, memory[:, :, 1], positions, turned, visible, masks, rms, flash)
 
 
 # f(z, context). Each is a function of the module, for `fixed_point` caches what it has compiled by the function's
@@ -264,27 +264,14 @@ class TransformerCell(nnx.Module):
 
 def post_norm_step(z: Float[Array, "batch time dim"], context: Context) -> Float[Array, "batch time dim"]:
     """f(z; x) = LN(φ(h) + h) with h = LN(attention(z) + z): the paper's cell."""
-    h = layer_norm(attention(z, context) + z)
-    return layer_norm(feed_forward(h, context) + h)
+    h = normalise(attention(z, context) + z, context.rms)
+    return normalise(feed_forward(h, context) + h, context.rms)
 
 
 def pre_norm_step(z: Float[Array, "batch time dim"], context: Context) -> Float[Array, "batch time dim"]:
     """The released pre-norm cell; its second residual starts, as there, from the normalised n, not from h."""
-    h = attention(layer_norm(z), context) + z
-    n = layer_norm(h)
-    return feed_forward(n, context) + n
-
-
-def post_rms_step(z: Float[Array, "batch time dim"], context: Context) -> Float[Array, "batch time dim"]:
-    """`post_norm_step` with the root mean square in place of LN."""
-    h = rms_norm(attention(z, context) + z)
-    return rms_norm(feed_forward(h, context) + h)
-
-
-def pre_rms_step(z: Float[Array, "batch time dim"], context: Context) -> Float[Array, "batch time dim"]:
-    """`pre_norm_step` with the root mean square in place of LN."""
-    h = attention(rms_norm(z), context) + z
-    n = rms_norm(h)
+    h = attention(normalise(z, context.rms), context) + z
+    n = normalise(h, context.rms)
     return feed_forward(n, context) + n
 
 
@@ -334,6 +321,11 @@ def feed_forward(h: Float[Array, "batch time dim"], context: Context) -> Float[A
     inner = jnp.einsum("btd,d...->bt...", h, w.inner) + w.inner_bias
     inner = jax.nn.relu(inner) if inner.ndim == 3 else jax.nn.silu(inner[:, :, 0]) * inner[:, :, 1]
     return drop(drop(inner, masks.inner) @ w.outer + w.outer_bias, masks.outer)
+
+
+def normalise(x: Float[Array, "*batch dim"], rms: tuple[()] | None) -> Float[Array, "*batch dim"]:
+    """LN(x), the paper's; the modern cell's is `rms_norm`."""
+    return layer_norm(x) if rms is None else rms_norm(x)
 
 
 def layer_norm(x: Float[Array, "*batch dim"], eps: float = 1e-5) -> Float[Array, "*batch dim"]:

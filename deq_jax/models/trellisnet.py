@@ -21,10 +21,9 @@ from deq_jax.models import adaptive
 from deq_jax.models.adaptive import AdaptiveVocabulary, EmbeddingWeights
 from deq_jax.models.common import (
     Weight,
-    check_history,
     check_rates,
     check_sizes,
-    check_tokens,
+    checked_history,
     drop,
     keep_mask,
     require,
@@ -296,12 +295,7 @@ class DEQTrellisNet(nnx.Module):
 
     def _prepared(self, tokens, history, key) -> tuple[History, Array, Context]:
         """The history, or an empty one, the embedded tokens, and the context, once it is known that all fit."""
-        check_tokens(tokens)
-        if history is None:
-            history = self.empty_history(len(tokens))
-        else:
-            check_history(history, jax.eval_shape(lambda: self.empty_history(len(tokens))))
-            history = jax.lax.stop_gradient(history)
+        history = jax.lax.stop_gradient(checked_history(tokens, history, self.empty_history))
         masks = draw_masks(self.config, key, len(tokens), dtype=self.dtype)
         embedded = self._embed(tokens)
         if masks.words is not None:

@@ -19,6 +19,7 @@ class RobustState(NamedTuple):
     stage: Int[Array, "*batch"]  # index of the solver in charge
     start: Float[Array, "*batch dim"]
     start_g: Float[Array, "*batch dim"]
+    first: Float[Array, "*batch"]  # ‖start_g‖; inf before it is known
     least: Float[Array, "*batch"]  # the least residual so far
     mark: Float[Array, "*batch"]  # the residual that has to be halved
     since: Int[Array, "*batch"]  # evaluations since it was
@@ -74,7 +75,8 @@ class Robust:
         zero = zeros_from(z)
         none, count = zero[..., 0], zero[..., 0].astype(jnp.int32)
         inner = tuple(stage.init(z) for stage in self.stages)
-        return RobustState(count, z, zero, none + jnp.inf, none + jnp.inf, count, z, inner)
+        unknown = none + jnp.inf
+        return RobustState(count, z, zero, unknown, unknown, unknown, count, z, inner)
 
     def resume(self, state: RobustState) -> RobustState:
         """From the first stage again, with what each of them remembers."""
@@ -88,11 +90,12 @@ class Robust:
         self, residual: Float[Array, "*batch dim"], state: RobustState, z: Float[Array, "*batch dim"]
     ) -> tuple[Float[Array, "*batch dim"], RobustState]:
         g_norm, last = norm(residual), len(self.stages) - 1
-        first = state.least == jnp.inf
-        start = jnp.where(first[..., None], z, state.start)
-        start_g = jnp.where(first[..., None], residual, state.start_g)
-        # So far out that rounding in z is more than the whole residual at the start: whatever g says there is noise.
-        lost = jnp.finfo(z.dtype).eps * norm(z) > norm(start_g)
+        new = state.first == jnp.inf
+        start = jnp.where(new[..., None], z, state.start)
+        start_g = jnp.where(new[..., None], residual, state.start_g)
+        first = jnp.where(new, g_norm, state.first)
+        # As in `solve`: so far out that rounding in z is more than the whole residual at the start, g says nothing.
+        lost = ~new & (jnp.finfo(z.dtype).eps * norm(z) > first)
         least = jnp.where(~lost & (g_norm < state.least), g_norm, state.least)  # false for NaN
         halved = ~lost & (g_norm <= 0.5 * state.mark)
         since = jnp.where(halved, 0, state.since + 1)
@@ -124,5 +127,5 @@ class Robust:
             point, new = jax.lax.cond(jnp.any(mine), run, lambda old: (here, old), old)
             ask = jnp.where(mine[..., None], point, ask)
             inner.append(new)
-        state = RobustState(stage, start, start_g, least, mark, since, ask, tuple(inner))
+        state = RobustState(stage, start, start_g, first, least, mark, since, ask, tuple(inner))
         return ask - z, state
