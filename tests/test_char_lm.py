@@ -297,7 +297,7 @@ def documented_commands() -> list[str]:
 def test_the_documented_commands_are_understood(line, monkeypatch):
     called = []
     for module in char_lm, word_lm:
-        for name in {"train_command", "demo", "sample"} & vars(module).keys():
+        for name in {"train_command", "train_and_report", "demo", "sample"} & vars(module).keys():
             command = functools.wraps(getattr(module, name))(lambda *args, **options: called.append(1))
             monkeypatch.setattr(module, name, command)
     module, *words = shlex.split(line)
