@@ -132,9 +132,7 @@ class Broyden:
         collective in each step of a sharded solve. Fewer updates than `keep` lose nothing.
         """
         keep = self.rank // 2 if self.keep is None else self.keep
-        # What never comes due is left out of the program, which then needs half the memory. (A solve that goes on with
-        # the memory of another can fill it nevertheless: it starts afresh, as with keep=0.)
-        if keep == 0 or (isinstance(self.max_steps, int) and self.max_steps <= self.rank):
+        if keep == 0:
             return state.u, state.v, state.held
         overdue = state.count - 1 - self.rank
         due = (overdue >= 0) & (overdue % (self.rank - keep) == 0)
