@@ -76,6 +76,7 @@ def contestants() -> dict[str, Any]:
         "Anderson-I": deq.Anderson(type=1),
         "Broyden-10": deq.Broyden(rank=10),
         "Broyden-full": deq.Broyden(rank=CELL_BUDGET),
+        "Broyden-plain": deq.Broyden(line_search=0),
         "Broyden-search": deq.Broyden(rank=CELL_BUDGET, line_search=4),
     }
 

@@ -18,7 +18,8 @@ SOLVERS = {
     "picard": deq.Picard(rtol=1e-13, max_steps=200),
     "anderson": deq.Anderson(rtol=1e-13, max_steps=200, history=2),
     "broyden": deq.Broyden(rtol=1e-13, max_steps=200, rank=10),
-    "newton": NewtonKrylov(rtol=1e-13, max_steps=200, krylov=2),
+    "newton": NewtonKrylov(rtol=1e-13, max_steps=200, krylov=3),
+    "robust": deq.Robust(rtol=1e-13, max_steps=200, stages=(deq.Broyden(rank=10), NewtonKrylov(krylov=3))),
 }
 PICARD = SOLVERS["picard"]
 exact = lambda A: np.linalg.inv(np.eye(DIM) - A)
@@ -34,14 +35,8 @@ ADJOINTS = {  # name: (adjoint, the matrix M of its gradient's u = M(Jᵀ) z̄)
     "reversible": (deq.Reversible(0.5), exact),
     "shine": (deq.Shine(refine=8), exact),
 }
-DEPTH = {"picard": 40, "anderson": 16, "broyden": 16, "newton": 30}  # of an unrolled solve: enough for 1e-10
-# Without Unroll through NewtonKrylov, whose trust region has square roots of zero: its derivative is NaN.
-PAIRS = [
-    (a, s)
-    for a in ADJOINTS
-    for s in SOLVERS
-    if (a != "shine" or s == "broyden") and not (a.startswith("unroll") and s == "newton")
-]
+DEPTH = {"picard": 40, "anderson": 16, "broyden": 16, "newton": 30, "robust": 24}  # of an unrolled solve: enough for 1e-10
+PAIRS = [(a, s) for a in ADJOINTS for s in SOLVERS if a != "shine" or s == "broyden"]
 RTOL = {"float64": 1e-13, "float32": 1e-6, "bfloat16": 1e-3}
 TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 0.03}
 

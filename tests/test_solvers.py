@@ -169,12 +169,15 @@ def test_the_best_iterate_survives_a_later_nan(x64, Solver):
     # z + (0.5 − 0.3 z) goes 0, 0.5, 0.85, 1.095 under Picard, and is undefined above 1.
     f = lambda z: jnp.where(z > 1, jnp.nan, z + 0.5 - 0.3 * z)
     z, stats = solve(f, jnp.zeros(2), Solver())
-    assert stats.status == Status.NONFINITE
+    steps_back = Solver is SOLVERS["broyden"]
+    assert stats.status == (Status.MAX_STEPS if steps_back else Status.NONFINITE)
     assert jnp.all(jnp.isfinite(z)) and jnp.isfinite(stats.residual)
     np.testing.assert_allclose(stats.residual, np.linalg.norm(f(z) - z), rtol=1e-12)
     if Solver is deq.Picard:
         np.testing.assert_allclose(z, 0.85, rtol=1e-12)
         assert stats.steps == 4
+    elif steps_back:
+        assert jnp.all((z > 0.9) & (z <= 1))  # as near the edge as it can get
     else:
         np.testing.assert_allclose(z, 0.5, rtol=1e-12)  # the secant step lands on 5/3
 
@@ -621,6 +624,7 @@ def test_a_problem_that_met_nan_remembers_only_finite_pairs(x64, Solver):
     f = lambda z: jnp.where(z > 1, jnp.nan, z + 0.5 - 0.3 * z)
     slow = lambda z: jnp.cos(jnp.arange(1.0, 3.0) * z)
     solved = deq_solvers.solve(lambda z: jnp.stack([f(z[0]), slow(z[1])]), jnp.zeros((2, 2)), Solver(rtol=1e-9), 1)
-    assert solved.stats.status[0] == Status.NONFINITE
+    steps_back = Solver is WITH_MEMORY["broyden"]
+    assert solved.stats.status[0] == (Status.MAX_STEPS if steps_back else Status.NONFINITE)
     for leaf in jax.tree.leaves(solved.memory):
         assert jnp.all(jnp.isfinite(leaf))

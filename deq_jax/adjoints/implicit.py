@@ -87,7 +87,9 @@ class Implicit:
 
 
 def default_backward(forward: Solver) -> Solver:
-    return Anderson(rtol=0.01 * forward.rtol, max_steps=forward.max_steps, history=16)
+    # A step multiplies the residual of GMRES, which falls, by J: where J expands, what Anderson sees grows and all is
+    # well. A history begun anew for it lost 0.6 % of the backward solves of experiments/backward_study.py.
+    return Anderson(rtol=0.01 * forward.rtol, max_steps=forward.max_steps, history=16, growth=10.0)
 
 
 def check_backward_solver(adjoint: Any) -> None:

@@ -14,7 +14,9 @@ class Unroll:
     """Backpropagation through the iterations of the solver: for `Picard`, the weight-tied network of that depth.
 
     All `max_steps` iterations are run, and the last iterate is the value; with `stop=True` a problem keeps the
-    first iterate that meets the tolerances, and f is not called once all have. Stats.steps counts the one
+    first iterate that meets the tolerances, and f is not called once all have. Of a solver that may take a step
+    back (`Broyden` with its line search, `NewtonKrylov`, `Robust`) the value is the best iterate it has seen, and
+    which steps it took and how far a trust region let them go are constants. Stats.steps counts the one
     evaluation more that measures the value (XLA drops it where the stats are not used). The derivative reaches
     z0 too, in forward and in reverse mode.
 
@@ -46,24 +48,25 @@ class Unroll:
                 "Unroll needs max_steps as a Python int, for it fixes the depth of the program; got "
                 f"{solver.max_steps}. Use Implicit, Phantom, Neumann or JFB to sweep a traced step budget."
             )
-        if getattr(solver, "recovers", False):
-            raise TypeError(
-                f"Unroll cannot differentiate {type(solver).__name__}: its trials and cut steps are no smooth function "
-                "of the inputs. Use Picard, Anderson or Broyden, or adjoint=Implicit()"
-            )
         ravel, unravel = raveler(z0, batch_ndim)
+        recovers, asks = getattr(solver, "recovers", False), getattr(solver, "asks", None)
 
         def iterate(carry):
-            z, state, running, steps = carry
+            z, state, running, steps, best, least = carry
             g = ravel(f(unravel(z), inputs, other)) - z
             step, state = solver.update(g, state, z)
-            new_z = ravel(unravel(z + step))
-            if not self.stop:
-                return new_z, state, running, steps + 1
+            new_z = ravel(unravel(z + step if asks is None else asks(state)))
+            if not (self.stop or recovers):
+                return new_z, state, running, steps + 1, best, least
             g, fz = jax.lax.stop_gradient((g, g + z))
-            met = within(norm(g), norm(fz), solver)
-            steps, running = steps + running, running & ~met
-            return jnp.where(running[..., None], new_z, z), state, running, steps
+            residual = norm(g)
+            steps = steps + running
+            if recovers:
+                better = running & (residual < least)
+                best, least = jnp.where(better[..., None], z, best), jnp.where(better, residual, least)
+            if self.stop:
+                running = running & ~within(residual, norm(fz), solver)
+            return jnp.where(running[..., None], new_z, z), state, running, steps, best, least
 
         def body(carry, _):
             if not self.stop:
@@ -72,7 +75,7 @@ class Unroll:
 
         z, length = ravel(z0), solver.max_steps
         zero = zeros_from(jax.lax.stop_gradient(z[..., 0]))
-        carry = z, solver.init(z), zero == 0, zero.astype(jnp.int32)
+        carry = z, solver.init(z), zero == 0, zero.astype(jnp.int32), z, zero + jnp.inf
         every = math.isqrt(length - 1) + 1 if self.checkpoint is True and length else self.checkpoint
         if not every:
             carry, _ = jax.lax.scan(body, carry, length=length)
@@ -83,6 +86,6 @@ class Unroll:
             carry, _ = jax.lax.scan(lambda c, _: (segment(c, every), None), carry, length=whole)
             carry = segment(carry, rest) if rest else carry
 
-        z, steps = unravel(carry[0]), carry[3]
+        z, steps = unravel(carry[4] if recovers else carry[0]), carry[3]
         z_frozen, frozen, solver = jax.lax.stop_gradient((z, inputs, solver))
         return z, measure(lambda z: f(z, frozen, other), z_frozen, solver, steps, batch_ndim)

@@ -117,7 +117,7 @@ class NewtonKrylov:
         # No step that the arithmetic can tell from none has helped: a local minimum of ‖g‖. Newton's own step
         # leaves it, whatever it brings.
         stuck = cut & ~accepted & (radius <= 4 * eps * norm(state.base))
-        radius = jnp.where(stuck, jnp.inf, radius)
+        radius = jax.lax.stop_gradient(jnp.where(stuck, jnp.inf, radius))
         forced = stuck | (state.known & (state.predicted < 0) & ~cut)
 
         # A new iterate begins a new space.
@@ -141,7 +141,7 @@ class NewtonKrylov:
         )
         # Without a single product there is no model: the plain iteration, within the radius.
         plain = krylov.used == 0
-        short = jnp.minimum(1, radius / jnp.where(base_norm > 0, base_norm, 1))
+        short = ratio(jnp.minimum(radius, base_norm), base_norm)
         step = jnp.where(plain[..., None], short[..., None] * base_g, step)
         predicted = jnp.where(plain, (1 - 0.5 * short) * base_norm, predicted)
         predicted = jnp.where(forced, -1, predicted)

@@ -48,7 +48,7 @@ class Robust:
     rtol: float = 1e-4
     atol: float = 0.0
     max_steps: int = 100
-    stages: tuple[Any, ...] = (Broyden(rank=60, line_search=1), NewtonKrylov())
+    stages: tuple[Any, ...] = (Broyden(rank=60), NewtonKrylov())
     stall: tuple[int, ...] = (60,)
 
     recovers = True
@@ -74,7 +74,12 @@ class Robust:
     def init(self, z: Float[Array, "*batch dim"]) -> RobustState:
         zero = zeros_from(z)
         none, count = zero[..., 0], zero[..., 0].astype(jnp.int32)
-        inner = tuple(stage.init(z) for stage in self.stages)
+        # Inside shard_map, what the branches of a shard's own cond return belongs to that shard: counts, too.
+        ours = jnp.any(none > 0)
+        inner = jax.tree.map(
+            lambda leaf: leaf + ours.astype(leaf.dtype) if leaf.ndim == 0 else leaf,
+            tuple(stage.init(z) for stage in self.stages),
+        )
         unknown = none + jnp.inf
         return RobustState(count, z, zero, unknown, unknown, unknown, count, z, inner)
 
