@@ -7,6 +7,8 @@ times are medians in this process, so compare them with each other only.
 """
 
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -52,9 +54,20 @@ def main() -> None:
     print("\ncompile time of value and gradient of the same cell, side by side")
     loss = lambda w, **options: deq.fixed_point(tanh_cell, x, w, x, batch_ndim=1, **options).value.sum()
     once = lambda w: tanh_cell(x, w, x).sum()
-    for name, f in (("cell once", once), ("Implicit, Anderson", loss)):
+    implicit = lambda solver: lambda w: loss(w, solver=solver, adjoint=deq.Implicit(solver))
+    cells = {"cell once": once, "Implicit, Picard": implicit(deq.Picard()), "Implicit, Anderson": loss}
+    for name, f in cells.items():
         lowered = jax.jit(jax.value_and_grad(f)).lower(w)
         print(f"  {name:20} {milliseconds(lowered.compile, repeats=1):8.0f} ms")  # a second one would be cached
+    print("  and of the DEQ-Transformer above, weight-tied layers against the equilibrium")
+    picard = deq.Picard(max_steps=1)
+    for name, solver, adjoint in (
+        ("one layer", picard, deq.Unroll()),
+        ("Implicit, Picard", deq.Picard(), deq.Implicit(deq.Picard())),
+        ("Implicit, Anderson", deq.Anderson(), deq.Implicit()),
+    ):
+        lowered = lower_gradient(solver, adjoint)
+        print(f"  {name:20} {milliseconds(lowered.compile, repeats=1):8.0f} ms")
 
     print("\nPython time to dispatch one step over explicit state, jax.jit against nnx.jit")
     model = DEQTransformer(CONFIG, rngs=nnx.Rngs(0))
@@ -66,16 +79,34 @@ def main() -> None:
         end="",
     )
     print(f"nnx.jit over the module {milliseconds(lambda: module(model)):.3f} ms")
+    many = {f"leaf {i}": jnp.ones(8) for i in range(200)}
+    step = jax.jit(lambda params: jax.tree.map(lambda leaf: leaf - 1, params), donate_argnums=0)
+    many = step(many)
+    times = []
+    for _ in range(50):
+        start = time.perf_counter()
+        many = step(many)  # until jit returns: the step itself is not awaited
+        times.append(1e3 * (time.perf_counter() - start))
+        jax.block_until_ready(many)
+    print(f"  200 leaves, updated in place by jax.jit over a dict {statistics.median(times):.3f} ms")
+
+    print("\nimport deq_jax, after jax and jax.numpy, in processes of their own")
+    script = "import time, jax, jax.numpy; t = time.perf_counter(); import deq_jax; print(time.perf_counter() - t)"
+    runs = [subprocess.run([sys.executable, "-c", script], capture_output=True, check=True) for _ in range(5)]
+    print(f"  {1e3 * statistics.median(float(run.stdout) for run in runs):.0f} ms")
 
 
 def gradient_bytes(solver: Any, adjoint: Any) -> int:
     """Temporary bytes of one compiled gradient; nothing is run."""
+    return lm.temp_bytes(lower_gradient(solver, adjoint).compile())
+
+
+def lower_gradient(solver: Any, adjoint: Any) -> Any:
     model = DEQTransformer(CONFIG, solver=solver, adjoint=adjoint, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model, nnx.Param)
     tokens = jnp.zeros((8, 64), jnp.int32)
     loss = lambda params: nnx.merge(graphdef, params)(tokens).logits.astype(jnp.float32).var()
-    compiled = jax.jit(jax.grad(loss)).lower(params).compile()
-    return lm.temp_bytes(compiled)
+    return jax.jit(jax.grad(loss)).lower(params)
 
 
 def milliseconds(f: Callable[[], Any], repeats: int = 20) -> float:

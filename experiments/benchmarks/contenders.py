@@ -33,7 +33,7 @@ def ours(cell, z, params, x, rtol, backward, scale, *, name: str, history: int, 
         case _:
             solver = deq.Broyden(rank=history, **options)
     options = dict(rtol=backward, max_steps=STEPS)
-    linear = deq.Anderson(history=back, **options) if back else deq.Picard(**options)
+    linear = deq.Anderson(history=back, growth=10.0, **options) if back else deq.Picard(**options)  # as `Implicit()`
     if compact:  # the cell's parameters are shared, what is injected is each problem's own
         return deq.compact(cell, z, params, x, axes=(None, 0), solver=solver, backward=linear).value
     adjoint = deq.Implicit(linear)
@@ -116,7 +116,7 @@ def _table() -> dict[str, Contender]:
     table = {
         "ours Picard": Contender("deq_jax", part(ours, name="Picard", history=0, back=3)),
         "ours Anderson 3": Contender("deq_jax", part(ours, name="Anderson", history=3, back=3)),
-        "ours Anderson 5": Contender("deq_jax", part(ours, name="Anderson", history=5, back=8)),
+        "ours Anderson 5": Contender("deq_jax", part(ours, name="Anderson", history=5, back=5)),
         "ours Anderson 8": Contender("deq_jax", part(ours, name="Anderson", history=8, back=8)),
         "ours Broyden": Contender("deq_jax", part(ours, name="Broyden", history=20, back=8)),
         "ours Anderson 5, compact": Contender(
