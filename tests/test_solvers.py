@@ -615,7 +615,7 @@ def test_the_first_pair_after_a_resume_does_not_mix_two_problems(x64, Solver):
     resumed = solver.resume(state)
     _, after = solver.update(jnp.array([9.0, 9, 9]), resumed, jnp.array([5.0, 5, 5]))
     for name, old, new in zip(state._fields, state, after, strict=True):
-        if name in ("held", "u", "v", "dz", "dg", "gram", "lengths"):  # what is remembered of pairs
+        if name in ("held", "u", "v", "dw", "dg", "gram", "lengths"):  # what is remembered of pairs
             np.testing.assert_array_equal(old, new, err_msg=name)
 
 

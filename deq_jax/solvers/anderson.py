@@ -11,14 +11,16 @@ from deq_jax.solvers.base import norm, write_slot, zeros_from
 
 
 class AndersonState(NamedTuple):
+    """In type II, w is z + damping·g: the mix of z and g that a step extrapolates. In type I, w is z."""
+
     count: Int[Array, ""]  # residuals seen
-    z: Float[Array, "*batch dim"]  # the previous iterate
+    w: Float[Array, "*batch dim"]  # of the previous iterate
     g: Float[Array, "*batch dim"]  # and its residual
-    known: Bool[Array, "*batch"]  # whether z and g belong to this f
-    dz: Float[Array, "*batch history dim"]  # slot k mod history holds z_{k+1} − z_k, for type II with damping·dg on it
+    known: Bool[Array, "*batch"]  # whether w and g belong to this f
+    dw: Float[Array, "*batch history dim"]  # slot k mod history holds w_{k+1} − w_k; zeros where none is held
     dg: Float[Array, "*batch history dim"]
-    gram: Float[Array, "*batch history history"]  # ⟨dg_i, dg_j⟩, or ⟨dz_i, dg_j⟩ for type I
-    lengths: Float[Array, "*batch 2 history"]  # ‖dz_i‖ and ‖dg_i‖; zero where a difference is not in use
+    gram: Float[Array, "*batch history history"]  # ⟨dg_i, dg_j⟩, or ⟨dw_i, dg_j⟩ for type I
+    lengths: Float[Array, "*batch type history"]  # ‖dg_i‖, before it ‖dw_i‖ for type I; zero where not in use
     least: Float[Array, "*batch"]  # the smallest residual since the history began
 
 
@@ -57,7 +59,7 @@ class Anderson:
         zero, m = zeros_from(z), self.history
         slots = jnp.stack([zero] * m, axis=-2)
         gram = jnp.stack([slots[..., 0]] * m, axis=-1)
-        none, lengths = zero[..., 0], jnp.stack([slots[..., 0]] * 2, axis=-2)
+        none, lengths = zero[..., 0], jnp.stack([slots[..., 0]] * (3 - self.type), axis=-2)
         count = jnp.zeros((), jnp.int32)
         return AndersonState(count, zero, zero, none > 0, slots, slots, gram, lengths, none + jnp.inf)
 
@@ -68,38 +70,37 @@ class Anderson:
     def update(
         self, residual: Float[Array, "*batch dim"], state: AndersonState, z: Float[Array, "*batch dim"]
     ) -> tuple[Float[Array, "*batch dim"], AndersonState]:
-        slot = (state.count - 1) % self.history
-        dz, dg, g_norm = z - state.z, residual - state.g, norm(residual)
-        length = jnp.stack([norm(dz), norm(dg)], axis=-1)
-        # A problem that stopped is shown its best z again: it does not move, and what it holds must survive.
-        moved = state.known & (length[..., 0] != 0)
-        new = moved & jnp.isfinite(length[..., 1])
-        second = self.type == 2
-        kept = dz + self.damping * dg if second else dz
-        dzs, dgs = write_slot(state.dz, kept, slot, new), write_slot(state.dg, dg, slot, new)
+        slot, second = (state.count - 1) % self.history, self.type == 2
+        w = z + self.damping * residual if second else z
+        dw, dg, g_norm = w - state.w, residual - state.g, norm(residual)
+        length = norm(dg)
+        # A problem that stopped is shown its best z again: nothing changes, and what it holds must survive.
+        moved = state.known & (length != 0)
+        new = moved & jnp.isfinite(length)
+        dws, dgs = write_slot(state.dw, dw, slot, new), write_slot(state.dg, dg, slot, new)
 
         # A residual that grew too much ends the history: a length of zero leaves a difference unused.
         grown = moved & ~(g_norm <= self.growth * state.least)
         least = jnp.where(grown, g_norm, jnp.minimum(state.least, jnp.where(g_norm < jnp.inf, g_norm, jnp.inf)))
         here = jnp.arange(self.history) == slot
+        pair = jnp.stack([length] if second else [norm(dw), length], axis=-1)
         lengths = jnp.where(grown[..., None, None], 0, state.lengths)
-        lengths = jnp.where(new[..., None, None] & here, length[..., None], lengths)
+        lengths = jnp.where(new[..., None, None] & here, pair[..., None], lengths)
 
-        tests = dgs if second else dzs
+        tests = dgs if second else dws
         along = lambda rows, x: jnp.einsum("...md,...d->...m", rows, x)
         column, target = along(tests, dg), along(tests, residual)
-        row = column if second else along(dgs, dz)
+        row = column if second else along(dgs, dw)
         gram = jnp.where(new[..., None, None] & here, column[..., :, None], state.gram)
         gram = write_slot(gram, row, slot, new)
 
         # γ = argmin ‖g − Σ γᵢ dgᵢ‖ (type I: g − Σ γᵢ dgᵢ ⟂ all dzᵢ); then z + damping·g, both less Σ γᵢ times their
-        # differences, is the new iterate. Type II needs dz for this sum alone, which is why it keeps dz + damping·dg:
-        # one history read the less.
-        gamma = _project(gram, target, lengths[..., self.type - 1, :], lengths[..., 1, :], self.ridge, slot)
+        # differences, is the new iterate: with dw = dz + damping·dg, one history is read the less.
+        gamma = _project(gram, target, lengths[..., 0, :], lengths[..., -1, :], self.ridge, slot)
         mixed = lambda rows: jnp.einsum("...m,...md->...d", gamma, rows)
-        step = self.damping * (residual if second else residual - mixed(dgs)) - mixed(dzs)
+        step = self.damping * (residual if second else residual - mixed(dgs)) - mixed(dws)
         known = state.known | True
-        return step, AndersonState(state.count + 1, z, residual, known, dzs, dgs, gram, lengths, least)
+        return step, AndersonState(state.count + 1, w, residual, known, dws, dgs, gram, lengths, least)
 
 
 def _project(
