@@ -39,7 +39,7 @@ PARTS = (
     Part("memory_study", ("reduced",), 10),
     Part("runtime_study", ("reduced",), 8),
     Part("word_lm", ("ptb-small",), 6),
-    Part("word_lm", ("ptb-trellisnet-small",), 6),
+    Part("word_lm", ("ptb-trellisnet-small",), 8),
     Part("gradient_study", (), 6),
     Part("robustness_study", (), 6),
     Part("backward_study", (), 7),
