@@ -37,12 +37,6 @@ ADJOINTS = {  # name: (adjoint, the matrix M of its gradient's u = M(Jᵀ) z̄)
 }
 # Of an unrolled solve: enough for 1e-10.
 DEPTH = {"picard": 40, "anderson": 16, "broyden": 16, "newton": 30, "robust": 24}
-    "picard": 40,
-    "anderson": 16,
-    "broyden": 16,
-    "newton": 30,
-    "robust": 24,
-}  # of an unrolled solve: enough for 1e-10
 PAIRS = [(a, s) for a in ADJOINTS for s in SOLVERS if a != "shine" or s == "broyden"]
 RTOL = {"float64": 1e-13, "float32": 1e-6, "bfloat16": 1e-3}
 TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 0.03}
