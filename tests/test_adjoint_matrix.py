@@ -19,7 +19,7 @@ SOLVERS = {
     "anderson": deq.Anderson(rtol=1e-13, max_steps=200, history=2),
     "broyden": deq.Broyden(rtol=1e-13, max_steps=200, rank=10),
     "newton": NewtonKrylov(rtol=1e-13, max_steps=200, krylov=3),
-    "robust": deq.Robust(rtol=1e-13, max_steps=200, stages=(deq.Broyden(rank=10), NewtonKrylov(krylov=3))),
+    "robust": deq.Robust(rtol=1e-13, max_steps=200, stages=(deq.Picard(), deq.Broyden(rank=10))),
 }
 PICARD = SOLVERS["picard"]
 exact = lambda A: np.linalg.inv(np.eye(DIM) - A)
@@ -36,7 +36,7 @@ ADJOINTS = {  # name: (adjoint, the matrix M of its gradient's u = M(Jᵀ) z̄)
     "shine": (deq.Shine(refine=8), exact),
 }
 # Of an unrolled solve: enough for 1e-10.
-DEPTH = {"picard": 40, "anderson": 16, "broyden": 16, "newton": 30, "robust": 24}
+DEPTH = {"picard": 40, "anderson": 16, "broyden": 16, "newton": 30, "robust": 40}
 PAIRS = [(a, s) for a in ADJOINTS for s in SOLVERS if a != "shine" or s == "broyden"]
 RTOL = {"float64": 1e-13, "float32": 1e-6, "bfloat16": 1e-3}
 TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 0.03}
