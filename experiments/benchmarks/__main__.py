@@ -170,11 +170,11 @@ def measure(config: Config, problem: str, tuned: dict[str, list[float]]) -> dict
     with workers(config, names) as processes:
         with referee(config, problem) as (judge, scale):
             for name, process in processes.items():
-                rtol, backward = tuned.get(name, [1e-4, 1e-5])
-                row = rows[name] | {"rtol": rtol, "backward": backward}
-                if name in tuned and tuned[name] is None:
+                row, tolerances = rows[name], tuned.get(name, [1e-4, 1e-5])
+                if tolerances is None:
                     rows[name] = row | {"error": "misses the accuracy at every tolerance"}
                     continue
+                rtol, backward = tolerances
                 for _ in range(1 if name in ALTERNATIVES else TIGHTER):
                     row |= {"rtol": rtol, "backward": backward}
                     options = dict(problem=problem, contender=name, rtol=rtol, backward=backward, scale=scale)
@@ -186,7 +186,7 @@ def measure(config: Config, problem: str, tuned: dict[str, list[float]]) -> dict
                 rows[name] = row
                 print(f"  {problem} {name}: {describe(row)}", flush=True)
         limit = start(config, "deq_jax")
-        limit.ask("limit", problem=problem)
+        sizes = limit.ask("limit", problem=problem)
         visits = [(limit, ("limit", what)) for what in ("t_f", "t_vjp", "t_params")]
         visits += [(processes[n], (n, w)) for n, row in rows.items() if "error" not in row for w in ("forward", "step")]
         order = random.Random(config.seed)
@@ -211,7 +211,7 @@ def measure(config: Config, problem: str, tuned: dict[str, list[float]]) -> dict
                 }
     parts = {what: min(times["limit", what]) / 20 for what in ("t_f", "t_vjp", "t_params")}
     what = (problems.TINY if config.tiny else problems.PROBLEMS)[problem]().what
-    return {"what": what, "limit": parts, "contenders": rows}
+    return {"what": what, "limit": parts | sizes, "contenders": rows}
 
 
 def describe(row: dict[str, Any]) -> str:

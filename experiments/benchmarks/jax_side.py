@@ -1,5 +1,6 @@
 """A contender written in JAX, and the parts that the limit is made of."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -52,8 +53,9 @@ def commands(table: dict[str, Callable[[], Problem]]) -> dict[str, Callable]:
         return {}
 
     def limit(problem: str) -> dict:
-        built.update({("limit", name): program for name, program in parts(table[problem]()).items()})
-        return {}
+        drawn = table[problem]()
+        built.update({("limit", name): program for name, program in parts(drawn).items()})
+        return {"linearization_bytes": linearization_bytes(drawn), "z_bytes": 4 * math.prod(drawn.z_shape)}
 
     return {
         "build": build,
@@ -104,6 +106,22 @@ def _ticking_jvp(primals, tangents):
 
 
 # ---- what no contender can do without ------------------------------------------------------------------------
+
+
+def linearization_bytes(drawn: Problem) -> int:
+    """Temporaries of the loss at a given z, and of one pullback through the cell to z and to the parameters."""
+    data = jax.tree.map(jnp.asarray, drawn.data)
+
+    def step(z, params):
+        _, vjp = jax.vjp(
+            lambda z, params: drawn.cell(jax_ops, z, params, drawn.inject(jax_ops, params, data)), z, params
+        )
+        loss, grads = jax.value_and_grad(lambda z, params: drawn.readout(jax_ops, z, params, data), (0, 1))(z, params)
+        z_bar, params_bar = vjp(grads[0])
+        return loss, z_bar, jax.tree.map(jnp.add, params_bar, grads[1])
+
+    lowered = jax.jit(step).lower(jnp.zeros(drawn.z_shape), jax.tree.map(jnp.asarray, drawn.params))
+    return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
 def parts(drawn: Problem, loops: int = 20) -> dict[str, Callable]:

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
+from experiments.benchmarks.contenders import CONTENDERS
 from experiments.plots import STYLE, markdown_table
 
 RESIDUAL, GRADIENT = 1e-4, 1e-4  # equal accuracy: the largest residual of a problem, the error of the gradient
@@ -63,7 +64,7 @@ def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
 
     for name, problem in results["problems"].items():
         rows = timed(problem)
-        us = [r for r in rows.values() if r["package"] == "deq_jax"]
+        us = [r for n, r in rows.items() if n.startswith("ours")]
         peers = [r for r in rows.values() if r["package"] in PACKAGES and r["package"] != "deq_jax"]
         if not us or not peers:
             continue
@@ -72,12 +73,25 @@ def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
         if name in LIMIT:
             over = us[0]["step"]["ms"] / limit_ms(us[0], problem["limit"])
             bar(f"{name}: time over the limit", over, LIMIT[name], over <= LIMIT[name])
+        history = [CONTENDERS[n].solve.keywords for n, r in rows.items() if r is us[0]][0]
+        history = max(history["history"], history["back"])
+        if "linearization_bytes" in problem["limit"]:
+            allowed = problem["limit"]["linearization_bytes"] + (2 * history + 6) * problem["limit"]["z_bytes"]
+            over = us[0]["step"]["temp_bytes"] / allowed
+            bar(f"{name}: temporaries over linearization + {2 * history + 6} z", over, 1.0, over <= 1)
         quick = [r["step"]["temp_bytes"] for n, r in rows.items() if r in peers and accelerated(n)]
         if name != "P1" and quick:
             ours = us[0]["step"]["temp_bytes"]
             bar(
                 f"{name}: temporaries over the least of an accelerated peer", ours / min(quick), 1.0, ours <= min(quick)
             )
+        step = {n: r["step"] for n, r in problem["contenders"].items() if "step" in r}
+        if "√L 12" in step:
+            over = us[0]["step"]["temp_bytes"] / step["√L 12"]["temp_bytes"]
+            bar(f"{name}: temporaries over 12 steps with √L checkpoints", over, 1.0, over <= 1)
+        if "ms" in step.get("unrolled 30", {}):
+            over = us[0]["step"]["ms"] / step["unrolled 30"]["ms"]
+            bar(f"{name}: time over 30 plain unrolled steps", over, 1.6, over <= 1.6)
     return found
 
 
@@ -169,7 +183,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             ax.minorticks_off()
             ax.invert_yaxis()
-            ours = [row["step"]["ms"] for row in rows.values() if row["package"] == "deq_jax"]
+            ours = [row["step"]["ms"] for name, row in rows.items() if name.startswith("ours")]
             peers = [row["step"]["ms"] for row in rows.values() if row["package"] not in ("deq_jax", "equinox")]
             ratio = f"ours {peers[0] / ours[0]:.2f} times as fast as the best peer" if ours and peers else ""
             ax.set_title(f"{name}, {problem['what']}\n{ratio}")
