@@ -396,12 +396,9 @@ def make_steps(config: Config, graphdef: Any) -> tuple[Any, Any]:
     tx = optimizer(config)
 
     def step(solver, adjoint, weight):
-        # These leave the probe as it is, and zeros in the log would read as a solve that converged at once.
-        silent = isinstance(adjoint, deq.Unroll | deq.Reversible | deq.ImplicitJVP)
-        probe = None if silent else deq.Probe.zeros((config.batch,))
         aux: dict[str, Any] = {"aux_every": config.aux_every, "aux_weight": config.aux_weight}
         loss = functools.partial(loss_fn, graphdef, solver, adjoint, jacobian_weight=weight, **aux)
-        return make_train_step(loss, tx, probe=probe)
+        return make_train_step(loss, tx, probe=lm.backward_probe(adjoint, config.batch))
 
     shallow = step(deq.Picard(max_steps=config.shallow_depth), deq.Unroll(), 0.0)
     return shallow, step(config.solver, config.adjoint, config.jacobian_weight)

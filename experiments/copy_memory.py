@@ -9,7 +9,6 @@ A DEQ-Transformer against a TCN, an LSTM and a GRU of as many parameters, in one
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,11 +156,11 @@ def levels(delay: int) -> int:
 
 def loss_fn(graphdef, call, params, probe, rest, batch, key, carry):
     """The mean cross entropy over all T + 20 places, in nats."""
-    logits, metrics = call(nnx.merge(graphdef, params, rest, copy=True), batch.inputs)
+    logits, metrics = call(nnx.merge(graphdef, params, rest, copy=True), batch.inputs, probe=probe)
     return lm.cross_entropy(logits, batch.targets), (rest, carry, metrics)
 
 
-def explicit(model, tokens):
+def explicit(model, tokens, probe=None):
     return model(tokens), {}
 
 
@@ -188,26 +187,26 @@ def train_and_test(config: Config, name: str) -> dict[str, Any]:
     params = nnx.to_pure_dict(params)
     tx = make_optimizer(lr=lr, warmup_steps=min(100, steps - 1), total_steps=steps, clip=1.0)
     state = init_state(params, tx, jax.random.key(config.seed), rest=rest)
-    compile_step = lambda call: make_train_step(functools.partial(loss_fn, graphdef, call), tx)
-    last_step = compile_step(solved if deep else explicit)
+    compile_step = lambda call, probe=None: make_train_step(functools.partial(loss_fn, graphdef, call), tx, probe=probe)
+    last_step = compile_step(solved, deq.Probe.zeros((batch,))) if deep else compile_step(explicit)
     first_step = compile_step(functools.partial(solved, **SHALLOW)) if deep else last_step
     switch = config.shallow_steps if deep else 0
 
     rng = np.random.default_rng(config.seed)
     pool, test = (sequences(n, config.delay, rng) for n in (config.train_sequences, config.test_sequences))
-    curve, window, spent = [], [], np.zeros(2)
-    clocks = np.array([time.perf_counter(), time.process_time()])
+    curve, meter = [], lm.Meter(batch * (config.delay + 2 * COPIED))
+    meter.start()
     for step in range(steps):
         rows = rng.integers(0, config.train_sequences, batch)
         state, metrics = (first_step if step < switch else last_step)(state, Batch(*(x[rows] for x in pool)))
-        window.append(metrics["loss"])
+        meter.add(metrics)
         if (step + 1) % config.log_every == 0 or step + 1 == steps:
-            losses = jax.device_get(window)
-            now = np.array([time.perf_counter(), time.process_time()])
-            spent, clocks, window = spent + now - clocks, now, []
-            curve.append({"step": step + 1, "cpu_seconds": spent[1], "loss": float(np.mean(losses))})
+            line = meter.line()
+            point = {"step": step + 1, "cpu_seconds": meter.spent[1], "loss": float(line["loss"])}
+            curve.append(point | lm.backward(line))
             if len(curve) % 8 == 0:
-                print(f"    {name} {step + 1}/{steps}: loss {curve[-1]['loss']:.2e}, {spent[0]:.0f} s", flush=True)
+                print(f"    {name} {step + 1}/{steps}: loss {point['loss']:.2e}, {meter.spent[0]:.0f} s", flush=True)
+            meter.start()
     test_call = make_test(graphdef, solved if deep else explicit, test)
     measured = test_call(state, *([deq.Anderson(rtol=config.rtol, max_steps=config.max_steps)] if deep else []))
     otherwise = {}
@@ -220,8 +219,8 @@ def train_and_test(config: Config, name: str) -> dict[str, Any]:
         "parameters": count_params(params),
         "steps": steps,
         "sequences": steps * batch,
-        "seconds": spent[0],
-        "cpu_seconds": spent[1],
+        "seconds": meter.spent[0],
+        "cpu_seconds": meter.spent[1],
         "curve": curve,
         "test": measured,
         "test_otherwise": otherwise,

@@ -157,7 +157,7 @@ def programs(config: Config, vocabulary: int, layer_norm: str, weight_norm: bool
     def loss(params, probe, rest, segment, key, carry):
         model = nnx.merge(graphdef, params)
         z0 = jnp.zeros((*segment.inputs.shape, config.dim))
-        z, stats = deq.fixed_point(f, z0, model.context(segment.inputs), solver=solver, batch_ndim=1)
+        z, stats = deq.fixed_point(f, z0, model.context(segment.inputs), solver=solver, batch_ndim=1, probe=probe)
         metrics = {"converged": stats.converged.mean(), "evaluations": stats.steps.mean()}
         return jnp.mean(model.nll(z, segment.targets)), (rest, carry, metrics)
 
@@ -186,7 +186,8 @@ def programs(config: Config, vocabulary: int, layer_norm: str, weight_norm: bool
             "picard_converged": jnp.mean(picard.stats.converged),
         }
 
-    return nnx.to_pure_dict(params), tx, make_train_step(loss, tx), look
+    step = make_train_step(loss, tx, probe=deq.Probe.zeros((config.batch,)))
+    return nnx.to_pure_dict(params), tx, step, look
 
 
 def stretch(
@@ -225,14 +226,17 @@ def measure(config: Config, cells: study.Cells) -> dict[str, Any]:
                 state, line = step(state, batches[i])
                 lines.append(line)
             lines = jax.device_get(lines)
+            mean = lambda name: np.mean([line[name] for line in lines])
             loss, bad = (np.array([line[name] for line in lines], float) for name in ("loss", "skipped"))
             after = look(state.params, held_out.inputs, held_out.targets)
             return {
                 "before": before,
                 "after": after,
                 "training_loss": loss[-20:].mean(),
-                "training_evaluations": np.mean([line["evaluations"] for line in lines]),
-                "training_converged": np.mean([line["converged"] for line in lines]),
+                "training_evaluations": mean("evaluations"),
+                "training_converged": mean("converged"),
+                "training_products": mean("bwd_steps"),
+                "training_backward_converged": mean("bwd_converged"),
                 "diverged_at": divergence(loss, bad),
             }
 

@@ -250,7 +250,20 @@ def solve_metrics(stats: deq.Stats) -> dict[str, Array]:
     }
 
 
+def backward_probe(adjoint: Any, batch: int) -> deq.Probe | None:
+    """What `make_train_step` needs to log the backward solve of so many problems; None where there is none."""
+    # These leave the probe as it is, and zeros in the log would read as a solve that converged at once.
+    silent = isinstance(adjoint, deq.Unroll | deq.Reversible | deq.ImplicitJVP)
+    return None if silent else deq.Probe.zeros((batch,))
+
+
 # Around it.
+
+
+def backward(line: dict[str, Any]) -> dict[str, float]:
+    """The backward solve's statistics among the metrics of a step or a line: products, residual, worst status, share
+    converged."""
+    return {name: float(value) for name, value in line.items() if name.startswith("bwd_")}
 
 
 class Evaluation(NamedTuple):

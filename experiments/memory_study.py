@@ -177,9 +177,9 @@ class Step(NamedTuple):
     batch: data.Segment
 
 
-def training_step(config: Config, graphdef: Any, how: dict[str, Any]) -> Any:
+def training_step(config: Config, graphdef: Any, how: dict[str, Any], shape: Shape) -> Any:
     loss = functools.partial(char_lm.loss_fn, graphdef, how["solver"], how["adjoint"])
-    return make_train_step(loss, optimizer(config))
+    return make_train_step(loss, optimizer(config), probe=lm.backward_probe(how["adjoint"], shape.batch))
 
 
 def optimizer(config: Any) -> Any:
@@ -196,7 +196,7 @@ def abstract_step(config: Config, family: str, shape: Shape, how: dict[str, Any]
     start = lambda params, history: init_state(params, tx, jax.random.key(0), carry=history)
     state = jax.eval_shape(start, nnx.to_pure_dict(params), history)
     tokens: Any = jax.ShapeDtypeStruct((shape.batch, shape.length), jnp.int32)
-    return Step(training_step(config, graphdef, how), state, data.Segment(tokens, tokens, False))
+    return Step(training_step(config, graphdef, how, shape), state, data.Segment(tokens, tokens, False))
 
 
 def compiled_bytes(config: Config, family: str, name: str, depth: int, shape: Shape) -> dict[str, float]:
@@ -231,7 +231,7 @@ def timed_steps(config: Config, family: str, depth: int) -> dict[str, Any]:
     programs, rows = {}, {}
     for name in MODES if depth == config.layers else (*EXPLICIT, "Implicit"):
         how = mode(config, name, min(depth, 21) if name == "Reversible" else depth)
-        programs[name] = training_step(config, graphdef, how).lower(state, batches[0]).compile()
+        programs[name] = training_step(config, graphdef, how, config.measured).lower(state, batches[0]).compile()
         rows[name] = {"temp_bytes": lm.temp_bytes(programs[name])}
     timed = interleaved(programs, dict.fromkeys(programs, state), batches[0], config.repeats)
     return {name: rows[name] | row for name, row in timed.items()}
@@ -255,8 +255,9 @@ def interleaved(
         rows[name] = {"wall_min": min(wall), "wall_median": statistics.median(wall)}
         rows[name] |= {"cpu_min": min(cpu), "cpu_median": statistics.median(cpu)}
         # The solver runs until its slowest problem has stopped: that is what a step costs.
-        told = {"fwd_steps": "fwd_steps_max", "bwd_steps": "bwd_steps"}
-        rows[name] |= {key: float(metrics[name][own]) for key, own in told.items() if own in metrics[name]}
+        if "fwd_steps_max" in metrics[name]:
+            rows[name]["fwd_steps"] = float(metrics[name]["fwd_steps_max"])
+        rows[name] |= lm.backward(metrics[name])
     return rows
 
 
@@ -265,7 +266,8 @@ def used_bytes(config: Config, family: str, depth: int) -> dict[str, dict[str, A
     graphdef, state, batches = start(config, family, config.measured, corpus_of(config))
     rows = {}
     for name in (*EXPLICIT, "Implicit"):
-        program = training_step(config, graphdef, mode(config, name, depth)).lower(state, batches[0]).compile()
+        step = training_step(config, graphdef, mode(config, name, depth), config.measured)
+        program = step.lower(state, batches[0]).compile()
         rows[name] = {"temp_bytes": lm.temp_bytes(program), "used_bytes": growth(program, state, batches[0])}
     return rows
 
@@ -295,7 +297,7 @@ def resident(field: str) -> int:
 def warmed(config: Config, family: str, shape: Shape) -> tuple[Any, Any, data.Segments]:
     """The state after the steps through two layers, from which every mode goes on; to be copied before a step."""
     graphdef, state, batches = start(config, family, shape, corpus_of(config))
-    shallow = training_step(config, graphdef, mode(config, "plain", 2))
+    shallow = training_step(config, graphdef, mode(config, "plain", 2), shape)
     for step in range(config.shallow_steps):
         state, _ = shallow(state, batches[step])
     return graphdef, jax.block_until_ready(state), batches
@@ -307,7 +309,7 @@ def trained(config: Config, family: str, name: str, shape: Shape) -> dict[str, A
     how = trained_mode(config, name)
     graphdef, state, batches = warmed(config, family, shape)
     state = jax.tree.map(jnp.copy, state)  # a step donates its state, and the next mode starts from here too
-    program = training_step(config, graphdef, how).lower(state, batches[0]).compile()
+    program = training_step(config, graphdef, how, shape).lower(state, batches[0]).compile()
     evaluation = lm.evaluation_segments(corpus.valid, 32, shape.length)
     evaluate = lm.make_evaluate(graphdef, evaluation, how["solver"])
     measured = lambda: evaluate(state.params, config.eval_segments)
@@ -321,7 +323,8 @@ def trained(config: Config, family: str, name: str, shape: Shape) -> dict[str, A
             line = meter.line()
             spent, last = meter.spent, measured()
             point = {"step": step + 1, "seconds": spent[0], "cpu_seconds": spent[1], "valid_loss": last.loss}
-            curve.append(point | {key: float(line[key]) for key in ("loss", "fwd_steps_max") if key in line})
+            logged = {key: float(line[key]) for key in ("loss", "fwd_steps_max") if key in line}
+            curve.append(point | logged | lm.backward(line))
             print(f"    {name} {step + 1}/{config.steps}: {last.loss:.3f}, {spent[0]:.0f} s", flush=True)
             meter.start()
     end = {"valid_steps": last.steps, "valid_residual": last.residual}
@@ -344,9 +347,9 @@ def choose_larger(config: Config, family: str) -> dict[str, Any]:
     """
     graphdef, state, batches = warmed(config, family, config.trained)
     names = ("plain", "checkpointed", "√L-checkpointed", "Implicit")
+    step = functools.partial(training_step, config, graphdef)
     programs = {
-        name: training_step(config, graphdef, trained_mode(config, name)).lower(state, batches[0]).compile()
-        for name in names
+        name: step(trained_mode(config, name), config.trained).lower(state, batches[0]).compile() for name in names
     }
     times = interleaved(programs, dict.fromkeys(programs, state), batches[0], config.repeats)
     ratio = times["Implicit"]["cpu_min"] / times["√L-checkpointed"]["cpu_min"]
@@ -355,7 +358,8 @@ def choose_larger(config: Config, family: str) -> dict[str, Any]:
     for width in sorted(w for w in config.widths if w > 1):
         shape = widened(config.trained, width)
         graphdef, state, batches = start(config, family, shape, corpus_of(config))
-        program = training_step(config, graphdef, trained_mode(config, fast)).lower(state, batches[0]).compile()
+        step = training_step(config, graphdef, trained_mode(config, fast), shape)
+        program = step.lower(state, batches[0]).compile()
         tried[width] = interleaved({fast: program}, {fast: state}, batches[0], config.repeats)[fast]["cpu_min"]
         if tried[width] > wanted:
             break

@@ -155,8 +155,7 @@ def loss_fn(graphdef, contender, params, probe, rest, batch, key, carry):
 
 def training_step(config: Config, graphdef: Any, contender: Contender) -> Any:
     """Probed where there is a backward solve, for its evaluations."""
-    solved = not contender.own and not isinstance(contender.how["adjoint"], deq.Unroll)
-    probe = deq.Probe.zeros((config.shape.batch,)) if solved else None
+    probe = None if contender.own else lm.backward_probe(contender.how["adjoint"], config.shape.batch)
     return make_train_step(functools.partial(loss_fn, graphdef, contender), optimizer(config), probe=probe)
 
 
@@ -238,11 +237,11 @@ def train(task: Task, name: str, contender: Contender) -> dict[str, Any]:
             line = meter.line()
             seconds, cpu_seconds = meter.spent
             point = {"step": step + 1, "seconds": seconds, "cpu_seconds": cpu_seconds}
-            curve.append(point | {"valid_loss": evaluate(state.params)})
+            curve.append(point | {"valid_loss": evaluate(state.params)} | lm.backward(line))
             print(f"    {name} {step + 1}/{steps}: {curve[-1]['valid_loss']:.3f}, {seconds:.0f} s", flush=True)
             meter.start()
     np.savez(task.path(name), *jax.device_get(jax.tree.leaves(state.params)))
-    counts = {key: float(line[key]) for key in ("fwd_steps", "bwd_steps", "fwd_residual") if key in line}
+    counts = {key: float(line[key]) for key in ("fwd_steps", "fwd_residual") if key in line} | lm.backward(line)
     size = count_params(state.params)
     return {"parameters": size, "shallow_steps": shallow, "curve": curve, **counts}
 

@@ -99,7 +99,7 @@ def make_train_step(
     `loss_fn(params, probe, rest, batch, key, carry) -> (loss, (rest, carry, metrics))`, where `metrics` is a
     dict of scalars. To these come `loss`, `grad_norm` (before clipping), `skipped`, `lr` if `tx` has one,
     and, when a `probe` is given, its cotangent: the backward solver's statistics as `bwd_steps`,
-    `bwd_residual` (means over problems) and `bwd_status` (the worst code).
+    `bwd_residual` (means over problems), `bwd_status` (the worst code) and `bwd_converged` (the share of code 0).
 
     With `guard`, a step whose gradient is not finite (or too large for its norm to be) sets `skipped` to 1
     and changes nothing but the step counter. The carry is kept too: one NaN in it would spoil every later
@@ -264,7 +264,11 @@ def _backward_metrics(cotangent: PyTree) -> dict[str, Array]:
     metrics = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(cotangent):
         field = jax.tree_util.keystr(path, simple=True, separator="_")
-        metrics[f"bwd_{field}"] = jnp.max(leaf) if field.endswith("status") else jnp.mean(leaf)
+        is_status = field.endswith("status")
+        metrics[f"bwd_{field}"] = jnp.max(leaf) if is_status else jnp.mean(leaf)
+        if is_status:
+            converged = f"bwd_{field.removesuffix('status')}converged"
+            metrics[converged] = jnp.mean((leaf == 0).astype(jnp.float32))  # Status.CONVERGED is 0
     return metrics
 
 

@@ -128,6 +128,7 @@ def test_a_run_trains_and_its_log_says_how(trained, run):
         assert 1 < line["fwd_steps"] <= line["fwd_steps_max"] <= TINY.solver.max_steps
         assert 1 < line["bwd_steps"] <= TINY.adjoint.solver.max_steps
         assert 0 < line["fwd_residual"] < 0.1 and 0 <= line["converged"] <= 1 and line["skipped"] == 0
+        assert 0 < line["bwd_residual"] < 0.1 and 0 <= line["bwd_converged"] <= 1
     assert "valid_loss" in log[1] and "valid_loss" not in log[2]
     assert log[0]["train_seconds"] < log[-1]["train_seconds"] <= log[-1]["seconds"]
 

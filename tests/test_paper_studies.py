@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import copy_memory, memory_study, runtime_study
+from experiments import copy_memory, initialization_study, lm, memory_study, runtime_study, study, training
 from experiments.baselines import parameters
 
 RESULTS = Path(__file__).parent.parent / "experiments" / "results"
@@ -73,6 +73,7 @@ def test_a_copy_memory_cell():
     assert [point["step"] for point in cell["curve"]] == [2, 4]
     assert cell["sequences"] == 4 * 32
     assert 0 <= cell["test"]["right"] <= 1 and np.isfinite(cell["test"]["loss"])
+    assert not any(name.startswith("bwd") for point in cell["curve"] for name in point), "a GRU solves nothing"
     (bar, size) = copy_memory.bars(config, {"GRU": cell, "DEQ-Transformer": cell | {"test": {"loss": 1e-5}}})[::2]
     assert bar["met"] == (abs(cell["test"]["loss"] / copy_memory.chance(3) - 1) <= 0.1) and size["met"]
 
@@ -145,6 +146,82 @@ def test_time_to_a_loss():
     assert found == {"loss": 2.0, "cpu_seconds": {"a": 1.5, "b": 10}}
     with pytest.raises(ValueError, match="never reaches 0.5"):
         runtime_study.first_at(curve((0, 4.0), (1, 3.0))["curve"], 0.5)
+
+
+# ---- what training logs ------------------------------------------------------------------------------------
+
+
+class Traced:
+    """A training step that is traced and never compiled: the state stays, every metric is 1."""
+
+    def __init__(self, *args, **options):
+        self.step = training.make_train_step(*args, **options)
+
+    def __call__(self, state, batch):
+        metrics = jax.eval_shape(self.step, state, batch)[1]
+        return state, {name: np.ones(metric.shape, metric.dtype) for name, metric in metrics.items()}
+
+    def lower(self, *_):
+        return self
+
+    def compile(self):
+        return self
+
+
+BACKWARD = {"bwd_steps", "bwd_residual", "bwd_status", "bwd_converged"}
+SMALL = dataclasses.replace(TINY, dim=8, inner_dim=8, length=8)
+
+
+@pytest.fixture
+def traced(monkeypatch, tmp_path):
+    """A text, and studies that compile nothing: what they measure of a trained model is 1 too."""
+    for module in (copy_memory, initialization_study, memory_study, runtime_study):
+        monkeypatch.setattr(module, "make_train_step", Traced)
+    monkeypatch.setattr(copy_memory, "make_test", lambda *_: lambda *_: {"loss": 1.0})
+    monkeypatch.setattr(lm, "make_evaluate", lambda *_: lambda *_: lm.Evaluation(1.0, 1, 1.0, 1.0, 1.0))
+    monkeypatch.setattr(lm, "temp_bytes", lambda _: 1)
+    monkeypatch.setattr(runtime_study.Task, "evaluate", lambda *_: lambda _: 1.0)
+    programs = initialization_study.programs
+    monkeypatch.setattr(initialization_study, "programs", lambda *args: (*programs(*args)[:3], lambda *_: {}))
+    (tmp_path / "text.txt").write_text("to be or not " * 100)
+    with jax.default_prng_impl("rbg"):  # what is drawn does not matter, and threefry takes seconds to compile
+        yield tmp_path / "text.txt"
+
+
+def test_copy_memory_logs_the_backward_solve(traced):
+    config = copy_memory.Config(delay=3, train_sequences=8, test_sequences=4, steps=2, shallow_steps=1, log_every=1)
+    shallow, deep = copy_memory.train_and_test(config, "DEQ-Transformer")["curve"]
+    assert BACKWARD <= deep.keys() and not BACKWARD & shallow.keys()
+
+
+def test_the_memory_study_logs_the_backward_solve(traced):
+    config = memory_study.Config(
+        data=str(traced), trained=SMALL, measured=SMALL, shallow_steps=1, steps=1, eval_every=1, repeats=1
+    )
+    times = memory_study.timed_steps(config, "DEQTransformer", 1)
+    for name, logged in ("plain", set()), ("Implicit", BACKWARD):
+        end = memory_study.trained(config, "DEQTransformer", name, SMALL)["curve"][-1]
+        assert BACKWARD & end.keys() == BACKWARD & times[name].keys() == logged
+
+
+def test_the_runtime_study_logs_the_backward_solve(traced, tmp_path):
+    config = runtime_study.Config(
+        run=tmp_path, data=str(traced), shape=SMALL, shallow_steps=1, steps=1, explicit_steps=1, eval_every=1
+    )
+    task = runtime_study.Task(config, "DEQTransformer")
+    for name in ("tied layers", "Implicit"):
+        row = runtime_study.train(task, name, runtime_study.contenders(config, "DEQTransformer")[name])
+        assert all(
+            BACKWARD & part.keys() == (BACKWARD if name == "Implicit" else set()) for part in (row, row["curve"][-1])
+        )
+
+
+def test_the_initialization_study_logs_the_backward_solve(traced, tmp_path):
+    one: dict = dict(gains=(1.0,), ensembles=("Gaussian",), weight_norms=(True,), layer_norms=("post",))
+    config = initialization_study.Config(data=str(traced), dim=8, inner_dim=8, batch=2, length=8, steps=1, **one)
+    with study.Cells(tmp_path / "cells.jsonl", study.identity(config)) as cells:
+        (row,) = initialization_study.measure(config, cells)["rows"]
+    assert row["training_products"] == row["training_backward_converged"] == 1
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def test_the_probes_cotangent_becomes_metrics():
     probe = Probe(*[jnp.zeros(2)] * 3)
     state, metrics = make_train_step(loss_fn, tx, probe=probe)(start(tx), 2.0)
     np.testing.assert_allclose(state.params["w"], [2.4, 3.2], rtol=1e-6)
-    assert metrics["bwd_steps"] == 5 and metrics["bwd_status"] == 2
+    assert metrics["bwd_steps"] == 5 and metrics["bwd_status"] == 2 and metrics["bwd_converged"] == 0.5
     np.testing.assert_allclose(metrics["bwd_residual"], 0.2, rtol=1e-6)
     _, metrics = make_eval_step(loss_fn, probe=probe)(start(tx), 2.0)
     assert metrics.keys() == {"loss", "norm"}
