@@ -178,7 +178,9 @@ def measure(config: Config, problem: str, tuned: dict[str, list[float]]) -> dict
                 for _ in range(1 if name in ALTERNATIVES else TIGHTER):
                     row |= {"rtol": rtol, "backward": backward}
                     options = dict(problem=problem, contender=name, rtol=rtol, backward=backward, scale=scale)
-                    row |= process.ask("build", count=True, **options)
+                    row |= process.ask(
+                        "build", count=name not in ALTERNATIVES, **options
+                    )  # their depth is in their name
                     row |= {} if "error" in row else judged(process, name, judge)
                     if "error" in row or report.good(row) or row["residual"] > HOPELESS:
                         break

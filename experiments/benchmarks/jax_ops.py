@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 einsum, tanh, relu, softmax = jnp.einsum, jnp.tanh, jax.nn.relu, jax.nn.softmax
+gelu = jax.nn.gelu  # by its default, the approximation with tanh
 
 
 def layer_norm(x, scale):

@@ -51,11 +51,11 @@ def small(batch: int, dim: int) -> Problem:
 
 
 def monotone(batch: int, dim: int) -> Problem:
-    """P3: W = (1 − m) I − A Aᵀ + B − Bᵀ. I − W is positive, so there is one fixed point; Picard diverges."""
+    """P3: W = (1 − m) I − A Aᵀ + B − Bᵀ. I − W is positive, so there is one fixed point; ρ(J) is 1.15 to 1.19."""
     rng = np.random.default_rng(3)
-    a, b = normal(rng, dim, dim, scale=0.68 / dim**0.5), normal(rng, dim, dim, scale=0.25 / dim**0.5)
-    w = (0.5 * np.eye(dim) - a @ a.T + b - b.T).astype(np.float32)
-    params = {"w": w, "x": normal(rng, batch, dim, scale=0.3)}
+    a, b = normal(rng, dim, dim, scale=0.75 / dim**0.5), normal(rng, dim, dim, scale=0.4 / dim**0.5)
+    w = (0.8 * np.eye(dim) - a @ a.T + b - b.T).astype(np.float32)
+    params = {"w": w, "x": normal(rng, batch, dim, scale=0.1)}
     data = {"direction": normal(rng, batch, dim)}
     return Problem("monotone W, ρ(J) > 1", tanh_cell, (batch, dim), params, data, given, along, dense=True)
 
@@ -66,9 +66,10 @@ def scaled_cell(ops: Any, z: Any, params: dict, x: Any) -> Any:
 
 
 def many(batch: int, dim: int) -> Problem:
-    """P4: one orthogonal W, and a gain a problem: from ten Picard steps to more than a hundred."""
+    """P4: one W of spectral radius 1, and a gain a problem: from ten Picard steps to more than a hundred."""
     rng = np.random.default_rng(4)
-    w = np.linalg.qr(rng.standard_normal((dim, dim)))[0].astype(np.float32)
+    w = rng.standard_normal((dim, dim))
+    w = (w / np.abs(np.linalg.eigvals(w)).max()).astype(np.float32)
     params = {"w": w, "x": normal(rng, batch, dim, scale=0.05)}
     gain = rng.uniform(0.1, 1.0, (batch, 1)).astype(np.float32) ** 0.5
     data = {"gain": 0.93 * gain, "direction": normal(rng, batch, dim)}
@@ -77,7 +78,11 @@ def many(batch: int, dim: int) -> Problem:
 
 
 def transformer_cell(ops: Any, z: Any, params: dict, x: Any) -> Any:
-    """One post-norm transformer layer: causal attention, then a feed-forward network, x added before each norm."""
+    """One post-norm transformer layer: causal attention, then a feed-forward network, x added before each norm.
+
+    A smooth one: at the kinks of a ReLU the last digits of z decide about a derivative, and in float32 no contender's
+    gradient came within 1e-4.
+    """
     batch, length, dim = z.shape
     heads = 4
     qkv = (z @ params["qkv"]).reshape(batch, length, 3, heads, dim // heads)
@@ -86,7 +91,7 @@ def transformer_cell(ops: Any, z: Any, params: dict, x: Any) -> Any:
     weights = ops.softmax(ops.where(ops.causal(length), scores, -1e9))
     mixed = ops.einsum("bhij,bjhd->bihd", weights, v).reshape(batch, length, dim)
     z = ops.layer_norm(z + mixed @ params["out"] + x, params["norm1"])
-    return ops.layer_norm(z + ops.relu(z @ params["up"]) @ params["down"] + x, params["norm2"])
+    return ops.layer_norm(z + ops.gelu(z @ params["up"]) @ params["down"] + x, params["norm2"])
 
 
 def transformer_params(rng: np.random.Generator, dim: int, inner: int, size: float) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """The table, the bars and the figure of a benchmark: `python -m experiments.benchmarks.report DIRECTORY [PARTS …]`."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,13 @@ def timed(problem: dict[str, Any]) -> dict[str, Any]:
 
 
 def limit_ms(row: dict[str, Any], parts: dict[str, float]) -> float:
-    """What this contender's own evaluations cost in a bare compiled loop, and one pullback to the parameters."""
+    """What this contender's own evaluations cost in a bare compiled loop, and one pullback to the parameters.
+
+    NaN for backpropagation through the iterations, whose evaluations are not counted: its depth is in its name.
+    """
     step = row["step"]
+    if "f" not in step:
+        return math.nan
     # A Jacobian-vector product costs no less than f, and is counted as one: in the contender's favour.
     return step["f"] * parts["t_f"] + step["vjp"] * parts["t_vjp"] + step["jvp"] * parts["t_f"] + parts["t_params"]
 
@@ -147,6 +153,7 @@ def cells(name: str, row: dict[str, Any], parts: dict[str, float]) -> tuple[str,
     if "error" in row:
         return (name, row["error"], *[""] * (len(HEAD) - 2))
     step, forward = row["step"], row["forward"]
+    plus = f" + {step.get('jvp')}"
     memory = (
         f"{step['temp_bytes'] / 1e6:.1f}" if "temp_bytes" in step else f"{step['resident_bytes'] / 1e6:.0f} resident"
     )
@@ -154,8 +161,11 @@ def cells(name: str, row: dict[str, Any], parts: dict[str, float]) -> tuple[str,
         name + ("" if good(row) else " ✗"),
         f"{forward['ms']:.3g}",
         f"{step['ms']:.3g}",
-        f"{step['ms'] / limit_ms(row, parts):.2f}",
-        f"{step['f']} / {step['vjp']}" + (f" + {step['jvp']}" if step["jvp"] else ""),
+        *(
+            (f"{step['ms'] / limit_ms(row, parts):.2f}", f"{step['f']} / {step['vjp']}" + plus * bool(step["jvp"]))
+            if "f" in step
+            else ("", "")
+        ),
         memory,
         f"{step['compile_s']:.1f}",
         f"{step['first_call_s']:.1f}",

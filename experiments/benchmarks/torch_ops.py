@@ -8,6 +8,10 @@ import torch.nn.functional as F
 tanh, relu, einsum = torch.tanh, torch.relu, torch.einsum
 
 
+def gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+
 def softmax(x):
     return torch.softmax(x, -1)
 
