@@ -1,0 +1,377 @@
+"""Five ideas for cheaper solves, measured in evaluations, bytes and errors: what this machine's clock does not decide.
+
+python -m experiments.gains_study
+python -m experiments.gains_study --tiny --out runs/gains
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jaxtyping import Array, Bool, Float, Int
+
+import deq_jax as deq
+from deq_jax._config import config as solver_config
+from deq_jax.adjoints.base import as_probe, at_equilibrium, divide, multiply, power_of_two, run_at_equilibrium
+from deq_jax.solvers import base
+from experiments import lm, plots
+from experiments.benchmarks import jax_ops, referee
+from experiments.benchmarks.problems import PROBLEMS, TINY, Problem
+from experiments.checkpoints import write_atomically
+from experiments.gradient_study import float64
+from experiments.study import conditions, paragraph, plain
+
+REFINE = (0, 5, 20)  # of Shine, which takes two products more
+RATIOS = (1.0, 0.1, 0.01)  # backward over forward tolerance
+HISTORIES = (1, 3, 5, 8)
+THRESHOLDS = (0.3, 0.5, 0.7)  # contraction above which the prototype begins to mix
+SWITCHES = (0.1, 0.03, 0.01)  # residual at which bfloat16 gives way to float32
+EVERY = (2, 4, 8)
+PAYS = 0.1  # of what an idea is to save, on every problem
+PASSES = 7  # over a state: ‖f(z)‖ reads one, keeping the best z and freezing what stopped three each
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """About fifteen minutes on half a CPU core. A backward tolerance of a tenth spares 12 to 23 % of the products.
+
+    python -m experiments.gains_study
+    """
+
+    out: Path = Path("experiments/results/gains")
+    table: bool = False  # only table.md, from the results that are kept
+    tiny: bool = False  # the same mathematics at a test's size
+    problems: tuple[str, ...] = ("P1", "P2", "P3", "P6")
+    rtol: float = 1e-4  # of the forward solve
+
+
+# ---- prototypes --------------------------------------------------------------------------------------------
+
+
+@solver_config
+class Warm:
+    """`Implicit`, its backward solve started from the transpose of forward Broyden's inverse Jacobian."""
+
+    solver: Any
+    step: bool = False  # whether from u = z̄ − Bᵀ Jᵀz̄, Shine's first step, which costs a product; or from −Bᵀ z̄
+
+    reads_memory = True
+    run = run_at_equilibrium
+    at = at_equilibrium
+
+    def pullback(self, f, found, inputs, z_bar, solver, batch_ndim):
+        _, vjp = jax.vjp(f, found.z, inputs)
+        scale = power_of_two(z_bar, batch_ndim)
+        unit, memory = divide(z_bar, scale), found.memory
+        ravel, unravel = base.raveler(z_bar, batch_ndim)
+
+        def cell(u):
+            return unit + divide(vjp(multiply(u, scale))[0], scale)
+
+        def inverse(x):  # −Bᵀ = I − Σ vᵢ uᵢᵀ ≈ (I − Jᵀ)⁻¹
+            flat = ravel(x)
+            along = memory.held * jnp.einsum("...rd,...d->...r", memory.u, flat)
+            return unravel(flat - jnp.einsum("...r,...rd->...d", along, memory.v))
+
+        start = unit + inverse(cell(unit) - unit) if self.step else inverse(unit)
+        u, stats, *_ = base.solve(cell, start, self.solver, batch_ndim)
+        probe = as_probe(stats)
+        return vjp(multiply(u, scale))[1], probe._replace(steps=probe.steps + self.step)
+
+
+class AdaptiveState(NamedTuple):
+    mixing: Bool[Array, "*batch"]
+    mixed: Int[Array, ""]  # evaluations after which Anderson's update was paid for
+    anderson: Any
+
+
+@solver_config
+class Adaptive:
+    """Picard, until a residual falls by less than the factor `threshold`; from there on `anderson`, of damping 1."""
+
+    anderson: deq.Anderson
+    threshold: float = 0.5
+
+    rtol = property(lambda self: self.anderson.rtol)
+    atol = property(lambda self: self.anderson.atol)
+    max_steps = property(lambda self: self.anderson.max_steps)
+
+    def init(self, z: Float[Array, "*batch dim"]) -> AdaptiveState:
+        anderson = self.anderson.init(z)
+        return AdaptiveState(anderson.known & False, anderson.count, anderson)
+
+    def update(self, residual, state, z):
+        memory, now, last = state.anderson, base.norm(residual), base.norm(state.anderson.g)
+        # A problem that has stopped shows the same residual again.
+        mixing = state.mixing | (memory.known & (now > self.threshold * last) & (now != last))
+        # The last pair is all that mixing needs to begin; two states that the loop carries anyway.
+        picard = memory._replace(w=z + residual, g=residual, known=memory.known | True)
+        some = jnp.any(mixing)
+        step, memory = jax.lax.cond(some, lambda: self.anderson.update(residual, memory, z), lambda: (residual, picard))
+        step = jnp.where(mixing[..., None], step, residual)
+        return step, AdaptiveState(mixing, state.mixed + some, memory)
+
+
+# ---- one problem -------------------------------------------------------------------------------------------
+
+
+class Programs:
+    """A problem's compiled solves, by the structure of their options: a tolerance does not compile anew."""
+
+    def __init__(self, drawn: Problem):
+        self.drawn, self.known = drawn, {}
+        self.params, self.data = jax.tree.map(jnp.asarray, (drawn.params, drawn.data))
+        wide = lambda x: jnp.asarray(x, jnp.float64 if x.dtype == np.float32 else x.dtype)
+        with float64():
+            find = referee.dense if drawn.dense else referee.iterated
+            z, grads = find(drawn, *jax.tree.map(wide, (drawn.params, drawn.data)))
+            self.z, self.grads = np.asarray(z), jax.tree.map(np.asarray, grads)
+
+    def cell(self, z, params, x):
+        return self.drawn.cell(jax_ops, z, params, x)
+
+    def inject(self, params):
+        return self.drawn.inject(jax_ops, params, self.data)
+
+    def program(self, f: Callable, *args: Any) -> Any:
+        key = f, jax.tree.structure(args)
+        if key not in self.known:
+            self.known[key] = jax.jit(f).lower(*args).compile()
+        return self.known[key]
+
+    def step(self, params, solver, adjoint):
+        def loss(params, probe):
+            z0, x = jnp.zeros(self.drawn.z_shape), self.inject(params)
+            options: Any = dict(solver=solver, adjoint=adjoint, batch_ndim=1, probe=probe)
+            z, stats = deq.fixed_point(self.cell, z0, params, x, **options)
+            return self.drawn.readout(jax_ops, z, params, self.data), (z, stats)
+
+        probe = deq.Probe.zeros(self.drawn.z_shape[:1])
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, probe)
+
+    def gradient(self, solver: Any, adjoint: Any) -> dict[str, Any]:
+        """Counts of the slowest problem, the error of the whole gradient, temporaries of the compiled step."""
+        program = self.program(self.step, self.params, solver, adjoint)
+        (grads, probe), (z, stats) = program(self.params, solver, adjoint)
+        wrong = sum(np.sum((np.asarray(grads[k], np.float64) - self.grads[k]) ** 2) for k in grads)
+        return {
+            "evaluations": int(stats.steps.max()),
+            "products": int(probe.steps.max()),
+            "converged": bool(stats.converged.all() & (probe.status == deq.Status.CONVERGED).all()),
+            "gradient_error": math.sqrt(wrong / sum(np.sum(g**2) for g in self.grads.values())),
+            "z_error": self.error(z),
+            "temporaries": program.memory_analysis().temp_size_in_bytes,
+        }
+
+    def error(self, z: Array) -> float:
+        flat = lambda z: np.asarray(z, np.float64).reshape(len(z), -1)
+        return float(np.max(np.linalg.norm(flat(z) - flat(self.z), axis=1) / np.linalg.norm(flat(self.z), axis=1)))
+
+    def forward(self, z, params, solver, memory):
+        return deq.solve(self.cell, z, params, self.inject(params), solver=solver, memory=memory, batch_ndim=1)
+
+    def low(self, z, params, solver, memory):
+        """The same with f in bfloat16, parameters and all; z and the solver's memory stay in float32."""
+        params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+        f = lambda z, *args: self.cell(z.astype(jnp.bfloat16), *args).astype(jnp.float32)
+        return deq.solve(f, z, params, self.inject(params), solver=solver, memory=memory, batch_ndim=1)
+
+    def find(self, solver: Any, f: Callable | None = None, z: Any = None, memory: Any = None) -> tuple[dict, Any]:
+        z = jnp.zeros(self.drawn.z_shape) if z is None else z
+        args = z, self.params, solver, memory
+        solved = self.program(f or self.forward, *args)(*args)
+        row = {"evaluations": int(solved.stats.steps.max()), "converged": bool(solved.stats.converged.all())}
+        return row | {"z_error": self.error(solved.value)}, solved
+
+
+def study(programs: Programs, rtol: float) -> dict[str, Any]:
+    """All that is measured on one problem."""
+    anderson, found = deq.Anderson(rtol=rtol), {}
+    budget: Any = jnp.asarray  # an array, so that another budget does not compile anew
+    backward = lambda ratio, most=100: deq.Anderson(rtol=ratio * rtol, history=16, growth=10.0, max_steps=budget(most))
+    # 1. The backward solve started from the forward's memory.
+    broyden = deq.Broyden(rtol=rtol)
+    found["start"] = {
+        "from z̄": programs.gradient(broyden, deq.Implicit(backward(0.01))),
+        "from −Bᵀz̄": programs.gradient(broyden, Warm(backward(0.01))),
+        "from z̄ − BᵀJᵀz̄": programs.gradient(broyden, Warm(backward(0.01), step=True)),
+    } | {f"Shine({refine})": programs.gradient(broyden, deq.Shine(refine)) for refine in REFINE}
+    for most in (2, 7):  # what Shine(0) and Shine(5) spend
+        found["start"][f"from z̄, {most} products"] = programs.gradient(broyden, deq.Implicit(backward(0.01, most)))
+        found["start"][f"from −Bᵀz̄, {most} products"] = programs.gradient(broyden, Warm(backward(0.01, most)))
+    # 2. A looser backward tolerance.
+    found["ratio"] = {f"{ratio:g}": programs.gradient(anderson, deq.Implicit(backward(ratio))) for ratio in RATIOS}
+    # 3. No mixing where Picard is as good.
+    solvers = {"Picard": deq.Picard(rtol=rtol)}
+    solvers |= {f"Anderson({m})": deq.Anderson(rtol=rtol, history=m) for m in HISTORIES}
+    found["adaptive"] = {name: programs.find(solver)[0] for name, solver in solvers.items()}
+    for threshold in THRESHOLDS:
+        row, solved = programs.find(Adaptive(anderson, threshold))
+        found["adaptive"][f"adaptive, {threshold:g}"] = row | {"mixed": int(solved.memory.mixed)}
+    # 4. bfloat16 first.
+    found["bfloat16"] = {}
+    for switch in SWITCHES:
+        low, solved = programs.find(deq.Anderson(rtol=switch, max_steps=budget(30)), programs.low)
+        for label, memory in (("z", None), ("z and memory", solved.memory)):
+            row, _ = programs.find(anderson, z=solved.value, memory=memory)
+            row |= {"low": low["evaluations"], "low_converged": low["converged"], "low_z_error": low["z_error"]}
+            found["bfloat16"][f"{switch:g}, {label}"] = row
+    # 5. Tests every k evaluations: what is wasted follows from the counts, what is saved from these.
+    return found | {"bytes": traffic(programs, anderson)}
+
+
+def traffic(programs: Programs, solver: Any) -> dict[str, float]:
+    """Bytes that XLA counts as accessed: by f, by one update of `solver`, by one pass of the loop; of one state."""
+    z = jnp.zeros(programs.drawn.z_shape)
+    flat, memory = base.raveler(z, 1)[0](z), solver.init(base.raveler(z, 1)[0](z))
+    x = programs.inject(programs.params)
+    f = lambda z: programs.cell(z, programs.params, x)
+    costs: Callable[..., Any] = lambda f, *args: jax.jit(f).lower(*args).compile().cost_analysis()
+    accessed = lambda f, *args: float(costs(f, *args)["bytes accessed"])
+    return {
+        "f": accessed(f, z),
+        "update": accessed(solver.update, flat, memory, flat),
+        "evaluation": accessed(base.evaluation(f, z, solver, 1), base.beginning(z, solver, 1)),
+        "state": float(flat.nbytes),
+    }
+
+
+# ---- what is kept ------------------------------------------------------------------------------------------
+
+
+def markdown(results: dict[str, Any]) -> str:
+    problems = results["problems"]
+    some = next(iter(problems.values()))
+    mark = lambda row, field="evaluations", of="": f"{row[field]}" + "*" * (not row[of + "converged"])
+    mixed = lambda row: f" ({row['mixed']})" if "mixed" in row else ""
+    gradient = lambda row: (mark(row, "products"), f"{row['gradient_error']:.2e}")
+    each = lambda row: [(name, *row(found)) for name, found in problems.items()]
+    tables = {
+        "1. The backward solve started from forward Broyden's memory": (
+            ["problem", "backward", "f", "Jᵀv", "gradient error", "temporaries, MB"],
+            [
+                (name, mode, row["evaluations"], *gradient(row), f"{row['temporaries'] / 1e6:.2f}")
+                for name, found in problems.items()
+                for mode, row in found["start"].items()
+            ],
+        ),
+        "2. Backward tolerance over forward tolerance: products, gradient error": (
+            ["problem", *(f"× {ratio:g}" for ratio in RATIOS)],
+            each(lambda found: (", ".join(gradient(row)) for row in found["ratio"].values())),
+        ),
+        "3. Mixing where Picard is slower than a threshold: evaluations (those that paid for a mix)": (
+            ["problem", *some["adaptive"], "bytes of an update over f's"],
+            each(lambda found: (
+                *(mark(row) + mixed(row) for row in found["adaptive"].values()),
+                f"{found['bytes']['update'] / found['bytes']['f']:.2f}",
+            )),
+        ),
+        "4. bfloat16 to a residual, then float32 from its z (and memory): evaluations of each": (
+            ["problem", "float32 alone", *some["bfloat16"]],
+            each(lambda found: (
+                mark(found["adaptive"]["Anderson(8)"]),
+                *(mark(row, "low", "low_") + " + " + mark(row) for row in found["bfloat16"].values()),
+            )),
+        ),
+        "5. A test every k evaluations: what is wasted; the share of an evaluation at which a test breaks even": (
+            ["problem", "f + Jᵀv", *(f"k = {k}" for k in EVERY), "share of a test, at most"],
+            each(lambda found: (
+                "{} + {}".format(*evaluations(found)),
+                *("{}; {:.1%}".format(*waste(evaluations(found), k)) for k in EVERY),
+                f"{test_share(found):.1%}",
+            )),
+        ),
+    }  # fmt: skip
+    lines = ["# Solver-level ideas, measured", "", f"    {results['command']}", ""]
+    lines += paragraph(
+        conditions(results, forward_rtol=results["rtol"]) + ". float32; errors are against a float64 solution.",
+        "Counts are those of the slowest problem in the batch, which is how long the loop runs; * marks a solve that",
+        "did not converge. Nothing is timed. Bytes are those that XLA counts as accessed in the program for the CPU;",
+        f"a test of convergence touches the state at most {PASSES} times.",
+    )
+    for title, (head, rows) in tables.items():
+        lines += [f"## {title}", "", *plots.markdown_table(head, rows)]
+    return "\n".join(lines + ["## Verdicts", "", *verdicts(problems)]) + "\n"
+
+
+def evaluations(found: dict[str, Any]) -> tuple[int, int]:
+    return found["ratio"]["0.01"]["evaluations"], found["ratio"]["0.01"]["products"]
+
+
+def waste(counts: tuple[int, int], every: int) -> tuple[int, float]:
+    """Evaluations that a test every so many wastes; the share of an evaluation that a test must cost to break even."""
+    extra = sum(-(-n // every) * every - n for n in counts)
+    spared = sum(n - -(-n // every) for n in counts)
+    return extra, extra / spared if spared else 0.0
+
+
+def test_share(found: dict[str, Any]) -> float:
+    return PASSES * found["bytes"]["state"] / found["bytes"]["evaluation"]
+
+
+def verdicts(problems: dict[str, Any]) -> list[str]:
+    """A sentence an idea: kept if it saves at least `PAYS` on every problem and costs nothing that counts."""
+    over = lambda values, form=".0%": f"{min(values):{form}} to {max(values):{form}}"
+    kept = lambda yes: "**kept**" if yes else "**not kept**"
+    every = lambda value: [value(found) for found in problems.values()]
+    ratios = lambda part, a, b, field: every(lambda found: found[part][a][field] / found[part][b][field])
+    saved = lambda part, a, b, field="products": [1 - r for r in ratios(part, a, b, field)]
+
+    warm = saved("start", "from −Bᵀz̄", "from z̄")
+    shine = ratios("start", "Shine(5)", "from z̄, 7 products", "gradient_error")
+    tenth, same = saved("ratio", "0.1", "0.01"), saved("ratio", "1", "0.01")
+    worse = [max(ratios("ratio", r, "0.01", "gradient_error")) for r in ("0.1", "1")]
+    solves = every(lambda found: found["adaptive"] | {"bfloat16": found["bfloat16"]["0.03, z"]})
+    alone = [row["Anderson(8)"]["evaluations"] for row in solves]
+    unmixed = [1 - row["adaptive, 0.5"]["mixed"] / row["adaptive, 0.5"]["evaluations"] for row in solves]
+    more = max(row["adaptive, 0.5"]["evaluations"] - n for row, n in zip(solves, alone, strict=True))
+    fewer = [n - row["bfloat16"]["evaluations"] for row, n in zip(solves, alone, strict=True)]
+    price = min(k / row["bfloat16"]["low"] for row, k in zip(solves, fewer, strict=True))
+    # Two solves, of n evaluations together, waste (k − 1) / 2 each on average and spare all but n / k of their tests.
+    net = lambda found, k: (1 - 1 / k) * test_share(found) - (k - 1) / sum(evaluations(found))
+    best = every(lambda found: max(net(found, k) for k in EVERY))
+    said = [
+        f"The backward solve started from the forward's memory: {kept(min(warm) >= PAYS)}. It saves {over(warm)} of "
+        "the products, and keeps Broyden's history alive. Shine(5)'s gradient error is "
+        f"{over(shine, '.2f')} times that of Anderson from z̄ after the same seven products.",
+        f"A backward tolerance of a tenth of the forward one: {kept(min(tenth) >= PAYS and worse[0] <= 1.1)} as a "
+        f"setting. It saves {over(tenth)} of the products of a hundredth, for at most {worse[0]:.2f} times the "
+        f"gradient error (the forward tolerance itself: {over(same)}, {worse[1]:.2f}). Training decides the default.",
+        f"Mixing only where Picard is slower than 0.5: {kept(min(unmixed) >= PAYS and more <= 0)}. {over(unmixed)} of "
+        f"the evaluations need no mix and at most {more} are added; where many need none, `Picard()` is the solver.",
+        "bfloat16 to a residual of 0.03: **not kept**, for nothing here shows that f is cheaper in it. It spares "
+        f"{over([k / n for k, n in zip(fewer, alone, strict=True)])} of the float32 evaluations, and would pay "
+        f"wherever f in bfloat16 costs less than {price:.2f} of f in float32.",
+        f"A test every k evaluations: {kept(min(best) >= PAYS)}. At the best k it gains {over(best, '+.1%')} of a "
+        "step's traffic; launches and waits, which it would spare on an accelerator, are not measured here.",
+    ]
+    return [f"{i}. {sentence}" for i, sentence in enumerate(said, 1)]
+
+
+def main(config: Config) -> dict[str, Any]:
+    path = config.out / "results.json"
+    if config.table:
+        results = json.loads(path.read_text())
+    else:
+        results: dict[str, Any] = {"command": "python -m experiments.gains_study" + " --tiny" * config.tiny}
+        results |= {"rtol": config.rtol, **lm.environment(), "problems": {}}
+        for name in config.problems:
+            drawn = (TINY if config.tiny else PROBLEMS)[name]()
+            results["problems"][name] = {"what": drawn.what} | study(Programs(drawn), config.rtol)
+            config.out.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, (json.dumps(plain(results), indent=1, ensure_ascii=False) + "\n").encode())
+            print(f"  {name}: {drawn.what}", flush=True)
+        results = plain(results)
+    write_atomically(config.out / "table.md", markdown(results).encode())
+    return results
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
