@@ -309,8 +309,9 @@ def markdown(results: dict[str, Any]) -> str:
     config, rows = results["config"], results["rows"]
     lines = ["# Training with each backward solve", "", f"    {results['command']}", ""]
     lines += [
-        f"{config['steps']} steps of Adam, {config['seeds']} starts of seed {config['seed']}; forward Anderson to {config['rtol']:g}. The"
+        f"{config['steps']} steps of Adam, {config['seeds']} starts of seed {config['seed']}; forward Anderson to"
     ]
+    lines += [f"{config['rtol']:g}, at most {config['max_steps']} evaluations, and twice as many backward. The"]
     lines += [f"loss (nats) is the mean of the last {LAST} steps ± its spread over seeds; × is the backward tolerance"]
     lines += ["over the forward; converged is the share of backward solves that did where the forward solve had; CPU"]
     lines += ["time of a training run over that of Anderson(16) × 0.01. All modes share starts and batches.", ""]
