@@ -120,8 +120,8 @@ def linearization_bytes(drawn: Problem) -> int:
         z_bar, params_bar = vjp(grads[0])
         return loss, z_bar, jax.tree.map(jnp.add, params_bar, grads[1])
 
-    lowered = jax.jit(step).lower(jnp.zeros(drawn.z_shape), jax.tree.map(jnp.asarray, drawn.params))
-    return lowered.compile().memory_analysis().temp_size_in_bytes
+    program: Any = jax.jit(step).lower(jnp.zeros(drawn.z_shape), jax.tree.map(jnp.asarray, drawn.params)).compile()
+    return program.memory_analysis().temp_size_in_bytes
 
 
 def parts(drawn: Problem, loops: int = 20) -> dict[str, Callable]:
