@@ -69,7 +69,9 @@ def test_nan_and_overflow_are_never_converged(x64, Solver, dtype):
 def test_the_best_iterate_survives_a_later_nan(x64, Solver):
     f = lambda z: jnp.where(z > 1, jnp.nan, z + 0.5 - 0.3 * z)
     z, stats = deq.fixed_point(f, jnp.zeros(2), solver=Solver())
-    assert stats.status == Status.NONFINITE and jnp.all(z >= 0.49) and jnp.all(z <= 1)
+    # Broyden takes a step to where f is NaN back, for as long as its budget lasts.
+    assert stats.status == (Status.MAX_STEPS if Solver is SOLVERS["broyden"] else Status.NONFINITE)
+    assert jnp.all(z >= 0.49) and jnp.all(z <= 1)
     np.testing.assert_allclose(stats.residual, jnp.linalg.norm(f(z) - z), rtol=1e-12)
 
 
