@@ -136,7 +136,7 @@ def _project(
         a = a - column[:, None] * row
         return a, b - column * jax.lax.dynamic_index_in_dim(b, j, axis=0, keepdims=False), kept + keep * here
 
-    carry = last(a, 2), last(target * left, 1), jnp.zeros_like(last(target, 1))
+    carry = last(a, 2), last(target * left, 1), zeros_from(last(target, 1))
     # A loop: unrolled, it ran slower (4096 problems: 2.4 ms a step against 3.6) and compiled half again as long.
     _, b, kept = jax.lax.fori_loop(0, m, eliminate, carry)
     return jnp.moveaxis(jnp.where(kept > 0, b, 0), 0, -1) * right
