@@ -314,7 +314,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines += [f"{config['rtol']:g}, at most {config['max_steps']} evaluations, and twice as many backward. The"]
     lines += [f"loss (nats) is the mean of the last {LAST} steps ± its spread over seeds; × is the backward tolerance"]
     lines += ["over the forward; converged is the share of backward solves that did where the forward solve had; CPU"]
-    lines += ["time of a training run over that of Anderson(16) × 0.01. All modes share starts and batches.", ""]
+    lines += ["time of a training run over that of Anderson(16) × 0.1. All modes share starts and batches.", ""]
     lines += ["## Against the best of JFB, Phantom and Neumann", ""]
     lines += plots.markdown_table(["mode", "no worse in every setting", "largest excess of loss", "least converged"], [
         [mode, "yes" if v["no_worse"] else "**no**", f"{v['worst_difference']:+.4f}", f"{v['least_converged']:.2%}"]
