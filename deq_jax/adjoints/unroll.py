@@ -55,23 +55,22 @@ class Unroll:
             z, state, running, steps, best, least = carry
             g = ravel(f(unravel(z), inputs, other)) - z
             step, state = solver.update(g, state, z)
-            new_z = ravel(unravel(z + step if asks is None else asks(state)))
-            if not (self.stop or recovers):
-                return new_z, state, running, steps + 1, best, least
+            new_z, steps = ravel(unravel(z + step if asks is None else asks(state))), steps + running
             g, fz = jax.lax.stop_gradient((g, g + z))
-            residual = norm(g)
-            steps = steps + running
+            residual = norm(g)  # XLA drops it where nothing below reads it
             if recovers:
                 better = running & (residual < least)
                 best, least = jnp.where(better[..., None], z, best), jnp.where(better, residual, least)
             if self.stop:
                 running = running & ~within(residual, norm(fz), solver)
-            return jnp.where(running[..., None], new_z, z), state, running, steps, best, least
+                new_z = jnp.where(running[..., None], new_z, z)
+            return new_z, state, running, steps, best, least
 
         def body(carry, _):
             if not self.stop:
                 return iterate(carry), None
-            return jax.lax.cond(jnp.any(carry[2]), iterate, lambda carry: carry, carry), None
+            _, _, running, *_ = carry
+            return jax.lax.cond(jnp.any(running), iterate, lambda carry: carry, carry), None
 
         z, length = ravel(z0), solver.max_steps
         zero = zeros_from(jax.lax.stop_gradient(z[..., 0]))
@@ -86,6 +85,7 @@ class Unroll:
             carry, _ = jax.lax.scan(lambda c, _: (segment(c, every), None), carry, length=whole)
             carry = segment(carry, rest) if rest else carry
 
-        z, steps = unravel(carry[4] if recovers else carry[0]), carry[3]
+        last, _, _, steps, best, _ = carry
+        z = unravel(best if recovers else last)
         z_frozen, frozen, solver = jax.lax.stop_gradient((z, inputs, solver))
         return z, measure(lambda z: f(z, frozen, other), z_frozen, solver, steps, batch_ndim)

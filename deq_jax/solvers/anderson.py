@@ -20,7 +20,7 @@ class AndersonState(NamedTuple):
     dw: Float[Array, "*batch history dim"]  # slot k mod history holds w_{k+1} − w_k; zeros where none is held
     dg: Float[Array, "*batch history dim"]
     gram: Float[Array, "*batch history history"]  # ⟨dg_i, dg_j⟩, or ⟨dw_i, dg_j⟩ for type I
-    lengths: Float[Array, "*batch type history"]  # ‖dg_i‖, before it ‖dw_i‖ for type I; zero where not in use
+    lengths: Float[Array, "*batch rows history"]  # ‖dg_i‖, for type I after a row of ‖dw_i‖; zero where not in use
     least: Float[Array, "*batch"]  # the smallest residual since the history began
 
 
@@ -59,7 +59,7 @@ class Anderson:
         zero, m = zeros_from(z), self.history
         slots = jnp.stack([zero] * m, axis=-2)
         gram = jnp.stack([slots[..., 0]] * m, axis=-1)
-        none, lengths = zero[..., 0], jnp.stack([slots[..., 0]] * (3 - self.type), axis=-2)
+        none, lengths = zero[..., 0], jnp.stack([slots[..., 0]] * (1 if self.type == 2 else 2), axis=-2)
         count = jnp.zeros((), jnp.int32)
         return AndersonState(count, zero, zero, none > 0, slots, slots, gram, lengths, none + jnp.inf)
 
@@ -89,8 +89,10 @@ class Anderson:
 
         tests = dgs if second else dws
         along = lambda rows, x: jnp.einsum("...md,...d->...m", rows, x)
-        column, target = along(tests, dg), along(tests, residual)
-        row = column if second else along(dgs, dw)
+        # Kept finite, so that an overflow in a difference out of use, times its length of zero, is no NaN.
+        finite = lambda x: jnp.where(jnp.isfinite(x), x, 0)
+        column, target = finite(along(tests, dg)), along(tests, residual)
+        row = column if second else finite(along(dgs, dw))
         gram = jnp.where(new[..., None, None] & here, column[..., :, None], state.gram)
         gram = write_slot(gram, row, slot, new)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax.solvers.base import choose, norm, orthogonalize, zeros_from
+from deq_jax.solvers.base import choose, norm, orthogonalize, root, zeros_from
 
 
 class Krylov(NamedTuple):
@@ -74,7 +74,7 @@ def extend(krylov: Krylov, product: Float[Array, "*batch dim"], where: Bool[Arra
     # One more Givens rotation, of rows k and k + 1, makes the rotated column end at row k.
     rotated = jnp.einsum("...ij,...j->...i", krylov.rotation, column)
     a, b = jnp.sum(rotated * here, -1), jnp.sum(rotated * after, -1)
-    hypotenuse = root0(a * a + b * b)
+    hypotenuse = root(a * a + b * b)
     safe = jnp.where(hypotenuse > 0, hypotenuse, 1)
     cos, sin = jnp.where(hypotenuse > 0, a / safe, 1)[..., None], jnp.where(hypotenuse > 0, b / safe, 0)[..., None]
     row_k = jnp.einsum("...i,...ij->...j", here, krylov.rotation)
@@ -132,8 +132,8 @@ def dogleg(krylov: Krylov, radius: Float[Array, "*batch"]) -> tuple[Float[Array,
     leg = newton - cauchy
     a, b = jnp.sum(leg * leg, -1), jnp.sum(cauchy * leg, -1)
     c = jnp.where(jnp.isfinite(radius), cauchy_norm**2 - radius**2, 0)
-    root = root0(b * b - a * c)
-    t = jnp.where(b > 0, ratio0(-c, b + root), ratio0(root - b, a))
+    discriminant = root(b * b - a * c)
+    t = jnp.where(b > 0, ratio0(-c, b + discriminant), ratio0(discriminant - b, a))
     between = cauchy + jnp.clip(t, 0, 1)[..., None] * leg
     short = ratio0(jnp.minimum(radius, cauchy_norm), cauchy_norm)[..., None] * cauchy
     y = jnp.where((cauchy_norm >= radius)[..., None], short, between)
@@ -147,11 +147,6 @@ def dogleg(krylov: Krylov, radius: Float[Array, "*batch"]) -> tuple[Float[Array,
 def ratio0(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """a / b, and 0 where b is not positive."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
-
-
-def root0(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """√x, and 0, with a derivative of 0, where x is not positive."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
 
 
 def _one_hot(index: Int[Array, "*batch"], size: int, dtype) -> Float[Array, "*batch size"]:

@@ -307,8 +307,13 @@ def norm(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch"]:
     scale = leading_power(jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1))  # no part in the derivative
     unit = x * (1 / scale)[..., None]
     square = jnp.einsum("...d,...d->...", unit, unit)
-    zero = square == 0  # where the root has no derivative: 0 there, for `Unroll`
-    return jnp.where(zero, 0, scale * jnp.sqrt(jnp.where(zero, 1, square)))
+    return scale * root(square)
+
+
+def root(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """√x; 0, with a derivative of 0 for `Unroll`, where x is zero or rounded to less; NaN of NaN."""
+    none = x <= 0
+    return jnp.where(none, 0, jnp.sqrt(jnp.where(none, 1, x)))
 
 
 def leading_power(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -117,6 +117,7 @@ class NewtonKrylov:
         # No step that the arithmetic can tell from none has helped: a local minimum of ‖g‖. Newton's own step
         # leaves it, whatever it brings.
         stuck = cut & ~accepted & (radius <= 4 * eps * norm(state.base))
+        # How far a step may go is a decision, not a function of the inputs, and may be infinite: constant in `Unroll`.
         radius = jax.lax.stop_gradient(jnp.where(stuck, jnp.inf, radius))
         forced = stuck | (state.known & (state.predicted < 0) & ~cut)
 

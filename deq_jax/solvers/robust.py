@@ -75,11 +75,9 @@ class Robust:
         zero = zeros_from(z)
         none, count = zero[..., 0], zero[..., 0].astype(jnp.int32)
         # Inside shard_map, what the branches of a shard's own cond return belongs to that shard: counts, too.
-        ours = jnp.any(none > 0)
-        inner = jax.tree.map(
-            lambda leaf: leaf + ours.astype(leaf.dtype) if leaf.ndim == 0 else leaf,
-            tuple(stage.init(z) for stage in self.stages),
-        )
+        nothing = jnp.any(none > 0)
+        own = lambda leaf: leaf + nothing.astype(leaf.dtype) if leaf.ndim == 0 else leaf
+        inner = jax.tree.map(own, tuple(stage.init(z) for stage in self.stages))
         unknown = none + jnp.inf
         return RobustState(count, z, zero, unknown, unknown, unknown, count, z, inner)
 
