@@ -261,8 +261,7 @@ def backward_probe(adjoint: Any, batch: int) -> deq.Probe | None:
 
 
 def backward(line: dict[str, Any]) -> dict[str, float]:
-    """The backward solve's statistics among the metrics of a step or a line: products, residual, worst status, share
-    converged."""
+    """What the metrics of a step, or a line of them, say of the backward solve."""
     return {name: float(value) for name, value in line.items() if name.startswith("bwd_")}
 
 

@@ -42,7 +42,7 @@ PARTS = (
     Part("word_lm", ("ptb-trellisnet-small",), 8),
     Part("gradient_study", (), 6),
     Part("robustness_study", (), 6),
-    Part("backward_study", (), 7),
+    Part("backward_study", (), 12),
 )
 # What `python -m experiments.MODULE figure` redraws.
 REDRAWN = tuple(part.module for part in PARTS if part.args == ("reduced",))

@@ -264,11 +264,11 @@ def _backward_metrics(cotangent: PyTree) -> dict[str, Array]:
     metrics = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(cotangent):
         field = jax.tree_util.keystr(path, simple=True, separator="_")
-        is_status = field.endswith("status")
-        metrics[f"bwd_{field}"] = jnp.max(leaf) if is_status else jnp.mean(leaf)
-        if is_status:
-            converged = f"bwd_{field.removesuffix('status')}converged"
-            metrics[converged] = jnp.mean((leaf == 0).astype(jnp.float32))  # Status.CONVERGED is 0
+        if not field.endswith("status"):
+            metrics[f"bwd_{field}"] = jnp.mean(leaf)
+            continue
+        metrics[f"bwd_{field}"] = jnp.max(leaf)
+        metrics[f"bwd_{field.removesuffix('status')}converged"] = jnp.mean(leaf == 0)  # Status.CONVERGED is 0
     return metrics
 
 

@@ -162,6 +162,24 @@ def judged(worker: Worker, contender: str, judge: Worker) -> dict[str, Any]:
         return answer if "error" in answer else judge.ask("judge", path=path)
 
 
+def admitted(
+    worker: Worker, judge: Worker, tries: int, rtol: float, backward: float, *, contender: str, **options: Any
+) -> dict[str, Any]:
+    """What was built and what the referee says of it, at the first tolerances of `tries` that are accurate enough."""
+    found: dict[str, Any] = {}
+    for _ in range(tries):
+        options |= {"rtol": rtol, "backward": backward}
+        found = worker.ask("build", contender=contender, count=contender not in ALTERNATIVES, **options)
+        if "error" in found:  # perhaps of the callbacks that count
+            found = worker.ask("build", contender=contender, count=False, **options)
+        found |= {"rtol": rtol, "backward": backward}
+        found |= {} if "error" in found else judged(worker, contender, judge)
+        if "error" in found or report.good(found) or found["residual"] > HOPELESS:
+            break
+        rtol, backward = rtol / 3, backward / 3
+    return found
+
+
 def measure(config: Config, problem: str, tuned: dict[str, list[float]]) -> dict[str, Any]:
     """Build, count, judge, then time all contenders of one problem in turn."""
     names = chosen(config, problem)
@@ -174,17 +192,8 @@ def measure(config: Config, problem: str, tuned: dict[str, list[float]]) -> dict
                 if tolerances is None:
                     rows[name] = row | {"error": "misses the accuracy at every tolerance"}
                     continue
-                rtol, backward = tolerances
-                for _ in range(1 if name in ALTERNATIVES else TIGHTER):
-                    row |= {"rtol": rtol, "backward": backward}
-                    options = dict(problem=problem, contender=name, rtol=rtol, backward=backward, scale=scale)
-                    row |= process.ask(
-                        "build", count=name not in ALTERNATIVES, **options
-                    )  # their depth is in their name
-                    row |= {} if "error" in row else judged(process, name, judge)
-                    if "error" in row or report.good(row) or row["residual"] > HOPELESS:
-                        break
-                    rtol, backward = (x / 3 for x in (rtol, backward))
+                tries = 1 if name in ALTERNATIVES else TIGHTER
+                row |= admitted(process, judge, tries, *tolerances, problem=problem, contender=name, scale=scale)
                 rows[name] = row
                 print(f"  {problem} {name}: {describe(row)}", flush=True)
         limit = start(config, "deq_jax")
