@@ -48,8 +48,8 @@ MUTANTS = [
     Mutant(
         "an absolute ridge",
         "solvers/anderson.py",
-        "a = gram * inverse(left)[..., :, None] * inverse(right)[..., None, :] + ridge * unit",
-        "a = (gram + ridge * unit) * inverse(left)[..., :, None] * inverse(right)[..., None, :]",
+        "a = gram * left[..., :, None] * right[..., None, :] + ridge * unit",
+        "a = (gram + ridge * unit) * left[..., :, None] * right[..., None, :]",
         "test_solvers.py -k ridge_is_relative",
     ),
     Mutant(
@@ -77,7 +77,7 @@ MUTANTS = [
     Mutant(
         "Anderson without acceleration",
         "solvers/anderson.py",
-        "step = self.damping * (residual - mixed(dgs)) - mixed(dzs)",
+        "step = self.damping * (residual if second else residual - mixed(dgs)) - mixed(dws)",
         "step = self.damping * residual",
         "test_solvers.py -k acceleration_is_really_happening",
     ),
@@ -154,9 +154,23 @@ MUTANTS = [
     Mutant(
         "Unroll moves past the first iterate within tolerance",
         "adjoints/unroll.py",
-        "return jnp.where(running[..., None], new_z, z), state, running, steps",
-        "return jnp.where(carry[2][..., None], new_z, z), state, running, steps",
+        "new_z = jnp.where(running[..., None], new_z, z)",
+        "new_z = jnp.where(carry[2][..., None], new_z, z)",
         "test_adjoint_family.py -k unroll_stops_at",
+    ),
+    Mutant(
+        "Unroll returns a trial of the solver's",
+        "adjoints/unroll.py",
+        "z = unravel(best if recovers else last)",
+        "z = unravel(last)",
+        "test_adjoint_family.py -k unroll_returns_the_best",
+    ),
+    Mutant(
+        "a backward history begun anew where the Jacobian expands",
+        IMPLICIT,
+        "history=16, growth=10.0)",
+        "history=16)",
+        "test_adjoints.py -k converges_where_the_jacobian_expands",
     ),
     Mutant(
         "Reversible walks back the wrong way",

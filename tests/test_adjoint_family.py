@@ -282,6 +282,26 @@ def first_within(params, x, rtol, max_steps):
     return z, max_steps
 
 
+@pytest.mark.parametrize(
+    "solver", [deq.NewtonKrylov(rtol=0.0, max_steps=6), deq.Broyden(rtol=0.0, max_steps=6)], ids=["newton", "broyden"]
+)
+def test_unroll_returns_the_best_iterate_of_a_solver_that_steps_back(x64, solver):
+    # From 5 the first step of each overshoots the root of arctan, and is taken back or is a mere difference.
+    run = lambda x: deq.fixed_point(
+        lambda z: z - 3 * jnp.arctan(z - x), jnp.full(2, 5.0), solver=solver, adjoint=deq.Unroll()
+    )
+    x = jnp.array([0.3, -0.2])
+    best = deq.solve(lambda z: z - 3 * jnp.arctan(z - x), jnp.full(2, 5.0), solver=solver)
+    value, stats = run(x)
+    np.testing.assert_allclose(value, best.value, rtol=1e-12)
+    np.testing.assert_allclose(stats.residual, best.stats.residual, rtol=1e-9)
+    assert stats.steps == 7
+    if isinstance(solver, deq.Broyden):  # a trust region's radius is a constant, Broyden's cuts are differentiated
+        total, h = lambda x: run(x).value.sum(), 1e-6
+        want = [(total(x + h * e) - total(x - h * e)) / (2 * h) for e in jnp.eye(2)]
+        np.testing.assert_allclose(jax.jit(jax.grad(total))(x), want, rtol=1e-5)
+
+
 @pytest.mark.parametrize("checkpoint", [None, True, 4])
 def test_unroll_stops_at_the_first_iterate_within_tolerance(params, x, count_calls, checkpoint):
     f, xs = count_calls(cell), jnp.stack([x, 0.01 * x, 3 * x])

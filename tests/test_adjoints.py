@@ -482,3 +482,23 @@ def test_nested_fixed_points(problem):
 
     got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(params, x) for f in (nested, joint))
     assert_close(got, want)
+
+
+def test_the_default_backward_solve_converges_where_the_jacobian_expands(x64):
+    # Spectral radius 6, not normal: what a step of Anderson shows grows while the residual of GMRES falls. With
+    # Anderson's own `growth` a quarter of these converge, in twice the budget.
+    rng, dim = np.random.default_rng(0), 20
+    A = rng.standard_normal((32, dim, dim))
+    A = 6 * A / np.abs(np.linalg.eigvals(A)).max(-1)[:, None, None]
+    b, z_bar = rng.standard_normal((2, 32, dim))
+    z_star = np.linalg.solve(np.eye(dim) - A, b[..., None])[..., 0]
+
+    def loss(b, probe):
+        f = lambda z: jnp.einsum("nij,nj->ni", A, z) + b
+        z = deq.attach(f, z_star, solver=deq.Anderson(rtol=1e-5), batch_ndim=1, probe=probe)
+        return jnp.sum(z * z_bar)
+
+    b_bar, backward = jax.jit(jax.grad(loss, argnums=(0, 1)))(jnp.asarray(b), deq.Probe.zeros((32,)))
+    assert jnp.all(backward.status == deq.Status.CONVERGED)
+    want = np.linalg.solve((np.eye(dim) - A).swapaxes(-1, -2), z_bar[..., None])[..., 0]
+    np.testing.assert_allclose(b_bar, want, rtol=0, atol=1e-4 * np.abs(want).max())

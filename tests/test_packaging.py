@@ -8,6 +8,7 @@ import sys
 import tomllib
 import zipfile
 
+import mutants
 import pytest
 
 import deq_jax
@@ -181,3 +182,9 @@ def test_wheel_has_the_package_and_its_types(tmp_path):
     assert any(name.endswith("LICENSE") for name in names)
     assert all(name.startswith(("deq_jax/", "deq_jax-")) for name in names), names
     assert f"deq_jax-{deq_jax.__version__}" in wheel.name
+
+
+def test_every_mutant_still_finds_its_text():
+    for mutant in mutants.MUTANTS:
+        text = (mutants.ROOT / "deq_jax" / mutant.file).read_text()
+        assert text.count(mutant.old) == 1, f"{mutant.name}: its text must occur once in {mutant.file}"
