@@ -14,7 +14,7 @@ from deq_jax.adjoints.base import add, as_probe, divide, multiply, power_of_two
 from deq_jax.adjoints.implicit import default_backward
 from deq_jax.fixed_point import Solution, check_arguments
 from deq_jax.solvers import Anderson, Solved, Solver
-from deq_jax.solvers.base import RUNNING, Loop, beginning, ending, evaluation
+from deq_jax.solvers.base import RUNNING, Loop, beginning, ending, round_of_evaluations
 
 
 def compact(
@@ -107,7 +107,7 @@ def staged(
 
     def run(loop: Loop, args: tuple, sizes: tuple[int, ...]) -> Loop:
         left = sizes[0] if sizes else 0
-        body = evaluation(bind(args), z0, solver, 1)
+        body = round_of_evaluations(bind(args), z0, solver, 1)
         loop = jax.lax.while_loop(lambda loop: jnp.sum(loop.status == RUNNING) > left, body, loop)
         if not sizes:
             return loop

@@ -67,6 +67,8 @@ def trajectory(
             f"at={at} asks for the state after {at[-1]} steps, which evaluation {at[-1] + 1} is the first to see, "
             f"and {type(solver).__name__}.max_steps={solver.max_steps}: take max_steps >= {at[-1] + 1}"
         )
+    if getattr(solver, "test_every", 1) > 1:
+        raise ValueError(f"trajectory looks at each iterate, and {solver} at few of them: take test_every=1")
     corrections = tuple(correction) if isinstance(correction, Sequence) else (correction,) * len(at)
     if len(corrections) != len(at):
         raise ValueError(f"correction must be one adjoint, or one for each of at={at}; got {len(corrections)}")

@@ -32,6 +32,13 @@ class Mutant(NamedTuple):
 BASE, IMPLICIT = "solvers/base.py", "adjoints/implicit.py"
 MUTANTS = [
     Mutant(
+        "a rarer test that overdraws the budget",
+        BASE,
+        "jnp.clip(left, 1, every) - 1",
+        "every - 1",
+        "test_solvers.py -k a_rarer_test",
+    ),
+    Mutant(
         "Broyden without its minus sign",
         "solvers/broyden.py",
         "step, cuts = -self.damping * b_g",

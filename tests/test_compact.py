@@ -10,6 +10,7 @@ import deq_jax as deq
 pytestmark = pytest.mark.usefixtures("x64")
 
 BATCH, DIM = 30, 6
+START = {"a": np.zeros((BATCH, DIM))}
 FORWARD, BACKWARD = deq.Anderson(rtol=1e-10, history=4), deq.Anderson(rtol=1e-10, history=8)
 
 
@@ -44,7 +45,7 @@ def run(solve, args):
     weight = jnp.logspace(-30, 3, BATCH)[:, None]
 
     def loss(args, probe):
-        z, stats = solve({"a": jnp.zeros((BATCH, DIM))}, *args, probe=probe)
+        z, stats = solve(START, *args, probe=probe)
         return (weight * z["a"] ** 2).sum(), (z["a"], stats)
 
     zeros = deq.Probe.zeros((BATCH,))
@@ -81,6 +82,16 @@ def test_a_finished_problem_is_not_evaluated():
     assert sum(rows) < 0.6 * 9 * len(rows)
 
 
+def test_rounds_of_evaluations_go_on_in_a_smaller_batch(problems):
+    solver = deq.Picard(rtol=1e-8, max_steps=1000, test_every=5)
+    z, stats = jax.jit(lambda z: deq.fixed_point(tree_cell, z, *problems, solver=solver, batch_ndim=1))(START)
+    options = dict(axes=(0, None, 0), solver=solver, sizes=(9, 3))
+    z_compact, stats_compact = jax.jit(lambda z: deq.compact(tree_cell, z, *problems, **options))(START)
+    np.testing.assert_allclose(z_compact["a"], z["a"], rtol=1e-12)
+    np.testing.assert_array_equal(stats_compact.steps, stats.steps)
+    assert stats.converged.all() and (stats.steps % 5 == 1).all() and len(set(stats.steps.tolist())) > 3
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -91,7 +102,7 @@ def test_a_finished_problem_is_not_evaluated():
 )
 def test_what_does_not_fit_is_an_error(problems, options, words):
     with pytest.raises(ValueError, match=words):
-        deq.compact(tree_cell, {"a": jnp.zeros((BATCH, DIM))}, *problems, **options)
+        deq.compact(tree_cell, START, *problems, **options)
 
 
 def test_a_captured_tracer_is_an_error(problems):

@@ -506,6 +506,32 @@ def test_picard_step():
     np.testing.assert_array_equal(step, [1.0, -2.0])
 
 
+@pytest.mark.parametrize("every", [2, 5])
+def test_a_rarer_test_ends_at_the_next_iterate_that_is_tested(x64, rng, count_calls, every):
+    a, b = symmetric(rng, 4, 6, 1.0), jax.random.normal(rng, (4, 6))
+    a = a * jnp.array([0.2, 0.5, 0.8, 0.9])[:, None, None]
+    f = count_calls(lambda z: jnp.einsum("nij,nj->ni", a, z) + b)
+    each = solve_batch(a, b, b, deq.Picard(rtol=1e-6, max_steps=500))[1].steps
+    z, stats = solve_jit(f, b, deq.Picard(rtol=1e-6, max_steps=500, test_every=every), 1)
+    assert f.calls == stats.steps.max()
+    rounds = -(-(each - 1) // every)  # after z0
+    np.testing.assert_array_equal(stats.steps, 1 + every * rounds)
+    assert stats.converged.all() and len(set(each.tolist())) == 4
+    for i, steps in enumerate(stats.steps.tolist()):  # the iterate of a problem that stopped is not moved on
+        want = b[i]
+        for _ in range(steps - 1):
+            want = a[i] @ want + b[i]
+        np.testing.assert_allclose(z[i], want, rtol=1e-13)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 5, 6, 8])
+def test_a_rarer_test_keeps_the_budget_and_tests_its_last_iterate(x64, budget):
+    z, stats = solve_jit(cosine, jnp.zeros(()), deq.Picard(rtol=1e-9, max_steps=budget, test_every=4), 0)
+    same, of_each = solve_jit(cosine, jnp.zeros(()), deq.Picard(rtol=1e-9, max_steps=budget), 0)
+    assert (stats.steps, stats.status) == (budget, Status.MAX_STEPS)
+    np.testing.assert_allclose((z, stats.residual), (same, of_each.residual), rtol=1e-14)
+
+
 # ---- Broyden's estimate, from its public state -------------------------------------------------------------
 
 

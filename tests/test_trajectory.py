@@ -200,6 +200,7 @@ def test_fixed_point_correction_weighs_the_last_most():
     "options, error, words",
     [
         ({"at": (2, 10), "solver": deq.Picard(max_steps=10)}, ValueError, r"at=\(2, 10\).*max_steps=10.*>= 11"),
+        ({"at": (2,), "solver": deq.Picard(test_every=2)}, ValueError, "test_every=2.*take test_every=1"),
         ({"at": ()}, ValueError, "increasing numbers of steps"),
         ({"at": (3, 3)}, ValueError, "increasing"),
         ({"at": (-1,)}, ValueError, "ints >= 0"),

@@ -29,6 +29,7 @@ ADJOINTS = {
     "unroll, checkpointed": deq.Unroll(checkpoint=7),
 }
 each_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
+RARELY = deq.Picard(rtol=1e-12, max_steps=300, test_every=3)
 
 
 @pytest.fixture
@@ -311,7 +312,7 @@ def test_eager_call_on_an_explicitly_sharded_batch(params, xs):
     assert jnp.all(stats.converged)
 
 
-@each_solver
+@pytest.mark.parametrize("solver", [*SOLVERS.values(), RARELY], ids=[*SOLVERS, "picard, tested rarely"])
 def test_shard_map_with_shared_parameters(params, xs, solver):
     # Two problems a shard, each shard stopping by itself; the sum over shards is outside the solve.
     xs = jnp.concatenate([xs, -xs])

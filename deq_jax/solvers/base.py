@@ -45,7 +45,8 @@ class Solver(Protocol):
     - `resume(state) -> state`: prepares the memory of an earlier solve for this one;
     - `recovers = True`: an evaluation that is huge or not finite, after one that was, is not the end;
     - `asks(state) -> z`: the next point itself, which z + step would round;
-    - `patience`: evaluations that may pass without a better residual before a solve counts as stalled.
+    - `patience`: evaluations that may pass without a better residual before a solve counts as stalled;
+    - `test_every`: of a solver without memory, evaluations for one test of convergence.
     """
 
     @property
@@ -63,7 +64,10 @@ class Solver(Protocol):
 
 
 class Seen(NamedTuple):
-    """One evaluation of f, as a `Fold` sees it. A problem that has stopped shows its best iterate again."""
+    """One evaluation of f, as a `Fold` sees it, of those that are tested (see `Picard`).
+
+    A problem that has stopped shows its best iterate again.
+    """
 
     step: Int[Array, ""]  # 0 at z0, and one more at each evaluation
     z: PyTree
@@ -115,7 +119,7 @@ def solve(
     is frozen at its best iterate, and the loop ends with the last one. `memory` is that of an earlier solve,
     with the same solver and shapes.
     """
-    body = evaluation(f, z0, solver, batch_ndim, fold)
+    body = round_of_evaluations(f, z0, solver, batch_ndim, fold)
     start = beginning(z0, solver, batch_ndim, memory, fold)
     end = jax.lax.while_loop(lambda loop: jnp.any(loop.status == RUNNING), body, start)
     return ending(end, z0, batch_ndim)
@@ -205,6 +209,31 @@ def evaluation(
         )
 
     return body
+
+
+def round_of_evaluations(
+    f: Callable, z0: PyTree, solver: Solver, batch_ndim: int, fold: Fold | None = None
+) -> Callable[[Loop], Loop]:
+    """The body of the loop of a solver that tests one evaluation in `test_every`: those before it only move z."""
+    body, every = evaluation(f, z0, solver, batch_ndim, fold), getattr(solver, "test_every", 1)
+    if every == 1:
+        return body
+    ravel, unravel = raveler(z0, batch_ndim)
+
+    def untested(loop: Loop) -> Loop:
+        running = loop.status == RUNNING
+        # z0 is tested, for its residual sets the scale, and so is the last evaluation of the budget.
+        left = jnp.min(jnp.asarray(solver.max_steps, jnp.int32)) - loop.evaluation
+        count = jnp.where(loop.evaluation == 0, 0, jnp.clip(left, 1, every) - 1)
+
+        def move(_, z):
+            step, _ = solver.update(ravel(f(unravel(z))) - z, loop.solver, z)
+            return jnp.where(running[..., None], ravel(unravel(z + step)), z)
+
+        z = jax.lax.fori_loop(0, count, move, loop.z)
+        return loop._replace(z=z, steps=loop.steps + count * running, evaluation=loop.evaluation + count)
+
+    return lambda loop: body(untested(loop))
 
 
 def measure(f: Callable, z: PyTree, solver: Solver, steps: Any, batch_ndim: int) -> Stats:

@@ -14,6 +14,11 @@ class Picard:
     The cheapest iteration, and the best one for a strong contraction; hopeless where f expands. With
     `adjoint=Unroll()` and `max_steps=L` it is the weight-tied network of L layers.
 
+    With `test_every=k`, convergence is tested at z0 and then once in k evaluations: where f costs no more than the
+    test, as for many small problems, that pays for the k − 1 evaluations that a problem may be late. The budget is
+    kept, and the residual reported is that of the z returned. `Unroll` and `Reversible`, whose depth is fixed, take no
+    notice of it.
+
     >>> Picard(rtol=1e-6).max_steps
     100
     """
@@ -22,10 +27,12 @@ class Picard:
     atol: float = 0.0
     max_steps: int = 100
     damping: float = 1.0
+    test_every: int = 1
 
     def __post_init__(self):
         check_stopping(self)
         check_number(self, "damping", at_least=0, below=2)
+        check_number(self, "test_every", at_least=1, whole=True, static=True)
 
     def init(self, z: Float[Array, "*batch dim"]) -> tuple[()]:
         return ()

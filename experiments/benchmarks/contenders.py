@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+HALVES = (2048, 1024, 512, 256)  # where P4's batch of 4096 is gathered anew
 STEPS = 200  # of any loop: more than any contender needs that converges at all
 
 
@@ -21,21 +22,28 @@ class Contender(NamedTuple):
     problems: tuple[str, ...] = ("P1", "P2", "P3", "P4", "P5", "P6")
 
 
-def ours(cell, z, params, x, rtol, backward, scale, *, name: str, history: int, back: int, compact: bool = False):
+def ours(
+    cell, z, params, x, rtol, backward, scale, *,
+    name: str, history: int, back: int, test_every: int = 1, compact: tuple[int, ...] = (),
+):  # fmt: skip
     import deq_jax as deq
 
     options = dict(rtol=rtol, max_steps=STEPS)
     match name:
         case "Picard":
-            solver = deq.Picard(**options)
+            solver = deq.Picard(test_every=test_every, **options)
         case "Anderson":
             solver = deq.Anderson(history=history, **options)
         case _:
             solver = deq.Broyden(rank=history, **options)
     options = dict(rtol=backward, max_steps=STEPS)
-    linear = deq.Anderson(history=back, growth=10.0, **options) if back else deq.Picard(**options)  # as `Implicit()`
+    if back:  # as `Implicit()`
+        linear = deq.Anderson(history=back, growth=10.0, **options)
+    else:
+        linear = deq.Picard(test_every=test_every, **options)
     if compact:  # the cell's parameters are shared, what is injected is each problem's own
-        return deq.compact(cell, z, params, x, axes=(None, 0), solver=solver, backward=linear).value
+        sizes = tuple(size for size in compact if size < z.shape[0])
+        return deq.compact(cell, z, params, x, axes=(None, 0), solver=solver, backward=linear, sizes=sizes).value
     adjoint = deq.Implicit(linear)
     return deq.fixed_point(cell, z, params, x, solver=solver, adjoint=adjoint, batch_ndim=1).value
 
@@ -120,11 +128,15 @@ def _table() -> dict[str, Contender]:
         "ours Anderson 8": Contender("deq_jax", part(ours, name="Anderson", history=8, back=8)),
         "ours Broyden": Contender("deq_jax", part(ours, name="Broyden", history=20, back=8)),
         "ours Anderson 5, compact": Contender(
-            "deq_jax", part(ours, name="Anderson", history=5, back=8, compact=True), ("P4",)
+            "deq_jax", part(ours, name="Anderson", history=5, back=8, compact=HALVES), ("P4",)
         ),
+        "ours Anderson 5, Picard": Contender("deq_jax", part(ours, name="Anderson", history=5, back=0)),
         "ours Picard, Picard": Contender("deq_jax", part(ours, name="Picard", history=0, back=0)),
+        "ours Picard, test 6": Contender(
+            "deq_jax", part(ours, name="Picard", history=0, back=0, test_every=6), ("P4",)
+        ),
         "ours Picard, compact": Contender(
-            "deq_jax", part(ours, name="Picard", history=0, back=0, compact=True), ("P4",)
+            "deq_jax", part(ours, name="Picard", history=0, back=0, test_every=6, compact=HALVES), ("P4",)
         ),
         "jaxopt Anderson": Contender("jaxopt", part(jaxopt, history=5, linear="bicgstab")),
         "banax Picard": Contender("banax", part(banax, name="Picard", back="Picard", options={})),
