@@ -367,14 +367,20 @@ def test_the_history_is_used_detached_and_forgotten_at_the_start_of_an_epoch(rng
     assert not np.any(upstream.z) and not np.any(upstream.injection)
 
 
-def test_evaluation_is_the_mean_over_all_tokens():
+def test_evaluation_is_the_mean_over_all_tokens(monkeypatch):
     vocabulary = data.Vocabulary(tuple("abcdefgh"))
     config = dataclasses.replace(TINY, mem_len=64, embedding_std=0.5, solver=deq.Anderson(rtol=1e-5))
     model = char_lm.build(config, vocabulary)
     graphdef, params = nnx.split(model, nnx.Param)
     tokens = np.random.default_rng(0).integers(8, size=50).astype(np.int32)
     segments = lm.evaluation_segments(tokens, 1, 16)
-    result = lm.make_evaluate(graphdef, segments, config.solver)(nnx.to_pure_dict(params))
+    hidden, traces = type(model).hidden, []
+    monkeypatch.setattr(type(model), "hidden", lambda *args, **kwargs: (traces.append(1), hidden(*args, **kwargs))[1])
+    evaluate = lm.make_evaluate(graphdef, segments, config.solver)
+    result = evaluate(nnx.to_pure_dict(params))
+    looser = evaluate(nnx.to_pure_dict(params), solver=dataclasses.replace(config.solver, rtol=1e-2))
+    assert segments[3].weights.sum() == 1 and looser.steps < result.steps
+    assert len(traces) == 1  # neither the first segment, nor the partial last one, nor a tolerance compiles anew
     logits = model(tokens[None, :-1]).logits[0]
     expected = -np.mean(np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[1:, None], 1))
     assert result.tokens == 49 and result.converged == 1
