@@ -5,12 +5,16 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
 import functools
+import gc
 import pathlib
 from collections.abc import Callable
 
 import jax
 import pytest
 from jax._src import compiler
+
+# Tracing makes so many small objects that Python looks for cycles among them for a twentieth of the whole time.
+gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture
