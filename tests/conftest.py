@@ -57,6 +57,7 @@ def quick_compile(request, monkeypatch):
     `full_compile`, and compiles as users do.
     """
     if request.node.get_closest_marker("full_compile"):
+        jax.clear_caches()  # or it would run what another test compiled quickly
         return
     # jax.jit(compiler_options=...) does the same to one program; eager operations have no such option.
     known, options = known_options(), compiler.get_compile_options
