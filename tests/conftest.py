@@ -4,11 +4,17 @@ import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
+import functools
+import gc
 import pathlib
 from collections.abc import Callable
 
 import jax
 import pytest
+from jax._src import compiler
+
+# Tracing makes so many small objects that Python looks for cycles among them for a twentieth of the whole time.
+gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture
@@ -19,6 +25,47 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", before)
+
+
+QUICKLY = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    # The older code generator: the newer is most of the time to compile. Gone from jax 0.12.
+    "xla_cpu_use_fusion_emitters": False,
+}
+
+
+@functools.cache
+def known_options() -> dict:
+    """Those of QUICKLY that this version of the compiler has."""
+
+    def known(name):
+        try:
+            jax.jit(lambda: 0, compiler_options={name: QUICKLY[name]}).lower().compile()
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
+    return {name: value for name, value in QUICKLY.items() if known(name)}
+
+
+@pytest.fixture
+def quick_compile(request, monkeypatch):
+    """Programs that take a third of the time to compile, for modules of many small programs that each run once.
+
+    Such a module asks for it in its `pytestmark`. A test of memory, of compiled text, or of bits there is marked
+    `full_compile`, and compiles as users do.
+    """
+    if request.node.get_closest_marker("full_compile"):
+        jax.clear_caches()  # or it would run what another test compiled quickly
+        return
+    # jax.jit(compiler_options=...) does the same to one program; eager operations have no such option.
+    known, options = known_options(), compiler.get_compile_options
+
+    def quickly(*args, env_options_overrides=None, **kwargs):
+        return options(*args, env_options_overrides=known | dict(env_options_overrides or {}), **kwargs)
+
+    monkeypatch.setattr(compiler, "get_compile_options", quickly)
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import pytest
 import deq_jax as deq
 from deq_jax.adapters import Optax, as_optimizer, implicit, scipy_root
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 DIM = 4
 TIGHT = deq.Picard(rtol=1e-12, max_steps=300)
 
@@ -166,6 +168,7 @@ def test_optimizers_are_solvers(problem, tx):
         assert (stats.status == deq.Status.MAX_STEPS).any()
 
 
+@pytest.mark.full_compile
 def test_sgd_of_rate_one_is_picard(problem):
     w, x = problem
     run = lambda solver: deq.fixed_point(cell, 0 * x, w, x, solver=solver)

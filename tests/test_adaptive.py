@@ -11,6 +11,8 @@ from flax import nnx
 
 from deq_jax.models import AdaptiveVocabulary, adaptive
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 VOCAB, DIM, CUTOFFS = 23, 8, (6, 13)
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -125,6 +127,7 @@ def test_an_id_outside_the_vocabulary_is_nan_and_spoils_no_gradient(x64):
     assert np.isfinite(grads).all() and not grads[1:3].any() and grads[0].any() and grads[3].any()
 
 
+@pytest.mark.full_compile
 def test_memory_of_the_loss_does_not_grow_with_the_tokens():
     words = AdaptiveVocabulary(4000, 16, cutoffs=(500,), div_val=2, rngs=rngs())
     graphdef, params = nnx.split(words)
@@ -141,6 +144,7 @@ def test_memory_of_the_loss_does_not_grow_with_the_tokens():
     assert temporaries(1024, 1024) > 1024 * 3500 * 4
 
 
+@pytest.mark.full_compile
 def test_bfloat16_states_have_float32_losses():
     words = build(param_dtype=jnp.float32)
     h, targets = states(5).astype(jnp.bfloat16), jnp.arange(5) * 4

@@ -11,6 +11,8 @@ import pytest
 import deq_jax as deq
 from deq_jax import OnFailure, Status
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 DIM = 4
 PRECISE = deq.Picard(rtol=1e-13, max_steps=400)
 JVP = deq.ImplicitJVP(PRECISE)
@@ -178,6 +180,7 @@ def test_reversible_counts_and_stops_each_problem_by_itself(params, x, count_cal
     assert f.calls == stats.steps[0]
 
 
+@pytest.mark.full_compile
 def test_reversible_memory_does_not_grow_with_depth(params, x):
     def loss(x, length):
         return jnp.sum(root(params, x, solver=deq.Picard(rtol=0.0, max_steps=length), adjoint=deq.Reversible(0.1)))
@@ -339,6 +342,7 @@ def test_unroll_that_is_never_met_runs_the_whole_budget(params, x):
     np.testing.assert_array_equal(none.value, x)
 
 
+@pytest.mark.full_compile
 def test_two_level_checkpoints_grow_as_the_square_root(params, x):
     # Grown large, so that the states kept outweigh everything that does not depend on the length.
     x = jnp.tile(x, (256, 1))
@@ -389,6 +393,7 @@ def test_policies_act_on_the_failed_problem_alone(x64, failing):
     assert abs(kept[2] - jfb[2]) > 1e-3 * abs(jfb[2])
 
 
+@pytest.mark.full_compile
 def test_one_diverging_problem_of_64_leaves_the_bits_of_the_others(x64):
     slopes = jnp.linspace(-0.8, 0.8, 64)
     backward = deq.Picard(rtol=1e-8)

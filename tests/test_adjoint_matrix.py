@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 import deq_jax as deq
 from deq_jax.solvers import NewtonKrylov
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 N, DIM = 4, 3
 SOLVERS = {
     "picard": deq.Picard(rtol=1e-13, max_steps=200),

@@ -10,6 +10,8 @@ import pytest
 import deq_jax as deq
 from deq_jax import Status
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 DIM = 5
 FORWARD = {
     "picard": deq.Picard(rtol=1e-13, max_steps=2000),
@@ -325,6 +327,7 @@ def test_phantom_tends_to_implicit(problem):
     assert_close(gradient(*problem, adjoint=deq.Phantom(steps=400, damping=0.7)), dense_gradient(*problem))
 
 
+@pytest.mark.full_compile
 @pytest.mark.parametrize("adjoint", [deq.Implicit(PRECISE), deq.Neumann(3), deq.JFB(), deq.Phantom(3)], ids=repr)
 def test_the_value_does_not_depend_on_the_adjoint(problem, adjoint):
     params, x, _ = problem

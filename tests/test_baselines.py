@@ -10,6 +10,8 @@ from deq_jax.models import TransformerConfig
 from deq_jax.models.transformer_cell import NO_DROPOUT, History
 from experiments.baselines import TCN, Recurrent, TransformerStack, causal_convolution, fitted, parameters
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CONFIG = TransformerConfig(vocab_size=11, dim=8, heads=2, inner_dim=12, mem_len=6)
 
 
@@ -72,6 +74,7 @@ def test_causal_convolution_is_its_sum():
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.full_compile
 def test_a_tcn_sees_what_it_says():
     model = TCN(vocab_size=11, dim=6, levels=2, width=3, rngs=nnx.Rngs(0))
     assert model.sees == 13
@@ -82,6 +85,7 @@ def test_a_tcn_sees_what_it_says():
     assert not jnp.array_equal(change(14 - 12), last)
 
 
+@pytest.mark.full_compile
 @pytest.mark.parametrize("cell", [nnx.GRUCell, nnx.OptimizedLSTMCell])
 def test_recurrent_networks_are_causal(cell):
     model = Recurrent(cell, vocab_size=11, dim=6, rngs=nnx.Rngs(0))

@@ -7,7 +7,8 @@ import pytest
 
 import deq_jax as deq
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_compile")
+
 
 BATCH, DIM = 30, 6
 START = {"a": np.zeros((BATCH, DIM))}

@@ -16,6 +16,8 @@ import pytest
 import deq_jax as deq
 from deq_jax import Status
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 QUICK = deq.Picard(rtol=1e-6)  # the cheapest to compile, where the solver is not the subject
 BACK = deq.Implicit(QUICK)
 
@@ -44,6 +46,7 @@ def test_shapes_of_stats(shape, batch_ndim):
     assert jnp.issubdtype(stats.status.dtype, jnp.integer) and stats.converged.dtype == bool
 
 
+@pytest.mark.full_compile
 def test_defaults():
     solution = deq.fixed_point(jnp.cos, jnp.zeros(2))
     assert type(solution) is deq.Solution and solution._fields == ("value", "stats")
@@ -120,6 +123,7 @@ def test_a_swept_tolerance_still_has_its_effect():
     assert loose < tight
 
 
+@pytest.mark.full_compile
 def test_a_second_eager_gradient_does_not_trace_again():
     grad = jax.grad(lambda x: run(counted_cell, x).sum())
     want = grad(jnp.ones(3))
@@ -261,6 +265,7 @@ def test_a_swept_backward_tolerance_changes_the_gradient_not_the_program(x64):
     assert x_bar._cache_size() == 1
 
 
+@pytest.mark.full_compile
 def test_one_solver_object_in_two_threads_and_two_shapes():
     solver, adjoint = deq.Broyden(rank=2), deq.Implicit(deq.Picard())
     pull = lambda x: jax.grad(
@@ -284,6 +289,7 @@ def test_one_solver_object_in_two_threads_and_two_shapes():
 # ---- memory ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full_compile
 @pytest.mark.parametrize("name", ["picard", "anderson", "broyden"])
 def test_memory_does_not_grow_with_depth(name):
     make = {
@@ -309,6 +315,7 @@ def test_memory_does_not_grow_with_depth(name):
     assert abs(deep - shallow) <= 0.01 * shallow
 
 
+@pytest.mark.full_compile
 def test_checkpoints_save_memory_of_an_unroll():
     def temporaries(checkpoint):
         def loss(w):

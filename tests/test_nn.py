@@ -11,6 +11,8 @@ from flax import linen, nnx
 import deq_jax as deq
 from deq_jax.nn import DEQ
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 DIM = 6
 TIGHT = {"solver": deq.Anderson(rtol=1e-6), "adjoint": deq.Implicit(deq.Anderson(rtol=1e-6))}
 
@@ -86,6 +88,7 @@ def test_nnx_transforms(x):
     assert not np.allclose(values[0], values[1])
 
 
+@pytest.mark.full_compile
 def test_dropout_mask_is_fixed_in_a_solve_and_changes_between_steps(x):
     layer = DEQ(StatefulCell(nnx.Rngs(0)), solver=deq.Picard(rtol=1e-5, max_steps=200))
     first, second = layer(x), layer(x)

@@ -8,6 +8,7 @@ import sys
 import warnings
 
 import pytest
+from conftest import known_options
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
@@ -78,7 +79,9 @@ def run(path: pathlib.Path, folder: pathlib.Path) -> str | None:
     kernel.mkdir(parents=True)
     (kernel / "kernel.json").write_text(json.dumps(spec))
 
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # the tests' four devices
+    # Without the tests' four devices; and compiled quickly, since what is asked is whether the cells run.
+    quickly = " ".join(f"--{name}={str(value).lower()}" for name, value in known_options().items())
+    environment = os.environ | {"XLA_FLAGS": quickly}
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # Inline figures, as on Colab; and Jupyter's history and settings are not the user's.
     environment |= {"DEQ_JAX_FAST": "1", "PYTHONPATH": python_path, "IPYTHONDIR": str(folder / "ipython")}

@@ -19,6 +19,8 @@ from deq_jax import Status
 from deq_jax.nn import DEQ
 from deq_jax.stability import spectral_normalize, spectral_radius
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SOLVERS = {
     "picard": deq.Picard,
     "anderson": functools.partial(deq.Anderson, history=4),
@@ -282,6 +284,7 @@ def test_jvp_hessian_and_both_second_orders(problem):
     assert_close(jax.jit(jax.jacrev(jax.grad(reverse)))(x), want, 1e-9)  # reverse over reverse
 
 
+@pytest.mark.full_compile
 @pytest.mark.parametrize("name", ["anderson", "broyden"])
 def test_one_diverging_sample_of_64_leaves_the_others_gradients_bit_for_bit(rng, name):
     solver = {"anderson": deq.Anderson(history=4), "broyden": deq.Broyden(rank=8)}[name]
@@ -383,6 +386,7 @@ def plain_cell(z, x):
     return 0.5 * jnp.cos(z) + x
 
 
+@pytest.mark.full_compile
 def test_a_second_eager_call_does_not_retrace():
     grad = jax.grad(lambda x: deq.fixed_point(plain_cell, jnp.zeros(3), x, solver=deq.Picard()).value.sum())
     grad(jnp.ones(3))
@@ -407,6 +411,7 @@ def sharded_solve(solver):
     return run, (w, xs), sharded[::-1]
 
 
+@pytest.mark.full_compile
 @each_solver
 def test_sharded_equals_single_device_with_one_small_all_reduce_a_step(Solver):
     run, single, sharded = sharded_solve(Solver(rtol=1e-5))

@@ -13,6 +13,8 @@ import deq_jax as deq
 from deq_jax import Status
 from deq_jax import solvers as deq_solvers
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # Short memories: compiling Anderson's elimination takes time that grows with its history.
 SOLVERS = {
     "picard": deq.Picard,
@@ -216,6 +218,7 @@ def test_zero_is_a_fixed_point_like_any_other(Solver):
     assert (stats.status, stats.steps, stats.residual, stats.relative_residual) == (Status.CONVERGED, 1, 0, 0)
 
 
+@pytest.mark.full_compile
 @each_solver
 def test_a_start_at_the_solution_takes_one_evaluation(x64, Solver):
     z, _ = solve_jit(cosine, jnp.zeros(3), Solver(rtol=1e-10), 0)
@@ -247,6 +250,7 @@ def test_a_batch_equals_its_problems_solved_alone(x64, rng, Solver):
         np.testing.assert_allclose(z[i], alone[0], rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.full_compile
 @each_solver
 def test_one_bad_problem_of_64_leaves_the_bits_of_the_others(x64, rng, Solver):
     a, x = 0.7 * symmetric(rng, 64, 4, 1.0), jax.random.normal(rng, (64, 4))
@@ -324,6 +328,7 @@ def test_a_rotation_of_the_basis_changes_no_iteration_count(x64, rng, Solver):
     np.testing.assert_allclose(q.T @ rotated, z, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.full_compile
 @each_solver
 def test_leaves_are_one_vector(x64, rng, Solver):
     a, b = 0.9 * symmetric(rng, 1, 8, 1.0)[0], jax.random.normal(rng, (8,))
@@ -632,6 +637,7 @@ def test_a_memory_helps_the_solve_of_a_similar_problem_and_harms_no_other(x64, r
     assert jnp.all(far.stats.converged)
 
 
+@pytest.mark.full_compile
 @with_memory
 def test_the_first_pair_after_a_resume_does_not_mix_two_problems(x64, Solver):
     solver = Solver()

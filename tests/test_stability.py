@@ -12,6 +12,8 @@ from deq_jax.diagnostics import gradient_bias
 from deq_jax.regularizers import jacobian_penalty
 from deq_jax.stability import spectral_normalize, spectral_radius
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 DIM = 4
 
 
@@ -54,6 +56,7 @@ def test_penalty_gradient_equals_finite_differences_for_one_sample(problem):
     np.testing.assert_allclose(jnp.sum(jax.grad(value)(params["w"]) * along), difference, rtol=1e-7)
 
 
+@pytest.mark.full_compile
 def test_penalty_sees_captured_parameters_and_holds_z_fixed(problem):
     params, x, z = problem
     by_args = jax.grad(lambda p: jacobian_penalty(cell, z, p, x, key=jax.random.key(1)))(params)
@@ -175,6 +178,7 @@ def test_spectral_radius_of_a_complex_state():
     np.testing.assert_allclose(radius(c), 0.9, rtol=1e-5)
 
 
+@pytest.mark.full_compile
 def test_no_eigensolver_for_nonsymmetric_matrices_is_in_the_program():
     run = lambda A: spectral_radius(lambda z: A @ z, jnp.ones(8))
     text = jax.jit(run).lower(jnp.eye(8)).compile().as_text()

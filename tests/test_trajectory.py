@@ -10,6 +10,8 @@ import pytest
 import deq_jax as deq
 from deq_jax import Status
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 DIM = 4
 PICARD = deq.Picard(rtol=1e-10, max_steps=300)
 
@@ -40,6 +42,7 @@ def iterate(k, w, x):
 # ---- ResidualTrace -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.full_compile
 @pytest.mark.parametrize("solver", [deq.Picard(rtol=1e-6), deq.Anderson(rtol=1e-6, history=3)], ids=repr)
 def test_a_trace_is_the_residual_of_each_evaluation(w, xs, solver):
     run = lambda size: deq.solve(cell, 0 * xs, w, xs, solver=solver, batch_ndim=1, fold=deq.ResidualTrace(size))
@@ -56,11 +59,13 @@ def test_a_trace_is_the_residual_of_each_evaluation(w, xs, solver):
     np.testing.assert_array_equal(run(2).folded, trace[:, :2])  # what does not fit is dropped
 
 
+@pytest.mark.full_compile
 def test_a_trace_says_where_f_was_not_finite():
     solved = deq.solve(lambda z: jnp.sqrt(z - 1), jnp.zeros(2), fold=deq.ResidualTrace(4))
     np.testing.assert_array_equal(solved.folded, [jnp.inf, jnp.nan, jnp.nan, jnp.nan])
 
 
+@pytest.mark.full_compile
 def test_an_unused_trace_is_removed():
     size = 4321
 
@@ -76,6 +81,7 @@ def test_an_unused_trace_is_removed():
     assert with_it.memory_analysis().temp_size_in_bytes > without.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.full_compile
 def test_a_fold_leaves_the_bits_of_the_solve(w, xs):
     solver = deq.Anderson(history=3)
     plain, folded = (
@@ -97,6 +103,7 @@ class Visited:
         return total + jnp.where(running, seen.z, 0), count + running
 
 
+@pytest.mark.full_compile
 def test_a_fold_of_ones_own(w, xs):
     run = lambda xs: deq.solve(cell, 0 * xs, w, xs, solver=deq.Picard(), batch_ndim=1, fold=Visited())
     solved = jax.jit(run)(xs)
@@ -111,6 +118,7 @@ def test_a_fold_of_ones_own(w, xs):
 # ---- trajectory --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full_compile
 def test_with_picard_the_state_at_k_is_f_applied_k_times(w, xs):
     at = (0, 1, 3)
     run = jax.jit(lambda: deq.trajectory(cell, 0 * xs, w, xs, at=at, solver=PICARD, batch_ndim=1))
@@ -128,6 +136,7 @@ def test_with_picard_the_state_at_k_is_f_applied_k_times(w, xs):
     np.testing.assert_array_equal(value, want.value)
 
 
+@pytest.mark.full_compile
 @pytest.mark.parametrize("solver", [deq.Anderson(history=3), deq.Broyden(rank=8)], ids=repr)
 def test_states_have_their_true_residual_and_stopped_problems_repeat_their_last_state(w, xs, solver):
     value, stats, states, state_stats = deq.trajectory(cell, 0 * xs, w, xs, at=(2, 90), solver=solver, batch_ndim=1)

@@ -15,6 +15,8 @@ from deq_jax.models import DEQTransformer, TransformerConfig
 from deq_jax.models.common import Weight
 from deq_jax.models.transformer_cell import History, Masks, TransformerCell, draw_masks
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # A strong injection: Picard converges, so that equilibria are known to 1e-12 and a long unroll agrees.
 TINY = TransformerConfig(
     vocab_size=11, dim=8, heads=2, inner_dim=12, mem_len=4, init_std=0.2, embedding_std=3.0, tie=False
@@ -234,6 +236,7 @@ def test_segments_with_history_are_one_long_sequence(x64, segment, mem_len, chan
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), run(model, tokens).logits, atol=1e-9)
 
 
+@pytest.mark.full_compile
 def test_history_is_the_last_columns_detached(x64):
     model, tokens = build(), sequences(3)
     first = run(model, tokens)
@@ -345,6 +348,7 @@ def test_a_sequence_does_not_feel_its_neighbour(x64):
 # ---- dropout -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full_compile
 def test_masks_are_fixed_over_a_solve_and_new_with_each_key(x64, rng):
     model, tokens = build(**DROPOUT), sequences(5)
     out = run(model, tokens, key=rng)
@@ -356,12 +360,14 @@ def test_masks_are_fixed_over_a_solve_and_new_with_each_key(x64, rng):
     assert jnp.abs(run(model, tokens, key=jax.random.key(1)).logits - out.logits).max() > 1e-3
 
 
+@pytest.mark.full_compile
 def test_without_a_key_nothing_is_dropped(x64):
     tokens = sequences(5)
     np.testing.assert_array_equal(run(build(**DROPOUT), tokens).logits, run(build(), tokens).logits)
     assert build().context(tokens, key=jax.random.key(0)).masks == Masks()
 
 
+@pytest.mark.full_compile
 def test_masks_have_the_rates_and_keep_the_mean():
     config = dataclasses.replace(TINY, **DROPOUT)
     masks = draw_masks(config, jax.random.key(0, impl="unsafe_rbg"), 50, 30, dtype=jnp.float32)

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 import deq_jax as deq
 from deq_jax import Status
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 N, DIM = 4, 3
 SOLVERS = {
     "picard": deq.Picard(rtol=1e-12, max_steps=300),
@@ -259,6 +261,7 @@ def test_vmap_over_parameters_and_budgets(params, xs):
     assert stats.steps[3] == 3 and stats.status[3] == Status.MAX_STEPS
 
 
+@pytest.mark.full_compile
 def test_a_compiled_solve_repeats_its_bits(params, xs):
     run = jax.jit(functools.partial(pull, batch_ndim=1))
     for a, b in zip(jax.tree.leaves(run(params, xs)), jax.tree.leaves(run(params, xs)), strict=True):
@@ -285,6 +288,7 @@ def meshes():
     return kinds
 
 
+@pytest.mark.full_compile
 @each_solver
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_a_sharded_batch_equals_a_single_device(params, xs, solver, kind):

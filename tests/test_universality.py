@@ -12,6 +12,8 @@ import pytest
 
 import deq_jax as deq
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TIGHT = deq.Picard(rtol=1e-14, max_steps=300)
 EXACT = dict(solver=TIGHT, adjoint=deq.Implicit(TIGHT), batch_ndim=1)

@@ -12,6 +12,8 @@ from flax import nnx
 import deq_jax as deq
 from deq_jax.nn import DEQ
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 DIM = 6
 
 
@@ -97,6 +99,7 @@ def test_warm_starts_save_evaluations_and_the_cache_is_donated(w, rng):
     assert cache.written.tolist() == [2] * 8
 
 
+@pytest.mark.full_compile
 def test_the_cache_goes_into_a_checkpoint(tmp_path):
     z = {"a": jnp.arange(4.0).reshape(2, 2), "b": jnp.array([1.0, 2.0])}
     cache = example_cache().store(jnp.array([1, 4]), z, now=3)
@@ -198,6 +201,7 @@ def test_a_guess_learns_from_first_guess_loss_alone():
     assert jnp.any(jax.tree.leaves(grads["cell"])[0] != 0)
 
 
+@pytest.mark.full_compile
 def test_a_guess_may_be_a_module_in_every_mode():
     x = jnp.ones((2, DIM))
     make = lambda: DEQ(Cell(nnx.Rngs(0)), init=nnx.Linear(DIM, DIM, rngs=nnx.Rngs(1)))
