@@ -87,7 +87,7 @@ PEERS_PYTHON ?= $(shell for v in 3.12 3.13; do \
 			|| echo "$$peer cannot be installed here"; done
 	@touch $@
 
-bench: .venv/.stamp .venv-peers/.stamp ## time ours and each peer on the same work (half an hour; BENCH_ARGS='--problems P1')
+bench: .venv/.stamp .venv-peers/.stamp ## time ours and each peer on the same work (an hour or more; BENCH_ARGS='--problems P1')
 	.venv/bin/python -m experiments.benchmarks $(BENCH_ARGS)
 
 # On the corners compiling is most of the time, and what is asked is whether it works there, not how fast.

@@ -32,7 +32,7 @@ PEERS = ("torchdeq", "jaxopt", "optimistix", "banax")
 class Config:
     """Time, memory and evaluations of ours and of each peer at equal accuracy, and how far both are from the limit.
 
-        make bench                                                    # half an hour on two cores
+        make bench                                                    # an hour and a half on one core
         python -m experiments.benchmarks --problems P1 P3 --rounds 2  # a look, a few minutes
         python -m experiments.benchmarks --tune                       # seek every contender's tolerances anew
 
