@@ -40,6 +40,7 @@ PARTS = (
     Part("runtime_study", ("reduced",), 8),
     Part("word_lm", ("ptb-small",), 10),
     Part("word_lm", ("ptb-trellisnet-small",), 13),
+    Part("word_lm", ("wikitext-2-small",), 9),
     Part("gradient_study", (), 8),
     Part("robustness_study", (), 7),
     Part("backward_study", (), 15),
