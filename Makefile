@@ -50,7 +50,7 @@ demo: .venv/.stamp ## train the small character model and draw its plot
 	.venv/bin/python -m experiments.char_lm demo
 
 # What is finished is kept in runs/: after Ctrl-C the same command continues, and without runs/ it starts anew.
-experiments: .venv/.stamp ## run all reduced experiments (at most 90 minutes; continues)
+experiments: .venv/.stamp ## run all reduced experiments (110 minutes on one core; continues)
 	.venv/bin/python -m experiments.suite run
 
 figures: .venv/.stamp ## draw all figures and tables of experiments/results from what is kept there

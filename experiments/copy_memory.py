@@ -33,7 +33,7 @@ MODELS = tuple(PUBLISHED)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Ten minutes on two free CPU cores: the equilibrium below 1e-4, TCN too, LSTM and GRU at chance (0.0495).
+    """Twelve minutes on one CPU core: the equilibrium below 1e-4, TCN too, LSTM and GRU at chance (0.0495).
 
     python -m experiments.copy_memory
 
@@ -74,7 +74,7 @@ class Config:
 
 
 PRESETS = {
-    "reduced": ("ten minutes on two free CPU cores, four models one after the other", Config()),
+    "reduced": ("twelve minutes on one CPU core, four models one after the other", Config()),
     "paper": (
         "about half an hour on one GPU (an estimate: nothing of this size was run)",
         Config(

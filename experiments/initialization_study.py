@@ -63,7 +63,7 @@ class Config:
 
 
 PRESETS = {
-    "reduced": ("8 minutes on two quiet CPU cores", Config()),
+    "reduced": ("5 minutes on one CPU core", Config()),
     "paper": (
         "a day on one accelerator: the paper's width, characters",
         Config(

@@ -38,7 +38,7 @@ class Config:
 
 
 PRESETS = {
-    "reduced": ("5 minutes on two quiet CPU cores, and 4 for the model if it is not trained yet", Config()),
+    "reduced": ("2 minutes on one CPU core, and 3 for the model if it is not trained yet", Config()),
     "paper": (
         "hours on 8 accelerators, after the model's own training",
         Config(

@@ -74,7 +74,7 @@ FAMILIES: dict[str, Callable[[Shape], Any]] = {"DEQTransformer": transformer, "D
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Thirteen minutes on two free CPU cores: flat memory for the equilibrium, and its time and loss beside it.
+    """Fifteen minutes on one CPU core: flat memory for the equilibrium, and its time and loss beside it.
 
     python -m experiments.memory_study
 
@@ -119,7 +119,7 @@ class Config:
 
 
 PRESETS = {
-    "reduced": ("thirteen minutes on two free CPU cores, half of it compiling", Config()),
+    "reduced": ("fifteen minutes on one CPU core", Config()),
     "paper": (
         "some hours on one GPU with 80 GB (an estimate: nothing of this size was run)",
         Config(
@@ -596,7 +596,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             draw_quality(quality, part, config["layers"])
         rows[0][0].legend(frameon=False, fontsize=8)
         rows[0][2].legend(frameon=False, fontsize=8)
-        note = f"{results['command']}; float32, seed {config['seed']}; {results['machine']['cores']} shared CPU cores"
+        note = f"{results['command']}; float32, seed {config['seed']}; {study.shared_cores(results['machine'])}"
         figure.supxlabel(note, fontsize=8, family="monospace")
         figure.savefig(path, dpi=120)
         plt.close(figure)

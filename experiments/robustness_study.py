@@ -42,7 +42,7 @@ QUICK_RUNS = tuple(run for run in RUNS if run[:2] in ((1, 2), (3, 2), (9, 10), (
 class Config:
     """Success, evaluations, false claims and false refusals of every solver, defaults first.
 
-        python -m experiments.robustness_study                                 # 6 minutes on one core
+        python -m experiments.robustness_study                                 # 7 minutes on one core
         python -m experiments.robustness_study --only Anderson --first-seed 0  # tuning, under a minute
         python -m experiments.robustness_study --quick                         # a smoke test
 

@@ -40,7 +40,7 @@ RIVALS: dict[str, Callable[[Shape, int], Any]] = {"DEQTransformer": stack}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Eight minutes on two free CPU cores: how many times an explicit step is a step at the equilibrium?
+    """Eight minutes on one CPU core: how many times an explicit step is a step at the equilibrium?
 
     python -m experiments.runtime_study
 
@@ -79,7 +79,7 @@ class Config:
 
 
 PRESETS = {
-    "reduced": ("eight minutes on two free CPU cores", Config()),
+    "reduced": ("eight minutes on one CPU core", Config()),
     "paper": (
         "a day on one GPU with 80 GB (an estimate: nothing of this size was run)",
         Config(
@@ -397,7 +397,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         for (bars, curves), (family, part) in zip(rows, families.items(), strict=True):
             draw_ratios(bars, family, part, config["layers"])
             draw_curves(curves, part)
-        note = f"{results['command']}; float32, seed {config['seed']}; {results['machine']['cores']} shared CPU cores"
+        note = f"{results['command']}; float32, seed {config['seed']}; {study.shared_cores(results['machine'])}"
         figure.supxlabel(note, fontsize=8, family="monospace")
         figure.savefig(path, dpi=120)
         plt.close(figure)

@@ -43,7 +43,7 @@ class Config:
 
 
 PRESETS = {
-    "reduced": ("6 minutes on two quiet CPU cores, and 4 for the model if it is not trained yet", Config()),
+    "reduced": ("4 minutes on one CPU core, and 3 for the model if it is not trained yet", Config()),
     "paper": (
         "a day on 8 accelerators, after the model's own training",
         Config(model=trained.PAPER, run=Path("runs/studies/stability-paper"), sequences=3, train_steps=10_000),

@@ -187,9 +187,17 @@ def paragraph(*sentences: str) -> list[str]:
 def conditions(results: dict[str, Any], **more: Any) -> str:
     """One line: machine, versions and what else decides a number."""
     machine, versions = results["machine"], results["versions"]
-    told = [f"{machine['cores']} shared CPU cores" if machine["devices"][0] == "cpu" else machine["devices"][0]]
+    told = [shared_cores(machine) if machine["devices"][0] == "cpu" else machine["devices"][0]]
     told += [f"jax {versions['jax']}", *(f"{name.replace('_', ' ')} {value}" for name, value in more.items())]
     return "; ".join(told)
+
+
+def shared_cores(machine: dict[str, Any]) -> str:
+    """
+    >>> shared_cores({"cores": 1}), shared_cores({"cores": 2})
+    ('1 shared CPU core', '2 shared CPU cores')
+    """
+    return f"{machine['cores']} shared CPU core{'s' * (machine['cores'] != 1)}"
 
 
 def replace_model(config: Any, **changes: Any) -> Any:

@@ -50,7 +50,7 @@ class Config:
 
 
 PRESETS = {
-    "reduced": ("8 minutes on two quiet CPU cores, and 4 for the model if it is not trained yet", Config()),
+    "reduced": ("6 minutes on one CPU core, and 3 for the model if it is not trained yet", Config()),
     "paper": (
         "days on 8 accelerators: WikiText-103, 258M parameters of which 71M are the cell's",
         Config(

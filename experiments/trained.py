@@ -91,7 +91,7 @@ def milestone(config: char_lm.Config, stored: dict[str, Any], step: int) -> RunD
 
 
 def train(config: char_lm.Config, stored: dict[str, Any]) -> None:
-    print(f"the studies' model: {config.steps} steps, kept in {config.run}; 5 minutes on two quiet cores", flush=True)
+    print(f"the studies' model: {config.steps} steps, kept in {config.run}; 3 minutes on one core", flush=True)
     kept = set(milestones(config))
 
     def keep(step: int, state: TrainState) -> None:
@@ -163,7 +163,7 @@ def median_trace(solved: deq.Solved) -> np.ndarray:
 
 def main(args: Sequence[str] | None = None) -> None:
     def train_model(preset: str = "reduced") -> None:
-        """Train what the studies share: `reduced` (5 minutes), or `paper`, the full size on WikiText-103."""
+        """Train what the studies share: `reduced` (3 minutes), or `paper`, the full size on WikiText-103."""
         presets = {"reduced": REDUCED, "paper": PAPER}
         if preset not in presets:
             raise ValueError(f"no preset {preset!r}; there are {', '.join(presets)}")

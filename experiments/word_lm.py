@@ -1,8 +1,9 @@
 """Language modelling by words with both models of the paper; everything but the presets is `char_lm`'s.
 
     python -m experiments.word_lm ptb                    # Penn Treebank, below $DEQ_JAX_DATA or --data-dir
-    python -m experiments.word_lm ptb-small              # the same for two CPU cores, about 8 minutes
-    python -m experiments.word_lm ptb-trellisnet-small   # likewise, a DEQ-TrellisNet, 12 minutes on one core
+    python -m experiments.word_lm ptb-small              # the same for one CPU core, about 10 minutes
+    python -m experiments.word_lm ptb-trellisnet-small   # likewise, a DEQ-TrellisNet, 13 minutes
+    python -m experiments.word_lm wikitext-2-small       # 33K words, adaptive embedding and softmax, 9 minutes
     python -m experiments.word_lm wikitext-2 --steps 2000 solver:broyden adjoint:phantom
     python -m experiments.word_lm sample --run runs/word_lm/ptb --prompt "the company said"
 
@@ -40,9 +41,9 @@ PRESETS = {
             clip=0.25,
         ),
     ),
-    # For two CPU cores: sizes at which a preset's warm-up and equilibrium both fit into some minutes.
+    # For one CPU core: sizes at which a preset's warm-up and equilibrium both fit into some minutes.
     "ptb-small": (
-        "Penn Treebank, 1.6M parameters: about 8 minutes on two CPU cores",
+        "Penn Treebank, 1.6M parameters: about 10 minutes on one CPU core",
         Config(
             run=Path("runs/word_lm/ptb-small"),
             data="ptb",
@@ -59,7 +60,7 @@ PRESETS = {
         ),
     ),
     "ptb-trellisnet-small": (
-        "Penn Treebank, a DEQ-TrellisNet of 2.0M parameters: about 12 minutes on one CPU core",
+        "Penn Treebank, a DEQ-TrellisNet of 2.0M parameters: about 13 minutes on one CPU core",
         Config(
             run=Path("runs/word_lm/ptb-trellisnet-small"),
             data="ptb",
@@ -80,6 +81,26 @@ PRESETS = {
             # An evaluation carries the memory on by one column, so the length sets the budget (the paper's: a half).
             solver=deq.Anderson(rtol=1e-2, max_steps=30, history=6),
             adjoint=deq.Implicit(deq.Anderson(rtol=1e-2, max_steps=30, history=6)),
+        ),
+    ),
+    "wikitext-2-small": (
+        "WikiText-2, 1.0M parameters with an adaptive embedding and softmax: about 9 minutes on one CPU core",
+        Config(
+            run=Path("runs/word_lm/wikitext-2-small"),
+            data="wikitext-2",
+            level="word",
+            steps=800,
+            batch=16,
+            length=64,
+            mem_len=64,
+            dim=128,
+            heads=4,
+            inner_dim=512,
+            # 77 % of the text are words of the head, 16 % of the first tail.
+            cutoffs=(2_000, 10_000),
+            div_val=4,
+            dropout=0.1,
+            lr=2e-3,
         ),
     ),
     # The sizes, rates of dropout, segments, caps and warm-up of the paper's Table 2, from its script. Theirs is SGD

@@ -28,6 +28,7 @@ WORDS = data.Vocabulary(tuple("abcdefgh"), "word")
     ("ptb-small", 10_000, 1.55),
     ("ptb-trellisnet-small", 10_000, 1.97),
     ("ptb-trellisnet", 10_000, 24.19),
+    ("wikitext-2-small", 33_278, 1.03),
     ("wikitext-103", 267_735, 97.69),
     ("wikitext-103-trellisnet", 267_735, 181.71),
 ])  # fmt: skip
