@@ -9,7 +9,7 @@ CORE_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
 	solvers fixed_point adjoints adjoint_family compact transforms trajectory warm_start nn transformer bad_input doctests packaging)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo experiments figures bench test lint mutants notebooks corners corner-lowest corner-newest constraints clean
+.PHONY: help setup demo experiments studies figures bench test lint mutants notebooks corners corner-lowest corner-newest constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -50,8 +50,11 @@ demo: .venv/.stamp ## train the small character model and draw its plot
 	.venv/bin/python -m experiments.char_lm demo
 
 # What is finished is kept in runs/: after Ctrl-C the same command continues, and without runs/ it starts anew.
-experiments: .venv/.stamp ## run all reduced experiments (110 minutes on one core; continues)
+experiments: .venv/.stamp ## run all reduced experiments of the paper (82 minutes on one core; continues)
 	.venv/bin/python -m experiments.suite run
+
+studies: .venv/.stamp ## run the studies of solvers and gradients (29 minutes on one core; continues)
+	.venv/bin/python -m experiments.suite run --library
 
 figures: .venv/.stamp ## draw all figures and tables of experiments/results from what is kept there
 	.venv/bin/python -m experiments.suite figures

@@ -1,7 +1,10 @@
 """All reduced experiments, and all figures from the results that are kept: `make experiments`, `make figures`.
 
-python -m experiments.suite run        # continues where it was cut; rm -r runs/suite runs/studies starts anew
+python -m experiments.suite run            # the paper's; continues where it was cut
+python -m experiments.suite run --library  # the studies of solvers and gradients: `make studies`
 python -m experiments.suite figures
+
+`rm -r runs/suite runs/studies` starts anew.
 """
 
 import importlib
@@ -29,7 +32,7 @@ class Part(NamedTuple):
         return " ".join((self.module, *(arg for arg in self.args if arg != "reduced")))
 
 
-PARTS = (
+PAPER = (
     Part("trained", (), 3),
     Part("tolerance_study", ("reduced",), 6),
     Part("initialization_study", ("reduced",), 5),
@@ -41,19 +44,24 @@ PARTS = (
     Part("word_lm", ("ptb-small",), 10),
     Part("word_lm", ("ptb-trellisnet-small",), 13),
     Part("word_lm", ("wikitext-2-small",), 9),
+)
+LIBRARY = (
     Part("gradient_study", (), 8),
     Part("robustness_study", (), 7),
     Part("backward_study", (), 15),
 )
 # What `python -m experiments.MODULE figure` redraws.
-REDRAWN = tuple(part.module for part in PARTS if part.args == ("reduced",))
+REDRAWN = tuple(part.module for part in PAPER if part.args == ("reduced",))
 
 
-def run(kept: Path = Path("runs/suite"), *, only: tuple[str, ...] = ()) -> None:
-    """Every reduced experiment, one after the other; what is finished is not run again."""
-    parts = [part for part in PARTS if not only or part.module in only]
-    if unknown := set(only) - {part.module for part in PARTS}:
-        known = ", ".join(part.module for part in PARTS)
+def run(kept: Path = Path("runs/suite"), *, library: bool = False, only: tuple[str, ...] = ()) -> None:
+    """Every reduced experiment of the paper, one after the other; what is finished is not run again.
+
+    With `library` the studies of solvers and gradients instead; `only` names modules of either kind.
+    """
+    parts = [part for part in PAPER + LIBRARY if part.module in only] if only else LIBRARY if library else PAPER
+    if unknown := set(only) - {part.module for part in PAPER + LIBRARY}:
+        known = ", ".join(part.module for part in PAPER + LIBRARY)
         raise ValueError(f"no experiment {', '.join(sorted(unknown))}; there are {known}")
     kept.mkdir(parents=True, exist_ok=True)
     print(f"{len(parts)} experiments, {sum(part.minutes for part in parts):g} minutes on one CPU core:")
