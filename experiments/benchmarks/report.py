@@ -91,7 +91,8 @@ def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
             bar(f"{name}: temporaries over linearization + {states} z", ours["temp_bytes"] / allowed, 1.0)
         quick = [step["temp_bytes"] for n, step in peers.items() if accelerated(n)]
         if name != "P1" and quick:
-            leanest = min(r["step"]["temp_bytes"] for n, r in rows.items() if n.startswith("ours") and accelerated(n))
+            mine = [n for n in rows if n == best or (n.startswith("ours") and accelerated(n))]
+            leanest = min(rows[n]["step"]["temp_bytes"] for n in mine)
             for which, temporaries in (("fastest", ours["temp_bytes"]), ("leanest", leanest)):
                 over = temporaries / min(quick)
                 bar(f"{name}: temporaries of our {which} over the least of an accelerated peer", over, 1.0)
@@ -217,6 +218,7 @@ def main() -> None:
     results = kept[0]
     for other in kept[1:]:
         results["problems"] |= other["problems"]
+    results["problems"] = dict(sorted(results["problems"].items()))
     out.mkdir(parents=True, exist_ok=True)
     write(results, out)
     print((out / "table.md").read_text())
