@@ -54,10 +54,12 @@ def quick_compile(request, monkeypatch):
     """Programs that take a third of the time to compile, for modules of many small programs that each run once.
 
     Such a module asks for it in its `pytestmark`. A test of memory, of compiled text, or of bits there is marked
-    `full_compile`, and compiles as users do.
+    `full_compile`, and compiles as users do. Not for a module that keeps arrays from test to test and compares bits.
     """
     if request.node.get_closest_marker("full_compile"):
         jax.clear_caches()  # or it would run what another test compiled quickly
+        yield
+        jax.clear_caches()  # and the next one what this one did not
         return
     # jax.jit(compiler_options=...) does the same to one program; eager operations have no such option.
     known, options = known_options(), compiler.get_compile_options
@@ -66,6 +68,7 @@ def quick_compile(request, monkeypatch):
         return options(*args, env_options_overrides=known | dict(env_options_overrides or {}), **kwargs)
 
     monkeypatch.setattr(compiler, "get_compile_options", quickly)
+    yield
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from deq_jax.models import DEQTransformer, TransformerConfig
 from deq_jax.models.common import Weight
 from deq_jax.models.transformer_cell import History, Masks, TransformerCell, draw_masks
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 # A strong injection: Picard converges, so that equilibria are known to 1e-12 and a long unroll agrees.
 TINY = TransformerConfig(
@@ -236,7 +235,6 @@ def test_segments_with_history_are_one_long_sequence(x64, segment, mem_len, chan
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), run(model, tokens).logits, atol=1e-9)
 
 
-@pytest.mark.full_compile
 def test_history_is_the_last_columns_detached(x64):
     model, tokens = build(), sequences(3)
     first = run(model, tokens)
@@ -348,7 +346,6 @@ def test_a_sequence_does_not_feel_its_neighbour(x64):
 # ---- dropout -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.full_compile
 def test_masks_are_fixed_over_a_solve_and_new_with_each_key(x64, rng):
     model, tokens = build(**DROPOUT), sequences(5)
     out = run(model, tokens, key=rng)
@@ -360,14 +357,12 @@ def test_masks_are_fixed_over_a_solve_and_new_with_each_key(x64, rng):
     assert jnp.abs(run(model, tokens, key=jax.random.key(1)).logits - out.logits).max() > 1e-3
 
 
-@pytest.mark.full_compile
 def test_without_a_key_nothing_is_dropped(x64):
     tokens = sequences(5)
     np.testing.assert_array_equal(run(build(**DROPOUT), tokens).logits, run(build(), tokens).logits)
     assert build().context(tokens, key=jax.random.key(0)).masks == Masks()
 
 
-@pytest.mark.full_compile
 def test_masks_have_the_rates_and_keep_the_mean():
     config = dataclasses.replace(TINY, **DROPOUT)
     masks = draw_masks(config, jax.random.key(0, impl="unsafe_rbg"), 50, 30, dtype=jnp.float32)

@@ -14,7 +14,6 @@ import deq_jax as deq
 from deq_jax.models import DEQTrellisNet, TrellisNetConfig
 from deq_jax.models.trellisnet import History, Masks, State, draw_masks
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 TINY = TrellisNetConfig(vocab_size=11, hidden_dim=3, output_dim=4, init_std=0.3, embedding_range=2.0)
 DROPOUT = dict.fromkeys(
@@ -102,7 +101,6 @@ def test_weight_norm_is_one_number_for_each_channel_of_each_gate(x64):
 # ---- the equilibrium ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.full_compile
 def test_output_is_an_equilibrium_and_its_last_channels_are_decoded(x64):
     model, tokens = build(), sequences(6)
     logits, history, solution = run(model, tokens)
@@ -231,7 +229,6 @@ def test_auxiliary_outputs_on_the_way_to_the_equilibrium(x64):
         model.hidden(tokens, solver=deq.Anderson(), adjoint=deq.Unroll(), aux_every=3)
 
 
-@pytest.mark.full_compile
 def test_masks_are_fixed_over_a_solve_and_new_with_each_key(x64):
     model, tokens = build(**DROPOUT), sequences(5)
     out = run(model, tokens, key=rbg(0))
