@@ -15,7 +15,6 @@ from deq_jax.models import DEQTransformer, TransformerConfig
 from deq_jax.models.common import Weight
 from deq_jax.models.transformer_cell import History, Masks, TransformerCell, draw_masks
 
-
 # A strong injection: Picard converges, so that equilibria are known to 1e-12 and a long unroll agrees.
 TINY = TransformerConfig(
     vocab_size=11, dim=8, heads=2, inner_dim=12, mem_len=4, init_std=0.2, embedding_std=3.0, tie=False

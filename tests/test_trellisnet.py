@@ -14,7 +14,6 @@ import deq_jax as deq
 from deq_jax.models import DEQTrellisNet, TrellisNetConfig
 from deq_jax.models.trellisnet import History, Masks, State, draw_masks
 
-
 TINY = TrellisNetConfig(vocab_size=11, hidden_dim=3, output_dim=4, init_std=0.3, embedding_range=2.0)
 DROPOUT = dict.fromkeys(
     ("input_dropout", "embedding_dropout", "weight_dropout", "hidden_dropout", "output_dropout"), 0.2
