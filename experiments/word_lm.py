@@ -10,6 +10,7 @@
 A newline is `<eos>`, and the loss is reported as perplexity: exp of nats a word, `<eos>` counted.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -214,6 +215,16 @@ PRESETS = {
         ),
     ),
 }
+# The authors' code of 2021: the same sizes, Anderson forward, Broyden backward, both to 1e-3 relative.
+PRESETS["wikitext-103-2021"] = (
+    "WikiText-103, solved as the authors' code of 2021 does; for several large accelerators",
+    dataclasses.replace(
+        PRESETS["wikitext-103"][1],
+        run=Path("runs/word_lm/wikitext-103-2021"),
+        solver=deq.Anderson(rtol=1e-3, max_steps=30),
+        adjoint=deq.Implicit(deq.Broyden(rtol=1e-3, max_steps=35, rank=35)),
+    ),
+)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -30,6 +30,7 @@ WORDS = data.Vocabulary(tuple("abcdefgh"), "word")
     ("ptb-trellisnet", 10_000, 24.19),
     ("wikitext-2-small", 33_278, 1.03),
     ("wikitext-103", 267_735, 97.69),
+    ("wikitext-103-2021", 267_735, 97.69),
     ("wikitext-103-trellisnet", 267_735, 181.71),
 ])  # fmt: skip
 def test_presets_have_the_sizes_that_they_say(name, vocabulary, millions):
