@@ -162,11 +162,13 @@ ADDED: dict[str, Any] = {
     "aux_every": 0,
     "aux_weight": 0.05,
 }
+ADDED_TO_SOLVERS: dict[str, Any] = {"test_every": 1}
 
 
-def without_added(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration in JSON as it was before the options of `ADDED`, where they have their old values."""
-    return {name: value for name, value in config.items() if name not in ADDED or value != ADDED[name]}
+def without_added(config: dict[str, Any], added: dict[str, Any] = ADDED) -> dict[str, Any]:
+    """A configuration in JSON as it was before the options of `added`, where they have their old values."""
+    old = lambda value: without_added(value, ADDED_TO_SOLVERS) if isinstance(value, dict) else value
+    return {name: old(value) for name, value in config.items() if name not in added or value != added[name]}
 
 
 def identity(config: dict[str, Any], corpus: data.Corpus) -> dict[str, Any]:

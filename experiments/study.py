@@ -193,7 +193,8 @@ def conditions(results: dict[str, Any], **more: Any) -> str:
 
 
 def shared_cores(machine: dict[str, Any]) -> str:
-    """
+    """What the CPU is called in a table or under a figure.
+
     >>> shared_cores({"cores": 1}), shared_cores({"cores": 2})
     ('1 shared CPU core', '2 shared CPU cores')
     """

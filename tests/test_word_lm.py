@@ -48,6 +48,11 @@ def test_a_run_of_before_these_options_is_continued_and_read(tmp_path):
     corpus = data.Corpus("text", WORDS, tokens, tokens, tokens)
     old = lm.identity({k: v for k, v in config_to_json(Config()).items() if k not in lm.ADDED}, corpus)
     assert lm.identity(config_to_json(Config()), corpus) == old
+    picard = dataclasses.replace(Config(), solver=deq.Picard(), adjoint=deq.Implicit(deq.Picard()))
+    of_picard = lm.identity(config_to_json(picard), corpus)
+    assert "test_every" not in of_picard["solver"] and "test_every" not in of_picard["adjoint"]["solver"]
+    rarely = dataclasses.replace(picard, solver=deq.Picard(test_every=2))
+    assert lm.identity(config_to_json(rarely), corpus)["solver"]["test_every"] == 2
     assert lm.identity(config_to_json(TINY), corpus).keys() - old.keys() == {
         "model", "output_dim", "cutoffs", "div_val", "aux_every", "init_std",
     }  # fmt: skip

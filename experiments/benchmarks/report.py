@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
+from experiments import study
 from experiments.benchmarks.contenders import CONTENDERS
 from experiments.plots import STYLE, markdown_table
 
@@ -115,7 +116,7 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "# Ours and the peers on the same work",
         "",
-        f"{machine['processor']}, {machine['cores']} cores, {machine['devices'][0]}, shared with other work; "
+        f"{machine['processor']}, {study.shared_cores(machine)}, {machine['devices'][0]}; "
         f"deq_jax {versions['deq_jax']}, jax {versions['jax']}; peers: {peers}; {results['dtype']}; "
         f"seed {results['seed']}.",
         f"Times are minima of interleaved runs, {results['rounds']} rounds; accuracy is the referee's, in float64. "
@@ -203,7 +204,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             ax.legend(frameon=False, fontsize=7)
         machine = results["machine"]
         figure.supxlabel(
-            f"{machine['processor']}, {machine['cores']} shared cores; jax {results['versions']['jax']}; "
+            f"{machine['processor']}, {study.shared_cores(machine)}; jax {results['versions']['jax']}; "
             f"{results['dtype']}; residual and gradient error at most 1e-4",
             fontsize=8,
         )
