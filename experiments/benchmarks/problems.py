@@ -124,9 +124,9 @@ def conv_cell(ops: Any, z: Any, params: dict, x: Any) -> Any:
 def convolution(batch: int, channels: int, size: int) -> Problem:
     """P5: a residual block of convolutions and group norms."""
     rng = np.random.default_rng(5)
-    kernel = lambda: normal(rng, channels, channels, 3, 3, scale=(9 * channels) ** -0.5)
+    kernel = lambda: normal(rng, 3, 3, channels, channels, scale=(9 * channels) ** -0.5)
     norms = {f"norm{i}": np.full(channels, scale, np.float32) for i, scale in ((1, 1.0), (2, 1.0), (3, 0.5))}
-    shape = (batch, channels, size, size)
+    shape = (batch, size, size, channels)
     params = {"conv1": kernel(), "conv2": 0.5 * kernel(), "x": normal(rng, *shape)} | norms
     data = {"direction": normal(rng, *shape)}
     return Problem("convolutional block (MDEQ)", conv_cell, shape, params, data, given, along, dense=False)

@@ -21,11 +21,11 @@ def layer_norm(x, scale):
 
 
 def group_norm(x, scale, groups):
-    return F.group_norm(x, groups, weight=scale, eps=1e-5)
+    return F.group_norm(x.movedim(-1, 1), groups, weight=scale, eps=1e-5).movedim(1, -1)
 
 
 def conv3(x, kernel):
-    return F.conv2d(x, kernel, padding=1)
+    return F.conv2d(x.movedim(-1, 1), kernel.permute(3, 2, 0, 1), padding=1).movedim(1, -1)
 
 
 def take(table, tokens):
