@@ -82,6 +82,12 @@ def check_solver(value: Any, where: str) -> None:
         raise TypeError(f"{where} must be a solver such as Anderson(), got {value!r}")
 
 
+def check_sees_all(solver: Any, who: str) -> None:
+    """Raise ValueError if a solver asks to see one iterate in `test_every`, where `who` shows it all."""
+    if getattr(solver, "test_every", 1) > 1:
+        raise ValueError(f"{who} looks at each iterate, and {solver} at few of them: take test_every=1")
+
+
 def check_number(
     owner: object, name: str, *, at_least: float, whole: bool = False, static: bool = False, below: float = math.inf
 ):

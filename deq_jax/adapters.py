@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from deq_jax._config import check_stopping, config
+from deq_jax._config import check_sees_all, check_stopping, config
 from deq_jax.adjoints import Adjoint, Implicit, hoist
 from deq_jax.fixed_point import Solution, attach
 from deq_jax.solvers import Anderson, Picard, Solver
@@ -201,6 +201,8 @@ def as_optimizer(solver: Solver) -> GradientTransformation:
     >>> bool(loss(p) < 1e-8)
     True
     """
+
+    check_sees_all(solver, "as_optimizer")
 
     def init(params):
         return solver.init(raveler(params, 0)[0](params))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from deq_jax._config import check_sees_all
 from deq_jax.adjoints import Adjoint, Implicit, Phantom, Probe
 from deq_jax.fixed_point import attach, solve
 from deq_jax.solvers import Anderson, Seen, Solver, Stats, Status
@@ -67,8 +68,7 @@ def trajectory(
             f"at={at} asks for the state after {at[-1]} steps, which evaluation {at[-1] + 1} is the first to see, "
             f"and {type(solver).__name__}.max_steps={solver.max_steps}: take max_steps >= {at[-1] + 1}"
         )
-    if getattr(solver, "test_every", 1) > 1:
-        raise ValueError(f"trajectory looks at each iterate, and {solver} at few of them: take test_every=1")
+    check_sees_all(solver, "trajectory")
     corrections = tuple(correction) if isinstance(correction, Sequence) else (correction,) * len(at)
     if len(corrections) != len(at):
         raise ValueError(f"correction must be one adjoint, or one for each of at={at}; got {len(corrections)}")

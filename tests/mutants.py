@@ -39,6 +39,13 @@ MUTANTS = [
         "test_solvers.py -k a_rarer_test",
     ),
     Mutant(
+        "plain steps that forget the damping",
+        BASE,
+        'getattr(solver, "damping", 1.0) * (ravel(f(unravel(z))) - z)',
+        "ravel(f(unravel(z))) - z",
+        "test_solvers.py -k steps_plainly_between",
+    ),
+    Mutant(
         "Broyden without its minus sign",
         "solvers/broyden.py",
         "step, cuts = -self.damping * b_g",

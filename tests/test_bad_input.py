@@ -202,6 +202,21 @@ CALLS = {
         TypeError,
         ["Unroll needs max_steps as a Python int", "Use Implicit, Phantom, Neumann or JFB"],
     ),
+    "Unroll with a solver that sees few iterates": (
+        lambda: deq.fixed_point(cos, z0(), solver=deq.Anderson(test_every=3), adjoint=deq.Unroll()),
+        ValueError,
+        ["Unroll looks at each iterate", "test_every=3", "take test_every=1"],
+    ),
+    "an optimizer that sees few iterates": (
+        lambda: deq.adapters.as_optimizer(deq.Anderson(test_every=3)),
+        ValueError,
+        ["as_optimizer looks at each iterate", "test_every=3"],
+    ),
+    "a stage that sees few iterates": (
+        lambda: deq.Robust(stages=(deq.Anderson(test_every=3), deq.NewtonKrylov())),
+        ValueError,
+        ["Robust looks at each iterate", "test_every=3"],
+    ),
     "Shine with Picard": (
         lambda: deq.fixed_point(cos, z0(), solver=deq.Picard(), adjoint=deq.Shine()),
         TypeError,

@@ -83,8 +83,15 @@ def test_a_finished_problem_is_not_evaluated():
     assert sum(rows) < 0.6 * 9 * len(rows)
 
 
-def test_rounds_of_evaluations_go_on_in_a_smaller_batch(problems):
-    solver = deq.Picard(rtol=1e-8, max_steps=1000, test_every=5)
+@pytest.mark.parametrize(
+    "solver",
+    [
+        deq.Picard(rtol=1e-8, max_steps=1000, test_every=5),
+        deq.Anderson(rtol=1e-8, max_steps=1000, history=2, test_every=5),
+    ],
+    ids=["picard", "anderson"],
+)
+def test_rounds_of_evaluations_go_on_in_a_smaller_batch(problems, solver):
     z, stats = jax.jit(lambda z: deq.fixed_point(tree_cell, z, *problems, solver=solver, batch_ndim=1))(START)
     options = dict(axes=(0, None, 0), solver=solver, sizes=(9, 3))
     z_compact, stats_compact = jax.jit(lambda z: deq.compact(tree_cell, z, *problems, **options))(START)

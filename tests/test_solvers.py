@@ -537,6 +537,35 @@ def test_a_rarer_test_keeps_the_budget_and_tests_its_last_iterate(x64, budget):
     np.testing.assert_allclose((z, stats.residual), (same, of_each.residual), rtol=1e-14)
 
 
+def test_anderson_mixes_what_it_is_shown_and_steps_plainly_between(x64, rng):
+    a, b = 0.9 * symmetric(rng, 1, 6, 1.0)[0], jax.random.normal(rng, (6,))
+    f, solver = lambda z: a @ z + b, deq.Anderson(rtol=1e-9, history=2, damping=0.7, test_every=3)
+    z, state, evaluations = jnp.zeros(6), solver.init(jnp.zeros(6)), 1
+    while (residual := f(z) - z) @ residual > 1e-18 * f(z) @ f(z):
+        step, state = solver.update(residual, state, z)
+        z = z + step
+        for _ in range(2):
+            z = z + 0.7 * (f(z) - z)
+        evaluations += 3
+    found, stats = solve_jit(f, jnp.zeros(6), solver, 0)
+    assert stats.converged and stats.steps == evaluations
+    np.testing.assert_allclose(found, z, rtol=1e-10)
+    plain = solve_jit(f, jnp.zeros(6), deq.Picard(rtol=1e-9, max_steps=1000, damping=0.7, test_every=3), 0)[1]
+    assert stats.steps < 0.7 * plain.steps
+
+
+def test_a_problem_that_stopped_keeps_its_iterate_while_others_are_mixed_rarely(x64, rng):
+    a, b = gaussian(rng, 5, 8, 1.0), jax.random.normal(rng, (5, 8))
+    a = a * jnp.array([0.1, 0.3, 0.5, 0.7, 0.8])[:, None, None]
+    solver = deq.Anderson(rtol=1e-8, history=3, test_every=4)
+    together, stats = solve_batch(a, b, b, solver)
+    assert stats.converged.all() and len(set(stats.steps.tolist())) > 2
+    for i in range(5):
+        alone, of_it = solve_batch(a[i : i + 1], b[i : i + 1], b[i : i + 1], solver)
+        assert of_it.steps[0] == stats.steps[i]
+        np.testing.assert_allclose(alone[0], together[i], rtol=1e-12)
+
+
 # ---- Broyden's estimate, from its public state -------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from deq_jax._config import check_number, config
+from deq_jax._config import check_number, check_sees_all, config
 from deq_jax.solvers.base import measure, norm, raveler, within, zeros_from
 
 
@@ -49,6 +49,8 @@ class Unroll:
                 f"{solver.max_steps}. Use Implicit, Phantom, Neumann or JFB to sweep a traced step budget."
             )
         ravel, unravel = raveler(z0, batch_ndim)
+        if jax.tree.leaves(jax.eval_shape(lambda z: solver.init(ravel(z)), z0)):  # without memory it takes no notice
+            check_sees_all(solver, "Unroll")
         recovers, asks = getattr(solver, "recovers", False), getattr(solver, "asks", None)
 
         def iterate(carry):

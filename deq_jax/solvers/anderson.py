@@ -34,6 +34,11 @@ class Anderson:
     one since the history began starts a new history: it spoils no later step. `type=1` projects on the
     differences of z instead (Fang & Saad 2009): less robust, at times faster where f is nearly symmetric.
 
+    With `test_every=k`, k − 1 plain steps lie between two iterates that are tested and mixed (Pratapa, Suryanarayana &
+    Pask 2016, "Anderson acceleration of the Jacobi iterative method"): more evaluations, and fewer of all else. That
+    pays where f costs less than a step of the history and contracts; where f expands, an eigenvalue of Jᵏ may be
+    greater than 1, and a short history fails. `Picard(test_every=k)` says what is kept.
+
     >>> Anderson(history=4).damping
     1.0
     """
@@ -46,6 +51,7 @@ class Anderson:
     damping: float = 1.0
     type: int = 2
     growth: float = 1.5
+    test_every: int = 1
 
     def __post_init__(self):
         check_stopping(self)
@@ -54,6 +60,7 @@ class Anderson:
         check_number(self, "damping", at_least=0, below=2)
         check_number(self, "type", at_least=1, below=2, whole=True, static=True)
         check_number(self, "growth", at_least=1)
+        check_number(self, "test_every", at_least=1, whole=True, static=True)
 
     def init(self, z: Float[Array, "*batch dim"]) -> AndersonState:
         zero, m = zeros_from(z), self.history

@@ -46,7 +46,8 @@ class Solver(Protocol):
     - `recovers = True`: an evaluation that is huge or not finite, after one that was, is not the end;
     - `asks(state) -> z`: the next point itself, which z + step would round;
     - `patience`: evaluations that may pass without a better residual before a solve counts as stalled;
-    - `test_every`: of a solver without memory, evaluations for one test of convergence.
+    - `test_every`: evaluations for one that is tested and shown to `update`; those before it are steps of
+      `damping`·(f(z) − z).
     """
 
     @property
@@ -227,7 +228,7 @@ def round_of_evaluations(
         count = jnp.where(loop.evaluation == 0, 0, jnp.clip(left, 1, every) - 1)
 
         def move(_, z):
-            step, _ = solver.update(ravel(f(unravel(z))) - z, loop.solver, z)
+            step: Any = getattr(solver, "damping", 1.0) * (ravel(f(unravel(z))) - z)
             return jnp.where(running[..., None], ravel(unravel(z + step)), z)
 
         z = jax.lax.fori_loop(0, count, move, loop.z)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deq_jax._config import check_solver, check_stopping, config
+from deq_jax._config import check_sees_all, check_solver, check_stopping, config
 from deq_jax.solvers.base import choose, norm, zeros_from
 from deq_jax.solvers.broyden import Broyden
 from deq_jax.solvers.newton_krylov import NewtonKrylov
@@ -59,6 +59,7 @@ class Robust:
             raise TypeError(f"Robust.stages must be a tuple of solvers, got {self.stages!r}")
         for stage in self.stages:
             check_solver(stage, "a stage of Robust.stages")
+            check_sees_all(stage, "Robust")
             if isinstance(stage, Robust):
                 raise TypeError(f"Robust.stages cannot hold another Robust: put its stages here, got {stage!r}")
         if not isinstance(self.stall, tuple) or not all(isinstance(n, int) and n > 0 for n in self.stall):

@@ -33,12 +33,12 @@ def ours(
         case "Picard":
             solver = deq.Picard(test_every=test_every, **options)
         case "Anderson":
-            solver = deq.Anderson(history=history, **options)
+            solver = deq.Anderson(history=history, test_every=test_every, **options)
         case _:
             solver = deq.Broyden(rank=history, **options)
     options = dict(rtol=backward, max_steps=STEPS)
     if back:  # as `Implicit()`
-        linear = deq.Anderson(history=back, growth=10.0, **options)
+        linear = deq.Anderson(history=back, growth=10.0, test_every=test_every, **options)
     else:
         linear = deq.Picard(test_every=test_every, **options)
     if compact:  # the cell's parameters are shared, what is injected is each problem's own
@@ -132,6 +132,15 @@ def _table() -> dict[str, Contender]:
         ),
         "ours Anderson 5, Picard": Contender("deq_jax", part(ours, name="Anderson", history=5, back=0)),
         "ours Picard, Picard": Contender("deq_jax", part(ours, name="Picard", history=0, back=0)),
+        "ours Anderson 5, test 3": Contender(
+            "deq_jax", part(ours, name="Anderson", history=5, back=5, test_every=3), ("P1", "P3", "P4")
+        ),
+        "ours Anderson 2, test 8": Contender(
+            "deq_jax", part(ours, name="Anderson", history=2, back=2, test_every=8), ("P4",)
+        ),
+        "ours Anderson 2, test 8, compact": Contender(
+            "deq_jax", part(ours, name="Anderson", history=2, back=2, test_every=8, compact=HALVES), ("P4",)
+        ),
         "ours Picard, test 6": Contender(
             "deq_jax", part(ours, name="Picard", history=0, back=0, test_every=6), ("P4",)
         ),
