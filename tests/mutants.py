@@ -89,6 +89,13 @@ MUTANTS = [
         "test_solvers.py -k steps_are_the_evaluations",
     ),
     Mutant(
+        "a resumed history with the products of the old residual",
+        "solvers/anderson.py",
+        "g=zero.g, target=zero.target, least",
+        "least",
+        "test_solvers.py -k knows_the_products",
+    ),
+    Mutant(
         "Anderson without acceleration",
         "solvers/anderson.py",
         "step = self.damping * (residual if second else residual - mixed(dgs)) - mixed(dws)",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax._config import check_number, check_stopping, config
-from deq_jax.solvers.base import norm, write_slot, zeros_from
+from deq_jax.solvers.base import norm, root, write_slot, zeros_from
 
 
 class AndersonState(NamedTuple):
@@ -15,11 +15,12 @@ class AndersonState(NamedTuple):
 
     count: Int[Array, ""]  # residuals seen
     w: Float[Array, "*batch dim"]  # of the previous iterate
-    g: Float[Array, "*batch dim"]  # and its residual
+    g: Float[Array, "*batch dim"]  # and its residual; zeros where none is known
     known: Bool[Array, "*batch"]  # whether w and g belong to this f
     dw: Float[Array, "*batch history dim"]  # slot k mod history holds w_{k+1} − w_k; zeros where none is held
     dg: Float[Array, "*batch history dim"]
     gram: Float[Array, "*batch history history"]  # ⟨dg_i, dg_j⟩, or ⟨dw_i, dg_j⟩ for type I
+    target: Float[Array, "*batch history"]  # ⟨dg_i, g⟩, or ⟨dw_i, g⟩ for type I
     lengths: Float[Array, "*batch rows history"]  # ‖dg_i‖, for type I after a row of ‖dw_i‖; zero where not in use
     least: Float[Array, "*batch"]  # the smallest residual since the history began
 
@@ -68,11 +69,12 @@ class Anderson:
         gram = jnp.stack([slots[..., 0]] * m, axis=-1)
         none, lengths = zero[..., 0], jnp.stack([slots[..., 0]] * (1 if self.type == 2 else 2), axis=-2)
         count = jnp.zeros((), jnp.int32)
-        return AndersonState(count, zero, zero, none > 0, slots, slots, gram, lengths, none + jnp.inf)
+        return AndersonState(count, zero, zero, none > 0, slots, slots, gram, slots[..., 0], lengths, none + jnp.inf)
 
     def resume(self, state: AndersonState) -> AndersonState:
         """The memory of a solve of a similar problem: its differences are a start, its last residual is not ours."""
-        return state._replace(known=state.known & False, least=zeros_from(state.least) + jnp.inf)
+        zero = jax.tree.map(zeros_from, state)
+        return state._replace(known=state.known & False, g=zero.g, target=zero.target, least=zero.least + jnp.inf)
 
     def update(
         self, residual: Float[Array, "*batch dim"], state: AndersonState, z: Float[Array, "*batch dim"]
@@ -80,7 +82,7 @@ class Anderson:
         slot, second = (state.count - 1) % self.history, self.type == 2
         w = z + self.damping * residual if second else z
         dw, dg, g_norm = w - state.w, residual - state.g, norm(residual)
-        length = norm(dg)
+        length = root(jnp.einsum("...d,...d->...", dg, dg)) if second else norm(dg)
         # A problem that stopped is shown its best z again: nothing changes, and what it holds must survive.
         moved = state.known & (length != 0)
         new = moved & jnp.isfinite(length)
@@ -98,10 +100,13 @@ class Anderson:
         along = lambda rows, x: jnp.einsum("...md,...d->...m", rows, x)
         # Kept finite, so that an overflow in a difference out of use, times its length of zero, is no NaN.
         finite = lambda x: jnp.where(jnp.isfinite(x), x, 0)
-        column, target = finite(along(tests, dg)), along(tests, residual)
+        column = finite(along(tests, dg))
         row = column if second else finite(along(dgs, dw))
         gram = jnp.where(new[..., None, None] & here, column[..., :, None], state.gram)
         gram = write_slot(gram, row, slot, new)
+        # g is the previous g and dg: its products, but that with the newest difference, need no pass over the history.
+        newest = jnp.einsum("...d,...d->...", dg if second else dw, residual)
+        target = finite(jnp.where(new[..., None] & here, newest[..., None], state.target + column))
 
         # γ = argmin ‖g − Σ γᵢ dgᵢ‖ (type I: g − Σ γᵢ dgᵢ ⟂ all dzᵢ); then z + damping·g, both less Σ γᵢ times their
         # differences, is the new iterate: with dw = dz + damping·dg, one history is read the less.
@@ -109,7 +114,7 @@ class Anderson:
         mixed = lambda rows: jnp.einsum("...m,...md->...d", gamma, rows)
         step = self.damping * (residual if second else residual - mixed(dgs)) - mixed(dws)
         known = state.known | True
-        return step, AndersonState(state.count + 1, w, residual, known, dws, dgs, gram, lengths, least)
+        return step, AndersonState(state.count + 1, w, residual, known, dws, dgs, gram, target, lengths, least)
 
 
 def _project(

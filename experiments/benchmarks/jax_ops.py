@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-einsum, tanh, relu, softmax = jnp.einsum, jnp.tanh, jax.nn.relu, jax.nn.softmax
+einsum, tanh, softmax = jnp.einsum, jnp.tanh, jax.nn.softmax
 gelu = jax.nn.gelu  # by its default, the approximation with tanh
 
 

@@ -115,10 +115,10 @@ def transformer(batch: int, length: int, dim: int) -> Problem:
 
 
 def conv_cell(ops: Any, z: Any, params: dict, x: Any) -> Any:
-    """The residual block of a multiscale DEQ, at one scale (Bai et al. 2020, Fig 2)."""
-    hidden = ops.relu(ops.group_norm(ops.conv3(z, params["conv1"]), params["norm1"], 8))
+    """The residual block of a multiscale DEQ, at one scale (Bai et al. 2020, Fig 2), smooth for the same reason."""
+    hidden = ops.gelu(ops.group_norm(ops.conv3(z, params["conv1"]), params["norm1"], 8))
     hidden = ops.group_norm(ops.conv3(hidden, params["conv2"]) + x, params["norm2"], 8)
-    return ops.group_norm(ops.relu(hidden + z), params["norm3"], 8)
+    return ops.group_norm(ops.gelu(hidden + z), params["norm3"], 8)
 
 
 def convolution(batch: int, channels: int, size: int) -> Problem:

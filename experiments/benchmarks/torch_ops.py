@@ -5,7 +5,7 @@
 import torch
 import torch.nn.functional as F
 
-tanh, relu, einsum = torch.tanh, torch.relu, torch.einsum
+tanh, einsum = torch.tanh, torch.einsum
 
 
 def gelu(x):
