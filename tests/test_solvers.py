@@ -493,19 +493,17 @@ def test_anderson_step_is_the_least_squares_one(x64, rng):
 
 @pytest.mark.parametrize("type", [1, 2])
 def test_anderson_knows_the_products_of_its_residual_with_the_history(x64, rng, type):
-    f = lambda z: jnp.cos(jnp.arange(1.0, 9) * z[::-1])
     solver = deq.Anderson(history=3, damping=0.7, type=type, growth=1e9)
     z = jax.random.normal(rng, (8,))
     state = solver.init(z)
     for k in range(12):
-        state = solver.resume(state) if k == 8 else state
-        g = f(z) - z
+        g = jnp.cos(jnp.arange(1.0, 9) * z[::-1]) + (k >= 8) - z
+        state = solver.resume(state) if k == 8 else state  # another problem
         step, state = solver.update(g * (jnp.nan if k == 5 else 1.0), state, z)
         if k != 5:
             in_use = state.lengths[-1] > 0
-            assert in_use.sum() == {6: 0, 7: 1, 8: 1, 9: 2, 10: 2}.get(
-                k, min(k, 3)
-            )  # NaN ends a history; no pair at k = 8
+            # NaN ends a history; the problem's change gives no pair.
+            assert in_use.sum() == {6: 0, 7: 1, 8: 1, 9: 2, 10: 2}.get(k, min(k, 3))
             direct = (state.dg if type == 2 else state.dw) @ g
             np.testing.assert_allclose(state.target[in_use], direct[in_use], rtol=1e-10, atol=1e-13)
             z = z + step
