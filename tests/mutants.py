@@ -89,10 +89,10 @@ MUTANTS = [
         "test_solvers.py -k steps_are_the_evaluations",
     ),
     Mutant(
-        "a resumed history with the products of the old residual",
+        "products of the residual that leave out the newest difference",
         "solvers/anderson.py",
-        "g=zero.g, target=zero.target, least",
-        "least",
+        "jnp.where(new[..., None] & here, newest[..., None], state.target + column)",
+        "state.target + column",
         "test_solvers.py -k knows_the_products",
     ),
     Mutant(

@@ -15,7 +15,7 @@ class AndersonState(NamedTuple):
 
     count: Int[Array, ""]  # residuals seen
     w: Float[Array, "*batch dim"]  # of the previous iterate
-    g: Float[Array, "*batch dim"]  # and its residual; zeros where none is known
+    g: Float[Array, "*batch dim"]  # and its residual, of which target tells
     known: Bool[Array, "*batch"]  # whether w and g belong to this f
     dw: Float[Array, "*batch history dim"]  # slot k mod history holds w_{k+1} − w_k; zeros where none is held
     dg: Float[Array, "*batch history dim"]
@@ -73,8 +73,7 @@ class Anderson:
 
     def resume(self, state: AndersonState) -> AndersonState:
         """The memory of a solve of a similar problem: its differences are a start, its last residual is not ours."""
-        zero = jax.tree.map(zeros_from, state)
-        return state._replace(known=state.known & False, g=zero.g, target=zero.target, least=zero.least + jnp.inf)
+        return state._replace(known=state.known & False, least=zeros_from(state.least) + jnp.inf)
 
     def update(
         self, residual: Float[Array, "*batch dim"], state: AndersonState, z: Float[Array, "*batch dim"]
