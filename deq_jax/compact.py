@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from deq_jax._config import check_solver
 from deq_jax.adjoints import Implicit, Probe
-from deq_jax.adjoints.base import add, as_probe, divide, multiply, power_of_two
+from deq_jax.adjoints.base import add, as_probe, divide, held_back, multiply, power_of_two
 from deq_jax.adjoints.implicit import default_backward
 from deq_jax.fixed_point import Solution, check_arguments
 from deq_jax.solvers import Anderson, Solved, Solver
@@ -93,6 +93,7 @@ def _compact_bwd(f, axes, sizes, saved, cotangents):
         return lambda u: add(unit, vjp(u)[0])
 
     u, stats, *_ = staged(bind, unit, (unit, z, *args), (0, 0, *axes), backward, sizes)
+    z = held_back(z, u, stats)
     _, vjp = jax.vjp(lambda args: f(z, *args), args)
     return None, None, None, vjp(multiply(u, scale))[0], as_probe(stats)
 

@@ -55,7 +55,7 @@ MUTANTS = [
     Mutant(
         "J in place of its transpose",
         IMPLICIT,
-        "return divide(add(z_bar, vjp(multiply(u, scale))[0]), scale)",
+        "return divide(add(z_bar, along_z(multiply(u, scale))[0]), scale)",
         "return divide(add(z_bar, jax.jvp(lambda z: f(z, inputs), (found.z,), (multiply(u, scale),))[1]), scale)",
         "test_adjoints.py -k implicit_equals_a_dense_solve",
     ),
@@ -147,8 +147,8 @@ MUTANTS = [
     Mutant(
         "no statistics for the probe",
         IMPLICIT,
-        "return vjp(multiply(u, scale))[1], as_probe(stats)",
-        "return vjp(multiply(u, scale))[1], Probe.like(z_bar, batch_ndim)",
+        "return along_inputs(multiply(u, scale))[0], as_probe(stats)",
+        "return along_inputs(multiply(u, scale))[0], Probe.like(z_bar, batch_ndim)",
         "test_adjoints.py -k probe_reports",
     ),
     Mutant(

@@ -316,6 +316,24 @@ def test_memory_does_not_grow_with_depth(name):
 
 
 @pytest.mark.full_compile
+def test_the_parameters_linearization_is_not_kept_through_the_backward_solve(monkeypatch):
+    """Jᵀv needs one activation of the hidden layer, the parameters' pullback another one."""
+    params = {"up": jnp.ones((16, 512)), "down": jnp.ones((512, 16))}
+
+    def temporaries():
+        cell = lambda z, p: jnp.tanh(jax.nn.gelu(z @ p["up"]) @ p["down"])  # a new one: traces are kept by function
+        solver = deq.Anderson(history=3)
+        options = dict(solver=solver, adjoint=deq.Implicit(solver), batch_ndim=1)
+        loss = lambda p: deq.fixed_point(cell, jnp.ones((64, 8, 16)), p, **options).value.sum()
+        return jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    held_back = temporaries()
+    monkeypatch.setattr("deq_jax.adjoints.implicit.held_back", lambda z, u, stats: z)
+    hidden = 64 * 8 * 512 * 4
+    assert held_back < temporaries() - 0.5 * hidden
+
+
+@pytest.mark.full_compile
 def test_checkpoints_save_memory_of_an_unroll():
     def temporaries(checkpoint):
         def loss(w):

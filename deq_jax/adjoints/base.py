@@ -16,7 +16,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, PyTree
 
 from deq_jax.solvers import Solver, Stats, Status, solve
-from deq_jax.solvers.base import zeros_from
+from deq_jax.solvers.base import choose, zeros_from
 
 
 class Probe(NamedTuple):
@@ -177,6 +177,16 @@ def hoist(f: Callable, *example: PyTree) -> tuple[Callable, list, list]:
         return jax.tree.unflatten(out_tree, eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(example)))
 
     return pure, inputs, other
+
+
+def held_back(z: PyTree, u: PyTree, stats: Stats) -> PyTree:
+    """z itself, but not before the backward solve has ended, which found u and stats.
+
+    What the parameters' pullback needs of f at z is then computed anew, for one evaluation, and is not kept through the
+    solve beside its history. The condition always holds, and XLA cannot know it; an optimization_barrier is gone from
+    a CPU's program before its order is chosen.
+    """
+    return choose(stats.steps >= 0, z, u)
 
 
 # ---- arithmetic on states ----------------------------------------------------------------------------------

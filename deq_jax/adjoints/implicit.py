@@ -13,6 +13,7 @@ from deq_jax.adjoints.base import (
     as_probe,
     at_equilibrium,
     divide,
+    held_back,
     hoist,
     multiply,
     power_of_two,
@@ -67,12 +68,12 @@ class Implicit:
 
     def pullback(self, f, found: Found, inputs, z_bar, solver, batch_ndim):
         # z = f(z, a)  ⇒  dz = (I − J)⁻¹ fₐ da, so ā = fₐᵀu with u = z̄ + Jᵀu: a fixed point again.
-        _, vjp = jax.vjp(f, found.z, inputs)
+        _, along_z = jax.vjp(lambda z: f(z, inputs), found.z)
         # Solved for u / scale, a power of two a problem: exact, and tiny cotangents keep their digits.
         scale = power_of_two(z_bar, batch_ndim)
 
         def backward_cell(u):
-            return divide(add(z_bar, vjp(multiply(u, scale))[0]), scale)
+            return divide(add(z_bar, along_z(multiply(u, scale))[0]), scale)
 
         one_step = divide(z_bar, scale)
         backward = default_backward(solver) if self.solver is None else self.solver
@@ -83,7 +84,9 @@ class Implicit:
             sound = stats.converged if found.stats is None else stats.converged & found.stats.converged
             instead = one_step if self.on_failure == OnFailure.ONE_STEP else jax.tree.map(zeros_from, one_step)
             u = choose(sound, u, instead)
-        return vjp(multiply(u, scale))[1], as_probe(stats)
+        z = held_back(found.z, u, stats)
+        _, along_inputs = jax.vjp(lambda inputs: f(z, inputs), inputs)
+        return along_inputs(multiply(u, scale))[0], as_probe(stats)
 
 
 def default_backward(forward: Solver) -> Solver:

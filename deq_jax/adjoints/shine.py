@@ -12,6 +12,7 @@ from deq_jax.adjoints.base import (
     at_equilibrium,
     conj,
     divide,
+    held_back,
     multiply,
     power_of_two,
     run_at_equilibrium,
@@ -65,19 +66,21 @@ class Shine:
             )
 
     def pullback(self, f, found, inputs, z_bar, solver, batch_ndim):
-        _, vjp = jax.vjp(f, found.z, inputs)
+        _, along_z = jax.vjp(lambda z: f(z, inputs), found.z)
         scale = power_of_two(z_bar, batch_ndim)
         u0 = conj(divide(z_bar, scale))
 
         def cell(u):
-            return conj(divide(add(z_bar, vjp(multiply(conj(u), scale))[0]), scale))
+            return conj(divide(add(z_bar, along_z(multiply(conj(u), scale))[0]), scale))
 
         products = self.refine + 2
         memory = _transposed(found.memory, room=products - 1)
         slots = memory.held.shape[-1]
         backward = dataclasses.replace(solver, rtol=0.01 * solver.rtol, max_steps=products, rank=slots, damping=1.0)
         u, stats, *_ = solve(cell, u0, backward, batch_ndim, memory=memory)
-        return vjp(multiply(conj(u), scale))[1], as_probe(stats)
+        z = held_back(found.z, u, stats)
+        _, along_inputs = jax.vjp(lambda inputs: f(z, inputs), inputs)
+        return along_inputs(multiply(conj(u), scale))[0], as_probe(stats)
 
 
 def _transposed(state: BroydenState, room: int) -> BroydenState:
