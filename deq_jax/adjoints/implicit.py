@@ -38,6 +38,9 @@ class OnFailure(enum.IntEnum):
 class Implicit:
     """The exact gradient by the implicit function theorem (paper Theorem 1), in memory free of depth.
 
+    Through the backward solve are kept its history and the linearization in z; that in the parameters is computed when
+    it has ended, for one evaluation of f.
+
     The backward equilibrium is solved by `solver`, any of the forward ones; None takes Anderson with a longer
     history (the system is linear, so that is GMRES), a tenth of the forward tolerance and twice its budget, as
     experiments/backward_study.py decided. Reverse mode of any order; for forward mode use `ImplicitJVP`.
