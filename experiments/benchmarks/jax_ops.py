@@ -1,5 +1,7 @@
 """What a cell needs of JAX; `torch_ops` has the same names, so that each cell is written once."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
@@ -32,19 +34,18 @@ def conv3(x, kernel):
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _conv3_jvp(primals, tangents):
+def _conv3_jvp(primals: Any, tangents: Any) -> Any:
     (x, kernel), (x_dot, kernel_dot) = primals, tangents
     along = lambda kernel, t: conv3(t, kernel)
     back = lambda kernel, u: conv3(u, jnp.swapaxes(kernel[::-1, ::-1], 2, 3))
-    out = conv3(x, kernel)
-    zero = SymbolicZero(jax.typeof(out))
-    out_dot = zero if type(x_dot) is SymbolicZero else jax.custom_derivatives.linear_call(along, back, kernel, x_dot)
+    out, terms = conv3(x, kernel), []
+    if type(x_dot) is not SymbolicZero:
+        terms.append(jax.custom_derivatives.linear_call(along, back, kernel, x_dot))
     if type(kernel_dot) is not SymbolicZero:  # as nine products
         _, height, width, _ = x.shape
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        terms = [padded[:, i : i + height, j : j + width] @ kernel_dot[i, j] for i in range(3) for j in range(3)]
-        out_dot = sum(terms) if out_dot is zero else out_dot + sum(terms)
-    return out, out_dot
+        terms += [padded[:, i : i + height, j : j + width] @ kernel_dot[i, j] for i in range(3) for j in range(3)]
+    return out, sum(terms) if terms else SymbolicZero(jax.typeof(out))
 
 
 conv3.defjvp(_conv3_jvp, symbolic_zeros=True)

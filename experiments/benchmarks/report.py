@@ -182,17 +182,20 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Time of a training step of every contender that is accurate enough, with its limit."""
     problems = {name: p for name, p in results["problems"].items() if timed(p)}
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, len(problems), figsize=(4.6 * len(problems), 4.4), layout="constrained", squeeze=False
-        )
-        for ax, (name, problem) in zip(axes[0], problems.items(), strict=True):
+        columns = min(3, len(problems))
+        rows = math.ceil(len(problems) / columns)
+        size = (5.2 * columns, 4.4 * rows)
+        figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+        for ax in axes.flat[len(problems) :]:
+            ax.remove()
+        for ax, (name, problem) in zip(axes.flat, problems.items(), strict=False):
             rows = timed(problem)
             labels, times = list(rows), [row["step"]["ms"] for row in rows.values()]
             limits = [limit_ms(row, problem["limit"]) for row in rows.values()]
             colours = [PACKAGES.get(row["package"], "0.5") for row in rows.values()]
             ax.scatter(times, labels, color=colours, s=60)  # no bars: on a logarithmic axis their length means nothing
             ax.plot(limits, labels, "k|", ms=11, mew=1.5, label="limit: its evaluations alone")
-            ax.set(xscale="log", xlabel="forward + backward, ms (least of interleaved runs)")
+            ax.set(xscale="log", xlabel="forward + backward, ms (the least)")
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             ax.minorticks_off()
