@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from deq_jax._config import check_solver
 from deq_jax.adjoints import Implicit, Probe
-from deq_jax.adjoints.base import add, as_probe, divide, held_back, multiply, power_of_two
+from deq_jax.adjoints.base import add, as_probe, divide, inputs_bar, multiply, power_of_two
 from deq_jax.adjoints.implicit import default_backward
 from deq_jax.fixed_point import Solution, check_arguments
 from deq_jax.solvers import Anderson, Solved, Solver
@@ -93,9 +93,8 @@ def _compact_bwd(f, axes, sizes, saved, cotangents):
         return lambda u: add(unit, vjp(u)[0])
 
     u, stats, *_ = staged(bind, unit, (unit, z, *args), (0, 0, *axes), backward, sizes)
-    z = held_back(z, u, stats)
-    _, vjp = jax.vjp(lambda args: f(z, *args), args)
-    return None, None, None, vjp(multiply(u, scale))[0], as_probe(stats)
+    args_bar = inputs_bar(lambda z, args: f(z, *args), z, args, multiply(u, scale), stats)
+    return None, None, None, args_bar, as_probe(stats)
 
 
 _compact.defvjp(_compact_fwd, _compact_bwd)

@@ -229,6 +229,8 @@ def study(programs: Programs, rtol: float) -> dict[str, Any]:
             row, _ = programs.find(anderson, z=solved.value, memory=memory)
             row |= {"low": low["evaluations"], "low_converged": low["converged"], "low_z_error": low["z_error"]}
             found["bfloat16"][f"{switch:g}, {label}"] = row
+    # 5. Tests every k evaluations: what is wasted follows from the counts, what is saved from these.
+    found["bytes"] = traffic(programs, anderson)
     # 6. Anderson by QR: it spares no more than a projection without rounding does.
     found["projection"] = {}
     for m in PROJECTED:
@@ -238,8 +240,7 @@ def study(programs: Programs, rtol: float) -> dict[str, Any]:
             with float64():
                 exact, _ = programs.find(solver, programs.wide, jnp.zeros(programs.drawn.z_shape))
             found["projection"][f"{m}{name}"] = row | {"float64": exact["evaluations"]}
-    # 5. Tests every k evaluations: what is wasted follows from the counts, what is saved from these.
-    return found | {"bytes": traffic(programs, anderson)}
+    return found
 
 
 def traffic(programs: Programs, solver: Any) -> dict[str, float]:

@@ -147,8 +147,8 @@ MUTANTS = [
     Mutant(
         "no statistics for the probe",
         IMPLICIT,
-        "return along_inputs(multiply(u, scale))[0], as_probe(stats)",
-        "return along_inputs(multiply(u, scale))[0], Probe.like(z_bar, batch_ndim)",
+        "multiply(u, scale), stats), as_probe(stats)",
+        "multiply(u, scale), stats), Probe.like(z_bar, batch_ndim)",
         "test_adjoints.py -k probe_reports",
     ),
     Mutant(

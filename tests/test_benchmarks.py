@@ -34,6 +34,18 @@ def test_evaluations_are_counted_in_the_running_program(built):
     assert answer["step"]["vjp"] > 3 and answer["step"]["jvp"] == 0
 
 
+def test_convolution_and_its_derivatives_are_those_of_lax(x64, rng):
+    x, kernel = jax.random.normal(rng, (2, 6, 5, 3)), jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
+    plain = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    for f in (
+        lambda conv: jax.grad(lambda x, k: jnp.sin(conv(x, k)).sum(), (0, 1))(x, kernel),
+        lambda conv: jax.grad(lambda x: jnp.sin(conv(x, kernel)).sum())(x),
+        lambda conv: jax.jvp(conv, (x, kernel), (jnp.cos(x), jnp.cos(kernel))),
+    ):
+        ours, theirs = f(jax_ops.conv3), f(plain)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), ours, theirs)
+
+
 def test_referee_is_content_with_ours_and_not_with_noise(built, tmp_path, x64):
     commands = referee.commands(problems.TINY)
     commands["solve"](problem="P1")

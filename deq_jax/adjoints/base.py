@@ -182,11 +182,19 @@ def hoist(f: Callable, *example: PyTree) -> tuple[Callable, list, list]:
 def held_back(z: PyTree, u: PyTree, stats: Stats) -> PyTree:
     """z itself, but not before the backward solve has ended, which found u and stats.
 
-    What the parameters' pullback needs of f at z is then computed anew, for one evaluation, and is not kept through the
-    solve beside its history. The condition always holds, and XLA cannot know it; an optimization_barrier is gone from
-    a CPU's program before its order is chosen.
+    The condition always holds, and XLA cannot know it; an optimization_barrier is gone from a CPU's program before its
+    order is chosen.
     """
     return choose(stats.steps >= 0, z, u)
+
+
+def inputs_bar(f: Callable, z: PyTree, inputs: PyTree, u: PyTree, stats: Stats) -> PyTree:
+    """fₐᵀu at f(z, inputs), linearized after the backward solve that found u and stats.
+
+    For one evaluation of f, what this needs of f at z is not kept through the solve, beside its history.
+    """
+    z = held_back(z, u, stats)
+    return jax.vjp(lambda inputs: f(z, inputs), inputs)[1](u)[0]
 
 
 # ---- arithmetic on states ----------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from deq_jax.adjoints.base import (
     as_probe,
     at_equilibrium,
     divide,
-    held_back,
     hoist,
+    inputs_bar,
     multiply,
     power_of_two,
     run_at_equilibrium,
@@ -87,9 +87,7 @@ class Implicit:
             sound = stats.converged if found.stats is None else stats.converged & found.stats.converged
             instead = one_step if self.on_failure == OnFailure.ONE_STEP else jax.tree.map(zeros_from, one_step)
             u = choose(sound, u, instead)
-        z = held_back(found.z, u, stats)
-        _, along_inputs = jax.vjp(lambda inputs: f(z, inputs), inputs)
-        return along_inputs(multiply(u, scale))[0], as_probe(stats)
+        return inputs_bar(f, found.z, inputs, multiply(u, scale), stats), as_probe(stats)
 
 
 def default_backward(forward: Solver) -> Solver:

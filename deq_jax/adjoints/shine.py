@@ -12,7 +12,7 @@ from deq_jax.adjoints.base import (
     at_equilibrium,
     conj,
     divide,
-    held_back,
+    inputs_bar,
     multiply,
     power_of_two,
     run_at_equilibrium,
@@ -78,9 +78,7 @@ class Shine:
         slots = memory.held.shape[-1]
         backward = dataclasses.replace(solver, rtol=0.01 * solver.rtol, max_steps=products, rank=slots, damping=1.0)
         u, stats, *_ = solve(cell, u0, backward, batch_ndim, memory=memory)
-        z = held_back(found.z, u, stats)
-        _, along_inputs = jax.vjp(lambda inputs: f(z, inputs), inputs)
-        return along_inputs(multiply(conj(u), scale))[0], as_probe(stats)
+        return inputs_bar(f, found.z, inputs, multiply(conj(u), scale), stats), as_probe(stats)
 
 
 def _transposed(state: BroydenState, room: int) -> BroydenState:

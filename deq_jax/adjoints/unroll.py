@@ -49,8 +49,6 @@ class Unroll:
                 f"{solver.max_steps}. Use Implicit, Phantom, Neumann or JFB to sweep a traced step budget."
             )
         ravel, unravel = raveler(z0, batch_ndim)
-        if jax.tree.leaves(jax.eval_shape(lambda z: solver.init(ravel(z)), z0)):  # without memory it takes no notice
-            check_sees_all(solver, "Unroll")
         recovers, asks = getattr(solver, "recovers", False), getattr(solver, "asks", None)
 
         def iterate(carry):
@@ -75,8 +73,11 @@ class Unroll:
             return jax.lax.cond(jnp.any(running), iterate, lambda carry: carry, carry), None
 
         z, length = ravel(z0), solver.max_steps
+        state = solver.init(z)
+        if jax.tree.leaves(state):  # without memory, rarer tests change no iterate
+            check_sees_all(solver, "Unroll")
         zero = zeros_from(jax.lax.stop_gradient(z[..., 0]))
-        carry = z, solver.init(z), zero == 0, zero.astype(jnp.int32), z, zero + jnp.inf
+        carry = z, state, zero == 0, zero.astype(jnp.int32), z, zero + jnp.inf
         every = math.isqrt(length - 1) + 1 if self.checkpoint is True and length else self.checkpoint
         if not every:
             carry, _ = jax.lax.scan(body, carry, length=length)

@@ -104,6 +104,7 @@ class Anderson:
         gram = jnp.where(new[..., None, None] & here, column[..., :, None], state.gram)
         gram = write_slot(gram, row, slot, new)
         # g is the previous g and dg: its products, but that with the newest difference, need no pass over the history.
+        # Rounding gathers for as long as a difference is held, and costs no evaluation (experiments/gains_study.py, 6).
         newest = jnp.einsum("...d,...d->...", dg if second else dw, residual)
         target = finite(jnp.where(new[..., None] & here, newest[..., None], state.target + column))
 

@@ -115,7 +115,7 @@ def transformer(batch: int, length: int, dim: int) -> Problem:
 
 
 def conv_cell(ops: Any, z: Any, params: dict, x: Any) -> Any:
-    """The residual block of a multiscale DEQ, at one scale (Bai et al. 2020, Fig 2), smooth for the same reason."""
+    """The residual block of a multiscale DEQ, at one scale (Bai et al. 2020, Fig 2); smooth as `transformer_cell`."""
     hidden = ops.gelu(ops.group_norm(ops.conv3(z, params["conv1"]), params["norm1"], 8))
     hidden = ops.group_norm(ops.conv3(hidden, params["conv2"]) + x, params["norm2"], 8)
     return ops.group_norm(ops.gelu(hidden + z), params["norm3"], 8)

@@ -183,9 +183,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     problems = {name: p for name, p in results["problems"].items() if timed(p)}
     with plt.rc_context(STYLE):
         columns = min(3, len(problems))
-        rows = math.ceil(len(problems) / columns)
-        size = (5.2 * columns, 4.4 * rows)
-        figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+        lines = math.ceil(len(problems) / columns)
+        size = (5.2 * columns, 4.4 * lines)
+        figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
         for ax in axes.flat[len(problems) :]:
             ax.remove()
         for ax, (name, problem) in zip(axes.flat, problems.items(), strict=False):
