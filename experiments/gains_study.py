@@ -76,10 +76,10 @@ class Warm:
         def cell(u):
             return unit + divide(vjp(multiply(u, scale))[0], scale)
 
-        def inverse(x):  # −Bᵀ = I − Σ vᵢ uᵢᵀ ≈ (I − Jᵀ)⁻¹
+        def inverse(x):  # −Bᵀ = I − Σ middleⱼᵢ sᵢ sⱼᵀ ≈ (I − Jᵀ)⁻¹
             flat = ravel(x)
-            along = memory.held * jnp.einsum("...rd,...d->...r", memory.u, flat)
-            return unravel(flat - jnp.einsum("...r,...rd->...d", along, memory.v))
+            weights = jnp.einsum("...ji,...jd,...d->...i", memory.middle, memory.steps, flat)
+            return unravel(flat - jnp.einsum("...i,...id->...d", weights, memory.steps))
 
         start = unit + inverse(cell(unit) - unit) if self.step else inverse(unit)
         u, stats, *_ = base.solve(cell, start, self.solver, batch_ndim)

@@ -48,8 +48,8 @@ MUTANTS = [
     Mutant(
         "Broyden without its minus sign",
         "solvers/broyden.py",
-        "step, cuts = -self.damping * b_g",
-        "step, cuts = self.damping * b_g",
+        "step, cuts = self.damping * direction",
+        "step, cuts = -self.damping * direction",
         "test_solvers.py -k broyden_meets_the_secant_condition",
     ),
     Mutant(
@@ -126,9 +126,30 @@ MUTANTS = [
     Mutant(
         "Broyden's memory as a ring",
         "solvers/broyden.py",
-        "held = held & ~(moved & jnp.any(held & here, axis=-1))[..., None]",
-        "held = held",
+        "jax.lax.cond(new == self.rank, compress",
+        "jax.lax.cond(new < 0, compress",
         "test_solvers.py -k broyden_restarts_when_full",
+    ),
+    Mutant(
+        "Broyden's step not that of its compressed memory",
+        "solvers/broyden.py",
+        "again = stretch[..., None] * (g - jnp",
+        "again = step + 0 * (g - jnp",
+        "test_solvers.py -k whose_memory_was_compressed",
+    ),
+    Mutant(
+        "Broyden learns from where it did not ask to go",
+        "solvers/broyden.py",
+        "(onto > 0) & (onto * share > 0.9 * length)",
+        "(length > 0)",
+        "test_solvers.py -k another_point_is_not",
+    ),
+    Mutant(
+        "Broyden overwrites what is in use",
+        "solvers/broyden.py",
+        "middle = jnp.where(afresh[..., None, None], 0, state.middle)",
+        "middle = state.middle",
+        "test_solvers.py -k slot_is_in_use",
     ),
     Mutant(
         "a relative test alone",
@@ -203,8 +224,8 @@ MUTANTS = [
     Mutant(
         "Shine without the transpose",
         "adjoints/shine.py",
-        "u=more(state.v), v=more(state.u)",
-        "u=more(state.u), v=more(state.v)",
+        "jnp.swapaxes(state.middle, -2, -1)",
+        "state.middle",
         "test_adjoint_family.py -k shine_beats_jfb",
     ),
     Mutant(

@@ -252,7 +252,7 @@ def test_shine_falls_back_problem_by_problem(params, x):
     solver = deq.Broyden(rtol=1e-10, rank=20)
     solved = deq.solve(cell, jnp.zeros_like(xs), params, xs, solver=solver, batch_ndim=1)
     spoilt = jnp.array([1e4, 1.0])[:, None, None]
-    memory = solved.memory._replace(u=solved.memory.u * spoilt)
+    memory = solved.memory._replace(middle=solved.memory.middle * spoilt)
 
     def pull(memory, adjoint):
         def loss(xs):

@@ -12,6 +12,7 @@ from matrices import gaussian, symmetric
 import deq_jax as deq
 from deq_jax import Status
 from deq_jax import solvers as deq_solvers
+from deq_jax.solvers.broyden import projected
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -587,9 +588,9 @@ def test_a_problem_that_stopped_keeps_its_iterate_while_others_are_mixed_rarely(
 # ---- Broyden's estimate, from its public state -------------------------------------------------------------
 
 
-def dense(state, rank_used, dim):
-    """B = −I + Σ uᵢ vᵢᵀ over the slots in use."""
-    return -np.eye(dim) + np.einsum("ri,rj->ij", state.u[:rank_used], state.v[:rank_used])
+def dense(state):
+    """B = −I + Σ middleᵢⱼ sᵢ sⱼᵀ."""
+    return np.einsum("ij,ia,jb->ab", state.middle, state.steps, state.steps) - np.eye(state.z.shape[-1])
 
 
 def trajectory(solver, f, z, count):
@@ -609,21 +610,42 @@ def contraction(x64, rng):
     return lambda z: jnp.tanh(a @ z + b)
 
 
-def test_broyden_meets_the_secant_condition(contraction):
-    run = trajectory(deq.Broyden(rank=12), contraction, jnp.zeros(10), 9)
+@pytest.mark.parametrize("damping", [1.0, 0.7])
+def test_broyden_meets_the_secant_condition(contraction, damping):
+    run = trajectory(deq.Broyden(rank=12, damping=damping), contraction, jnp.zeros(10), 9)
     for k in range(1, 9):
         (z0, g0, *_), (z1, g1, step, state) = run[k - 1], run[k]
-        B = dense(state, k, 10)
+        B = dense(state)
         np.testing.assert_allclose(B @ (g1 - g0), z1 - z0, rtol=1e-9, atol=1e-11)
-        np.testing.assert_allclose(step, -B @ g1, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(step, -damping * B @ g1, rtol=1e-9, atol=1e-11)
 
 
-def test_low_rank_broyden_equals_the_dense_update(contraction):
-    run, B = trajectory(deq.Broyden(rank=12), contraction, jnp.zeros(10), 9), -np.eye(10)
+@pytest.mark.parametrize("damping", [1.0, 0.7])
+def test_low_rank_broyden_equals_the_dense_update(contraction, damping):
+    run, B = trajectory(deq.Broyden(rank=12, damping=damping), contraction, jnp.zeros(10), 9), -np.eye(10)
     for k in range(1, 9):
         dz, dg = run[k][0] - run[k - 1][0], run[k][1] - run[k - 1][1]
         B = B + np.outer(dz - B @ dg, dz @ B) / (dz @ B @ dg)
-        np.testing.assert_allclose(dense(run[k][3], k, 10), B, rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(dense(run[k][3]), B, rtol=1e-8, atol=1e-10)
+
+
+def test_broyden_learns_from_a_step_that_it_takes_back(x64):
+    # From z = 0 the first step is to z = g, where the residual is greater: back it goes, with what it has learned.
+    a = jnp.array([[-3.0, 1.0], [0.5, -2.0]])
+    f = lambda z: a @ z + jnp.array([1.0, 2.0])
+    solver = deq.Broyden(rank=4)
+    state = solver.init(jnp.zeros(2))
+    step, state = solver.update(f(jnp.zeros(2)), state, jnp.zeros(2))
+    z1, g0 = step, f(jnp.zeros(2))
+    g1 = f(z1) - z1
+    step, state = solver.update(g1, state, z1)
+    assert state.cuts == 1
+    np.testing.assert_array_equal(state.z, jnp.zeros(2))
+    np.testing.assert_allclose(dense(state) @ (g1 - g0), z1, rtol=1e-12)
+    np.testing.assert_allclose(z1 + step, -float(state.stretch) * dense(state) @ g0, rtol=1e-12)
+    z2 = state.ask
+    _, state = solver.update(f(z2) - z2, state, z2)  # whose pair is that of a shortened step
+    np.testing.assert_allclose(dense(state) @ (f(z2) - z2 - g0), z2, rtol=1e-12)
 
 
 def test_broyden_restarts_when_full_and_nothing_is_kept(contraction):
@@ -631,10 +653,77 @@ def test_broyden_restarts_when_full_and_nothing_is_kept(contraction):
     B = -np.eye(10)
     for k in range(1, 9):
         dz, dg = run[k][0] - run[k - 1][0], run[k][1] - run[k - 1][1]
-        B = -np.eye(10) if (k - 1) % 3 == 0 else B  # afresh, with the latest pair
         B = B + np.outer(dz - B @ dg, dz @ B) / (dz @ B @ dg)
+        B = -np.eye(10) if k % 3 == 0 else B  # the last pair, too, is gone
         np.testing.assert_allclose(run[k][2], -B @ run[k][1], rtol=1e-8, atol=1e-10)
-        np.testing.assert_allclose(dense(run[k][3], (k - 1) % 3 + 1, 10), B, rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(dense(run[k][3]), B, rtol=1e-8, atol=1e-10)
+
+
+def test_broyden_whose_memory_was_compressed_steps_by_what_is_left_and_learns_on(contraction):
+    run = trajectory(deq.Broyden(rank=6), contraction, jnp.zeros(10), 15)
+    for k in range(1, 15):
+        (z0, g0, *_), (z1, g1, step, state) = run[k - 1], run[k]
+        np.testing.assert_allclose(step, -dense(state) @ g1, rtol=1e-7, atol=1e-12)
+        full = k >= 6 and k % 3 == 0
+        missed = np.linalg.norm(dense(state) @ (g1 - g0) - (z1 - z0)) / np.linalg.norm(z1 - z0)
+        assert missed < 1e-6 or full, (k, missed)
+        assert np.linalg.matrix_rank(dense(state) + np.eye(10), 1e-9) <= (3 if full else 6)
+
+
+def test_a_compressed_memory_keeps_what_leads(x64, rng):
+    steps, middle = jax.random.normal(rng, (2, 9, 30)), jax.random.normal(jax.random.key(1), (2, 9, 9))
+    weights = 10.0 ** -jnp.arange(9)[:, None]
+    steps, middle = steps * weights, middle / weights / weights.T  # of any length
+    u, _, v = np.linalg.svd(middle[1] * weights * weights.T)
+    small = 1e-2 * (u @ v) + 10.0 * np.outer(u[:, 0], v[0])  # one part leads
+    middle = middle.at[1].set(small / weights / weights.T)
+    whole = np.einsum("bij,bia,bjd->bad", middle, steps, steps)
+    for keep, bound in (9, 1e-10), (2, 0.9):
+        rows, core = projected(steps, middle, keep)
+        np.testing.assert_allclose(np.einsum("bia,bja->bij", rows, rows), np.stack([np.eye(keep)] * 2), atol=1e-8)
+        np.testing.assert_allclose(np.einsum("bia,bad,bjd->bij", rows, whole, rows), core, atol=1e-8 * abs(whole).max())
+        left = whole - np.einsum("bij,bia,bjd->bad", core, rows, rows)
+        lost = np.linalg.norm(left, axis=(1, 2)) / np.linalg.norm(whole, axis=(1, 2))
+        assert np.all(lost < bound), (keep, lost)
+    assert lost[1] < 0.02  # two directions, left and right, hold the part that leads
+
+
+def test_a_broyden_step_that_was_scaled_on_its_way_is_learned_from_and_another_point_is_not(contraction):
+    solver = deq.Broyden(rank=12)
+    state, z, seen = solver.init(jnp.zeros(10)), jnp.zeros(10), []
+    for _ in range(6):
+        g = contraction(z) - z
+        step, state = solver.update(g, state, z)
+        seen.append((z, g))
+        z = z + 0.8 * step
+    (z0, g0), (z1, g1) = seen[-2:]
+    np.testing.assert_allclose(dense(state) @ (g1 - g0), z1 - z0, rtol=1e-9, atol=1e-11)
+    elsewhere = seen[2][0]  # as a problem that stopped is shown its best z
+    _, after = solver.update(seen[2][1], state, elsewhere)
+    np.testing.assert_array_equal(dense(after), dense(state))
+    _, again = solver.update(seen[2][1], after, elsewhere)
+    for name in ("steps", "middle"):
+        np.testing.assert_array_equal(getattr(after, name), getattr(again, name), err_msg=name)
+
+
+def test_a_resumed_broyden_whose_slot_is_in_use_starts_afresh(contraction):
+    # The problems of a batch share a count, and one that stopped early holds what another's turn falls on.
+    solver = deq.Broyden(rank=12)
+    *_, (z, _, _, state) = trajectory(solver, contraction, jnp.zeros(10), 6)
+    g = contraction(z + 1) - z - 1
+    step, free = solver.update(g, solver.resume(state), z + 1)
+    np.testing.assert_allclose(step, -dense(state) @ g, rtol=1e-8)
+    np.testing.assert_array_equal(dense(free), dense(state))
+    step, taken = solver.update(g, solver.resume(state._replace(count=jnp.int32(2))), z + 1)
+    np.testing.assert_allclose(step, g, rtol=1e-8)
+    np.testing.assert_array_equal(dense(taken), -np.eye(10))
+
+
+def test_broyden_holds_the_steps_and_no_pairs():
+    solver = deq.Broyden(rank=20)
+    state = jax.eval_shape(solver.init, jax.ShapeDtypeStruct((4, 1000), jnp.float32))
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(state))
+    assert numbers < 4 * ((20 + 1) + 3.5) * 1000, numbers  # z, g and the next point besides
 
 
 def test_broyden_update_that_would_be_singular_is_damped(x64):
@@ -644,7 +733,7 @@ def test_broyden_update_that_would_be_singular_is_damped(x64):
     step, state = solver.update(jnp.array([1.0, 0.0]), state, jnp.zeros(2))
     step, state = solver.update(jnp.array([1.0, 1.0]), state, jnp.array([1.0, 0.0]))
     assert jnp.all(jnp.isfinite(step))
-    assert abs(np.linalg.det(dense(state, 1, 2))) >= 0.0999
+    assert abs(np.linalg.det(dense(state))) >= 0.0999
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
@@ -694,7 +783,7 @@ def test_the_first_pair_after_a_resume_does_not_mix_two_problems(x64, Solver):
     resumed = solver.resume(state)
     _, after = solver.update(jnp.array([9.0, 9, 9]), resumed, jnp.array([5.0, 5, 5]))
     for name, old, new in zip(state._fields, state, after, strict=True):
-        if name in ("held", "u", "v", "dw", "dg", "gram", "lengths"):  # what is remembered of pairs
+        if name in ("middle", "dw", "dg", "gram", "lengths"):  # what is remembered of pairs
             np.testing.assert_array_equal(old, new, err_msg=name)
 
 

@@ -74,16 +74,17 @@ class Shine:
             return conj(divide(add(z_bar, along_z(multiply(conj(u), scale))[0]), scale))
 
         products = self.refine + 2
-        memory = _transposed(found.memory, room=products - 1)
-        slots = memory.held.shape[-1]
-        backward = dataclasses.replace(solver, rtol=0.01 * solver.rtol, max_steps=products, rank=slots, damping=1.0)
+        memory = _transposed(found.memory, room=products + 1)
+        rank = memory.steps.shape[-2] - 1
+        backward = dataclasses.replace(solver, rtol=0.01 * solver.rtol, max_steps=products, rank=rank, damping=1.0)
         u, stats, *_ = solve(cell, u0, backward, batch_ndim, memory=memory)
         return inputs_bar(f, found.z, inputs, multiply(conj(u), scale), stats), as_probe(stats)
 
 
 def _transposed(state: BroydenState, room: int) -> BroydenState:
-    """Bᵀ = −I + Σ vᵢ uᵢᵀ as the memory of a solve of its own, with `room` more slots."""
-    more = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, room), (0, 0)])
-    held = more(state.held[..., None])[..., 0]
-    # Slot (count − 1) mod rank is the next to be written, from the second evaluation on.
-    return state._replace(count=state.count * 0 + state.held.shape[-1], held=held, u=more(state.v), v=more(state.u))
+    """Bᵀ = −I + Σ middleⱼᵢ sᵢ sⱼᵀ as the memory of a solve of its own, with `room` more slots."""
+    none, more = [(0, 0)] * (state.middle.ndim - 2), (0, room)
+    steps = jnp.pad(state.steps, [*none, more, (0, 0)])
+    middle = jnp.pad(jnp.swapaxes(state.middle, -2, -1), [*none, more, more])
+    # The next step to be written is the first of them.
+    return state._replace(count=state.count * 0 + state.steps.shape[-2], steps=steps, middle=middle)

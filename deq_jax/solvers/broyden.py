@@ -1,4 +1,4 @@
-"""Broyden's good method with limited memory: a secant model of the inverse Jacobian."""
+"""Broyden's good method with limited memory: a secant model of the inverse Jacobian, held as the steps taken."""
 
 from typing import NamedTuple
 
@@ -7,21 +7,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax._config import check_number, check_stopping, config
-from deq_jax.solvers.base import choose, norm, orthogonalize, write_slot, zeros_from
+from deq_jax.solvers.base import choose, norm, root, write_slot, zeros_from
 
 GROWTH = 1.5  # a residual that grew by this factor is a step too far
-SWEEPS = 4  # orthogonal iterations that find the leading part of a full memory
 DAMPED_BELOW = 0.1  # Moré & Trangenstein's σ: an update may shrink det B⁻¹ by no more than this
+NEGLIGIBLE = 1e-4  # what is this much shorter than the longest of them is no direction to keep
 
 
 class BroydenState(NamedTuple):
+    """B = −I + Σ middleᵢⱼ sᵢ sⱼᵀ estimates the inverse Jacobian of g = f(z) − z."""
+
     count: Int[Array, ""]  # residuals seen
     z: Float[Array, "*batch dim"]  # the last iterate that was kept
     g: Float[Array, "*batch dim"]  # and its residual
+    g_norm: Float[Array, "*batch"]
     known: Bool[Array, "*batch"]  # whether z and g belong to this f
-    held: Bool[Array, "*batch rank"]  # slots in use; the others hold anything finite
-    u: Float[Array, "*batch rank dim"]  # B = −I + Σ uᵢ vᵢᵀ over the held slots estimates the inverse Jacobian
-    v: Float[Array, "*batch rank dim"]  # of g = f(z) − z
+    steps: Float[Array, "*batch slots dim"]  # sᵢ: the steps taken, then that asked for now; others hold anything finite
+    middle: Float[Array, "*batch slots slots"]  # zero for slots not in use
+    stretch: Float[Array, "*batch"]  # the step asked for is −stretch · B g
     cuts: Int[Array, "*batch"]  # of the present step
     ask: Float[Array, "*batch dim"]  # where f is to be evaluated next
 
@@ -30,14 +33,18 @@ class BroydenState(NamedTuple):
 class Broyden:
     """Broyden's good method, paper Eq 10, holding `rank` updates; when they are full, their sum is compressed.
 
-    Memory is 2·rank states. A full memory is never overwritten as a ring: B is a product of updates, and
-    what is left after dropping the oldest factor is not an inverse of anything. Instead B + I is replaced by
-    (close to) its best approximation of rank `keep`, half of `rank` by default (Broyden rank reduction, van de
-    Rotten & Verduyn Lunel 2005); 0 starts afresh from −I. The update is damped where it would make B singular
-    (Moré & Trangenstein 1976). A step that makes the residual grow by half, or f not finite, is taken back and
-    shortened, up to `line_search` times in a row; its pair still improves B. One cut solves more of the random cells
-    of experiments/robustness_study.py at no more evaluations; four pay on roots far away, and cost evaluations on
-    linear problems, where good Broyden's residual grows before it falls. With 0 a step is never taken back.
+    Memory is rank + 1 states, half of what pairs take. An update adds a multiple of (dz − B dg) dzᵀB. Where dz = −t B g
+    was a step of this method, dz − B dg is in the span of dz and of the next step: so steps are all that is kept of
+    the past (Kelley 1995, §7.3), around a small matrix (Byrd, Nocedal & Schnabel 1994).
+
+    A full memory is never overwritten as a ring: what is left after dropping the oldest update is not an inverse of
+    anything. Instead B + I is projected on the `keep` directions that lead in it and in its transpose, half of `rank`
+    by default (compare Broyden rank reduction, van de Rotten & Verduyn Lunel 2005); 0 starts afresh from −I. The
+    update is damped where it would make B singular (Moré & Trangenstein 1976). A step that makes the residual grow by
+    half, or f not finite, is taken back and shortened, up to `line_search` times in a row; its pair still improves B.
+    One cut solves more of the random cells of experiments/robustness_study.py at no more evaluations; four pay on
+    roots far away, and cost evaluations on linear problems, where good Broyden's residual grows before it falls. With
+    0 a step is never taken back.
 
     >>> Broyden(rank=12).rank
     12
@@ -65,10 +72,11 @@ class Broyden:
         return self.line_search > 0
 
     def init(self, z: Float[Array, "*batch dim"]) -> BroydenState:
-        zero = zeros_from(z)
-        slots, known = jnp.stack([zero] * self.rank, axis=-2), zero[..., 0] > 0
-        cuts = zero[..., 0].astype(jnp.int32)
-        return BroydenState(jnp.zeros((), jnp.int32), zero, zero, known, slots[..., 0] > 0, slots, slots, cuts, z)
+        zero, slots = zeros_from(z), self.rank + 1
+        steps, none = jnp.stack([zero] * slots, axis=-2), zero[..., 0]
+        middle, cuts = jnp.stack([steps[..., 0]] * slots, axis=-1), none.astype(jnp.int32)
+        count = jnp.zeros((), jnp.int32)
+        return BroydenState(count, zero, zero, none, none > 0, steps, middle, none + 1, cuts, z)
 
     def asks(self, state: BroydenState) -> Float[Array, "*batch dim"]:
         return state.ask
@@ -80,101 +88,140 @@ class Broyden:
     def update(
         self, residual: Float[Array, "*batch dim"], state: BroydenState, z: Float[Array, "*batch dim"]
     ) -> tuple[Float[Array, "*batch dim"], BroydenState]:
-        slot = (state.count - 1) % self.rank
-        dz, dg = z - state.z, residual - state.g
-        # A problem that stopped is shown its best z again: it does not move, and what it holds must survive.
-        moved = state.known & jnp.any(dz != 0, axis=-1)
+        # Slots are filled in turn; when the last one is, what they hold is put into the first ones.
+        last, new = self._slot(state.count - 1, compressed=True), self._slot(state.count)
+        is_last, is_new = (jnp.arange(self.rank + 1) == slot for slot in (last, new))
+        dot = lambda x, y: jnp.einsum("...d,...d->...", x, y)
+
+        # Was the step that was asked for also taken, but for rounding and a factor (of an optax chain)? It was not
+        # where a problem that stopped is shown its best z; where z does not move at all, what is held must survive.
+        asked = jax.lax.dynamic_index_in_dim(state.steps, last, axis=-2, keepdims=False)
+        dz = z - state.z
+        length, onto, planned = dot(dz, dz), dot(dz, asked), dot(asked, asked)
+        share = onto / jnp.where(planned > 0, planned, 1)
+        moved = ~state.known | (length > 0)
+        taken = state.known & (onto > 0) & (onto * share > 0.9 * length)
+        share = jnp.where(taken, share, 1)
+        stretch = state.stretch * share
+
         # A step that makes the residual grow is not kept: its pair is, and the next step begins where it began.
         g_norm = norm(residual)
         finite = jnp.isfinite(g_norm)
-        worse = ~finite | (g_norm > GROWTH * norm(state.g))
-        back = moved & jnp.where(finite, worse & (state.cuts < self.line_search), self.line_search > 0)
-        dg = jnp.where(finite[..., None], dg, 0)
-        moved = moved & finite
-        here_z, g = (jnp.where(back[..., None], old, new) for old, new in ((state.z, z), (state.g, residual)))
-        here = jnp.arange(self.rank) == slot
-        u, v, held = self._make_room(state, slot, state.known & jnp.any(dz != 0, axis=-1))
-        # The slot in turn is held still: the estimate starts afresh, for a ring of updates estimates nothing.
-        held = held & ~(moved & jnp.any(held & here, axis=-1))[..., None]
-        mask = held.astype(z.dtype)
+        worse = g_norm > GROWTH * state.g_norm
+        back = taken & jnp.where(finite, worse & (state.cuts < self.line_search), self.line_search > 0)
+        here_z, here_g, here_norm = choose(back, (state.z, state.g, state.g_norm), (z, residual, g_norm))
 
-        both = jnp.stack([dg, g], axis=-2)
-        weights = mask[..., None, :] * jnp.einsum("...kd,...rd->...kr", both, v)
-        b_dg, b_g = jnp.moveaxis(jnp.einsum("...kr,...rd->...kd", weights, u) - both, -2, 0)
+        # A slot in turn that is in use is held still, in a memory that was resumed: the estimate starts afresh.
+        afresh = moved & jnp.any((state.middle != 0) & (is_new | is_new[:, None]), axis=(-2, -1))
+        middle = jnp.where(afresh[..., None, None], 0, state.middle)
+        steps, dz_in_steps = write_slot(state.steps, dz / share[..., None], last, taken), share[..., None] * is_last
+        g = jnp.where(finite[..., None], residual, 0)
+        along = lambda x: jnp.einsum("...sd,...d->...s", steps, x)  # a pass for each: as one product they are slower
+        s_g = along(g)
+        weights = jnp.einsum("...ij,...j->...i", middle, s_g)  # B g = −g + Σ weightsᵢ sᵢ
+        row = jnp.einsum("...ij,...i->...j", middle, along(dz)) - dz_in_steps  # dzᵀB = Σ rowⱼ sⱼᵀ
+        slope = jnp.einsum("...s,...s->...", row, s_g)  # dzᵀB g
 
-        # B ← B + (dz − B dg) vᵀ / (vᵀ dg) with v = Bᵀ dz: the secant equation B dg = dz, least change.
-        new_v = jnp.einsum("...r,...rd->...d", mask * jnp.einsum("...rd,...d->...r", u, dz), v) - dz
-        curvature = jnp.einsum("...d,...d->...", dz, b_dg)
-        length = jnp.einsum("...d,...d->...", dz, dz)
+        # B ← B + (dz − B dg) dzᵀB / (dzᵀB dg): the secant equation B dg = dz, least change. B dg is B g + dz / stretch.
+        curvature = slope + length / stretch
         gamma = curvature / jnp.where(length > 0, length, 1)
         sign = jnp.where(gamma < 0, -1, 1)
         near_singular = jnp.abs(gamma) < DAMPED_BELOW
         theta = jnp.where(near_singular, (1 - sign * DAMPED_BELOW) / jnp.where(near_singular, 1 - gamma, 1), 1)
         denominator = (1 - theta) * length + theta * curvature
-        usable = moved & (denominator != 0) & jnp.isfinite(denominator)
+        usable = taken & finite & ~afresh & (denominator != 0) & jnp.isfinite(denominator)
         factor = jnp.where(usable, theta / jnp.where(usable, denominator, 1), 0)
-        new_u = jnp.where(usable[..., None], factor[..., None] * (dz - b_dg), 0)
-        new_v = jnp.where(usable[..., None], new_v, 0)
-        b_g = b_g + new_u * jnp.einsum("...d,...d->...", new_v, g)[..., None]
 
-        u, v = write_slot(u, new_u, slot, usable), write_slot(v, new_v, slot, usable)
-        step, cuts = -self.damping * b_g, jnp.where(back, state.cuts + 1, 0)
+        # With u = factor (dz − B dg) the next direction is −(B + u dzᵀB) g: of the new g it is −B g less slope u; of
+        # the old one, where a step is taken back, dz / stretch plus u length / stretch.
+        rest, idle = 1 - factor * slope, 1 - 1 / stretch
+        of_bg = jnp.where(back, -factor * length / stretch, -rest)
+        of_dz = jnp.where(back, (1 + factor * length * idle) / stretch, -factor * slope * idle)
+        mixed = of_bg[..., None] * weights + of_dz[..., None] * dz_in_steps
+        direction = jnp.einsum("...s,...sd->...d", mixed, steps) - of_bg[..., None] * g
+
         # At most half as far as the step that failed, a tenth where f was not finite.
-        reach, ahead = jnp.where(finite, 0.5, 0.1) * norm(dz), norm(step)
+        step, cuts = self.damping * direction, jnp.where(back, state.cuts + 1, 0)
+        reach, ahead = jnp.where(finite, 0.5, 0.1) * root(length), norm(step)
         short = jnp.where(back & (ahead > reach), reach / jnp.where(ahead > 0, ahead, 1), 1)
-        ask = here_z + short[..., None] * step
-        held = held | (here & usable[..., None])
-        return ask - z, BroydenState(state.count + 1, here_z, g, state.known | True, held, u, v, cuts, ask)
+        step, next_stretch = short[..., None] * step, short * self.damping
 
-    def _make_room(self, state: BroydenState, slot: Int[Array, ""], where: Bool[Array, "*batch"]) -> tuple:
-        """(u, v, held), in the problems of `where` cut down to `keep` updates in the last slots to be reached.
+        # The same the other way around: u by dz and by the step that follows.
+        safe = jnp.where(length > 0, length, 1)
+        u_dz = jnp.where(back, -1 / safe, factor * idle / rest)
+        u_new = jnp.where(back, stretch / safe, factor / rest) / jnp.where(next_stretch > 0, next_stretch, 1)
+        u = u_dz[..., None] * dz_in_steps + u_new[..., None] * is_new
+        middle = middle + jnp.where(usable[..., None, None], u[..., :, None] * row[..., None, :], 0)
+        steps = write_slot(steps, step, new, moved)
 
-        When is read off the count that all problems share: asking whether some memory is full would be one more
-        collective in each step of a sharded solve. Fewer updates than `keep` lose nothing.
-        """
-        keep = self.rank // 2 if self.keep is None else self.keep
-        if keep == 0:
-            return state.u, state.v, state.held
-        overdue = state.count - 1 - self.rank
-        due = (overdue >= 0) & (overdue % (self.rank - keep) == 0)
+        # By the count that all problems share: to ask whether one is full is one more collective in a sharded solve.
+        compress = lambda: self._compressed(moved, steps, middle, step, next_stretch, here_g)
+        steps, middle, step = jax.lax.cond(new == self.rank, compress, lambda: (steps, middle, step))
+        ask = here_z + step
+        history = steps, middle, next_stretch
+        return ask - z, BroydenState(
+            state.count + 1, here_z, here_g, here_norm, state.known | True, *history, cuts, ask
+        )
 
-        def compress():
-            mask = state.held[..., None].astype(state.u.dtype)
-            u, v = compressed(mask * state.u, mask * state.v, keep)
-            room = [(0, 0)] * (u.ndim - 2) + [(0, self.rank - keep), (0, 0)]
-            place = lambda x: jnp.roll(jnp.pad(x, room), slot - keep, axis=-2)
-            kept = (state.held & False) | jnp.roll(jnp.arange(self.rank) < keep, slot - keep)
-            return choose(where, (place(u), place(v), kept), (state.u, state.v, state.held))
+    def _slot(self, count: Int[Array, ""], compressed: bool = False) -> Int[Array, ""]:
+        """Where the step after `count` earlier residuals is written, or where it is once the memory is compressed."""
+        kept = self._kept
+        slot = jnp.where(count <= self.rank, count, kept + 1 + (count - self.rank - 1) % (self.rank - kept))
+        return jnp.where(slot == self.rank, kept, slot) if compressed else slot
 
-        return jax.lax.cond(due, compress, lambda: (state.u, state.v, state.held))
+    @property
+    def _kept(self) -> int:
+        return self.rank // 2 if self.keep is None else self.keep
 
-
-def compressed(
-    u: Float[Array, "*batch rank dim"], v: Float[Array, "*batch rank dim"], keep: int
-) -> tuple[Float[Array, "*batch keep dim"], Float[Array, "*batch keep dim"]]:
-    """Fewer pairs with nearly the sum Σ uᵢ vᵢᵀ: its projection on leading right singular vectors."""
-    # v = C q with orthonormal rows q, so Σ u vᵀ = wᵀ q with w = Cᵀ u, whose right singular vectors are those of
-    # w wᵀ in the coordinates q. A few orthogonal iterations find them, without LAPACK calls on small matrices.
-    q = orthonormal(v)
-    w = jnp.einsum("...ij,...id->...jd", jnp.einsum("...id,...jd->...ij", v, q), u)
-    gram = jnp.einsum("...id,...jd->...ij", w, w)
-    scale = jnp.einsum("...ii->...", gram)[..., None, None]
-    gram = gram / jnp.where(scale > 0, scale, 1)
-    p = jax.lax.fori_loop(0, SWEEPS, lambda _, p: orthonormal(jnp.einsum("...ki,...ij->...kj", p, gram)), gram)
-    p = p[..., :keep, :]
-    return jnp.einsum("...ki,...id->...kd", p, w), jnp.einsum("...ki,...id->...kd", p, q)
+    def _compressed(self, where, steps, middle, step, stretch, g) -> tuple:
+        """(steps, middle, step) with B + I projected, in the problems of `where`, and the step −stretch · B g anew."""
+        rows, core = projected(steps, middle, self._kept)
+        weights = jnp.einsum("...ij,...j->...i", core, jnp.einsum("...kd,...d->...k", rows, g))
+        again = stretch[..., None] * (g - jnp.einsum("...k,...kd->...d", weights, rows))
+        rows = jnp.concatenate([rows, again[..., None, :]], axis=-2)
+        rim = (0, middle.shape[-1] - self._kept)
+        core = jnp.pad(core, [(0, 0)] * (core.ndim - 2) + [rim, rim])
+        rows, core, again = choose(where, (rows, core, again), (steps[..., : self._kept + 1, :], middle, step))
+        return jax.lax.dynamic_update_slice_in_dim(steps, rows, 0, axis=-2), core, again
 
 
-def orthonormal(x: Float[Array, "*batch rows dim"]) -> Float[Array, "*batch rows dim"]:
-    """The rows of x after Gram–Schmidt; zeros for a row that depends on those before it."""
-    eps, rows = jnp.finfo(x.dtype).eps, x.shape[-2]
+def projected(
+    steps: Float[Array, "*batch slots dim"], middle: Float[Array, "*batch slots slots"], keep: int
+) -> tuple[Float[Array, "*batch keep dim"], Float[Array, "*batch keep keep"]]:
+    """A = Σ middleᵢⱼ sᵢ sⱼᵀ, projected on what leads in A and Aᵀ: (orthonormal rows, the middle between them)."""
+    # All in coordinates of the steps, made unit: no LAPACK calls on small matrices, one pass over the steps each way.
+    lengths = norm(steps)
+    inverse = jnp.where(lengths > 0, 1 / jnp.where(lengths > 0, lengths, 1), 0)
+    times = lambda x, y: jnp.einsum("...ij,...jk->...ik", x, y)
+    turned = lambda x: jnp.swapaxes(x, -2, -1)
+    gram = jnp.einsum("...id,...jd->...ij", steps, steps) * inverse[..., :, None] * inverse[..., None, :]
+    middle = middle * lengths[..., :, None] * lengths[..., None, :]
+    images = jnp.concatenate([times(gram, middle), times(gram, turned(middle))], axis=-2)  # of the steps, by Aᵀ and A
+    rows = leading_rows(images, gram, keep)
+    onto = times(rows, gram)
+    core = times(times(onto, middle), turned(onto))
+    return jnp.einsum("...ks,...sd->...kd", rows * inverse[..., None, :], steps), core
 
-    def clean(i, q):
-        row = jax.lax.dynamic_index_in_dim(x, i, axis=-2, keepdims=False)
-        rest, _ = orthogonalize(row, q)
-        length = norm(rest)
-        good = length > 10 * rows * eps * norm(row)
-        unit = jnp.where(good, 1 / jnp.where(good, length, 1), 0)[..., None] * rest
-        return jax.lax.dynamic_update_index_in_dim(q, unit, i, axis=-2)
 
-    return jax.lax.fori_loop(0, rows, clean, zeros_from(x))
+def leading_rows(
+    x: Float[Array, "*batch rows slots"], gram: Float[Array, "*batch slots slots"], keep: int
+) -> Float[Array, "*batch keep slots"]:
+    """Gram–Schmidt in the inner product of `gram`, by turns on the longest row that is left; zeros where none is."""
+    lowered = jnp.einsum("...rs,...st->...rt", x, gram)
+    squares = lambda x, lowered: jnp.einsum("...rs,...rs->...r", x, lowered)
+    enough = NEGLIGIBLE**2 * jnp.max(squares(x, lowered), axis=-1)
+
+    def pick(i, carry):
+        x, lowered, picked = carry
+        square = squares(x, lowered)
+        longest, most = jnp.arange(x.shape[-2]) == jnp.argmax(square, axis=-1)[..., None], jnp.max(square, axis=-1)
+        scale = jnp.where(most > enough, 1 / jnp.sqrt(jnp.where(most > enough, most, 1)), 0)
+        unit, down = (
+            scale[..., None] * jnp.einsum("...r,...rs->...s", longest.astype(x.dtype), y) for y in (x, lowered)
+        )
+        along = jnp.einsum("...rs,...s->...r", x, down)[..., None]
+        picked = jax.lax.dynamic_update_index_in_dim(picked, unit, i, axis=-2)
+        return x - along * unit[..., None, :], lowered - along * down[..., None, :], picked
+
+    none = zeros_from(x[..., :keep, :])
+    return jax.lax.fori_loop(0, keep, pick, (x, lowered, none))[2] if keep else none
