@@ -319,7 +319,7 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# Anderson and Broyden hold a few states more (2·`history`, 2·`rank`), whatever the depth.
+# Anderson and Broyden hold a few states more (2·`history`, `rank` + 1), whatever the depth.
 #
 # ### Gradients that are wrong on purpose
 #
