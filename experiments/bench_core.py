@@ -81,6 +81,8 @@ def main() -> None:
         (deq.Anderson(history=5), 4096, 32),
         (deq.Anderson(history=16), 4096, 32),
         (deq.Broyden(rank=20), 64, 512),
+        (deq.Broyden(rank=20), 8, 16384),
+        (deq.Broyden(rank=20), 4096, 32),
         (deq.Picard(), 64, 512),
     ):
         name = f"{type(solver).__name__}({getattr(solver, 'history', getattr(solver, 'rank', ''))})"

@@ -42,7 +42,7 @@ QUICK_RUNS = tuple(run for run in RUNS if run[:2] in ((1, 2), (3, 2), (9, 10), (
 class Config:
     """Success, evaluations, false claims and false refusals of every solver, defaults first.
 
-        python -m experiments.robustness_study                                 # 7 minutes on one core
+        python -m experiments.robustness_study                                 # 8 minutes on one core
         python -m experiments.robustness_study --only Anderson --first-seed 0  # tuning, under a minute
         python -m experiments.robustness_study --quick                         # a smoke test
 
@@ -75,6 +75,7 @@ def contestants() -> dict[str, Any]:
         "Picard-half": deq.Picard(damping=0.5),
         "Anderson-I": deq.Anderson(type=1),
         "Broyden-10": deq.Broyden(rank=10),
+        "Broyden-40": deq.Broyden(rank=40),
         "Broyden-full": deq.Broyden(rank=CELL_BUDGET),
         "Broyden-plain": deq.Broyden(line_search=0),
         "Broyden-search": deq.Broyden(rank=CELL_BUDGET, line_search=4),

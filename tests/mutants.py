@@ -126,7 +126,7 @@ MUTANTS = [
     Mutant(
         "Broyden's memory as a ring",
         "solvers/broyden.py",
-        "jax.lax.cond(new == self.rank, compress",
+        "jax.lax.cond(new == rank, compress",
         "jax.lax.cond(new < 0, compress",
         "test_solvers.py -k broyden_restarts_when_full",
     ),

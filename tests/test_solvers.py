@@ -719,6 +719,29 @@ def test_a_resumed_broyden_whose_slot_is_in_use_starts_afresh(contraction):
     np.testing.assert_array_equal(dense(taken), -np.eye(10))
 
 
+def test_a_broyden_memory_that_leaves_no_step_or_overflows_is_given_up(contraction):
+    solver = deq.Broyden(rank=12)
+    *_, (z, g, _, state) = trajectory(solver, contraction, jnp.zeros(10), 6)
+    state = solver.resume(state)
+    singular = np.linalg.pinv(state.steps[:7]).T @ np.linalg.pinv(state.steps[:7])
+    middle = jnp.zeros_like(state.middle).at[:7, :7].set(singular)  # B is zero on the span of the steps
+    inside = 1e-3 * state.steps[2]
+    for spoilt in (middle, jnp.full_like(middle, 1e300)):
+        step, after = solver.update(inside, state._replace(middle=spoilt), z)
+        np.testing.assert_allclose(step, inside, rtol=1e-8)
+        np.testing.assert_array_equal(dense(after), -np.eye(10))
+
+
+def test_broyden_holds_no_more_updates_than_are_of_use():
+    state = jax.eval_shape(deq.Broyden(rank=20).init, jax.ShapeDtypeStruct((4, 3), jnp.float32))
+    assert state.steps.shape == (4, 2 * 3 + 1, 3) and state.middle.shape == (4, 7, 7)
+
+
+def test_broyden_that_may_not_move_says_so(x64):
+    z, stats = solve(jnp.cos, jnp.zeros(3), deq.Broyden(damping=0.0, max_steps=5))
+    assert stats.status == Status.MAX_STEPS and jnp.all(z == 0)
+
+
 def test_broyden_holds_the_steps_and_no_pairs():
     solver = deq.Broyden(rank=20)
     state = jax.eval_shape(solver.init, jax.ShapeDtypeStruct((4, 1000), jnp.float32))

@@ -75,8 +75,7 @@ class Shine:
 
         products = self.refine + 2
         memory = _transposed(found.memory, room=products + 1)
-        rank = memory.steps.shape[-2] - 1
-        backward = dataclasses.replace(solver, rtol=0.01 * solver.rtol, max_steps=products, rank=rank, damping=1.0)
+        backward = dataclasses.replace(solver, rtol=0.01 * solver.rtol, max_steps=products, damping=1.0)
         u, stats, *_ = solve(cell, u0, backward, batch_ndim, memory=memory)
         return inputs_bar(f, found.z, inputs, multiply(conj(u), scale), stats), as_probe(stats)
 

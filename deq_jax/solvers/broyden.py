@@ -11,7 +11,7 @@ from deq_jax.solvers.base import choose, norm, root, write_slot, zeros_from
 
 GROWTH = 1.5  # a residual that grew by this factor is a step too far
 DAMPED_BELOW = 0.1  # Moré & Trangenstein's σ: an update may shrink det B⁻¹ by no more than this
-NEGLIGIBLE = 1e-4  # what is this much shorter than the longest of them is no direction to keep
+USELESS = 1e-6  # B g this much shorter than g, and no step to take, is the end of a memory
 
 
 class BroydenState(NamedTuple):
@@ -33,9 +33,10 @@ class BroydenState(NamedTuple):
 class Broyden:
     """Broyden's good method, paper Eq 10, holding `rank` updates; when they are full, their sum is compressed.
 
-    Memory is rank + 1 states, half of what pairs take. An update adds a multiple of (dz − B dg) dzᵀB. Where dz = −t B g
-    was a step of this method, dz − B dg is in the span of dz and of the next step: so steps are all that is kept of
-    the past (Kelley 1995, §7.3), around a small matrix (Byrd, Nocedal & Schnabel 1994).
+    Memory is rank + 1 states, half of what pairs take; a problem of few entries holds twice as many updates as entries,
+    for no more are of use (Gay 1979). An update adds a multiple of (dz − B dg) dzᵀB. Where dz = −t B g was a step of
+    this method, dz − B dg is in the span of dz and of the next step: so steps are all that is kept of the past
+    (Kelley 1995, §7.3), around a small matrix (Byrd, Nocedal & Schnabel 1994).
 
     A full memory is never overwritten as a ring: what is left after dropping the oldest update is not an inverse of
     anything. Instead B + I is projected on the `keep` directions that lead in it and in its transpose, half of `rank`
@@ -72,7 +73,7 @@ class Broyden:
         return self.line_search > 0
 
     def init(self, z: Float[Array, "*batch dim"]) -> BroydenState:
-        zero, slots = zeros_from(z), self.rank + 1
+        zero, slots = zeros_from(z), min(self.rank, 2 * z.shape[-1]) + 1
         steps, none = jnp.stack([zero] * slots, axis=-2), zero[..., 0]
         middle, cuts = jnp.stack([steps[..., 0]] * slots, axis=-1), none.astype(jnp.int32)
         count = jnp.zeros((), jnp.int32)
@@ -89,8 +90,9 @@ class Broyden:
         self, residual: Float[Array, "*batch dim"], state: BroydenState, z: Float[Array, "*batch dim"]
     ) -> tuple[Float[Array, "*batch dim"], BroydenState]:
         # Slots are filled in turn; when the last one is, what they hold is put into the first ones.
-        last, new = self._slot(state.count - 1, compressed=True), self._slot(state.count)
-        is_last, is_new = (jnp.arange(self.rank + 1) == slot for slot in (last, new))
+        rank = state.steps.shape[-2] - 1
+        last, new = self._slot(state.count - 1, rank, compressed=True), self._slot(state.count, rank)
+        is_last, is_new = (jnp.arange(rank + 1) == slot for slot in (last, new))
         dot = lambda x, y: jnp.einsum("...d,...d->...", x, y)
 
         # Was the step that was asked for also taken, but for rounding and a factor (of an optax chain)? It was not
@@ -101,21 +103,20 @@ class Broyden:
         share = onto / jnp.where(planned > 0, planned, 1)
         moved = ~state.known | (length > 0)
         taken = state.known & (onto > 0) & (onto * share > 0.9 * length)
-        share = jnp.where(taken, share, 1)
-        stretch = state.stretch * share
+        share, stretch = jnp.where(taken, share, 1), jnp.where(taken, state.stretch * share, 1)
 
         # A step that makes the residual grow is not kept: its pair is, and the next step begins where it began.
         g_norm = norm(residual)
         finite = jnp.isfinite(g_norm)
         worse = g_norm > GROWTH * state.g_norm
         back = taken & jnp.where(finite, worse & (state.cuts < self.line_search), self.line_search > 0)
-        here_z, here_g, here_norm = choose(back, (state.z, state.g, state.g_norm), (z, residual, g_norm))
+        g = jnp.where(finite[..., None], residual, 0)
+        here_z, here_g, here_norm = choose(back, (state.z, state.g, state.g_norm), (z, g, g_norm))
 
         # A slot in turn that is in use is held still, in a memory that was resumed: the estimate starts afresh.
         afresh = moved & jnp.any((state.middle != 0) & (is_new | is_new[:, None]), axis=(-2, -1))
         middle = jnp.where(afresh[..., None, None], 0, state.middle)
         steps, dz_in_steps = write_slot(state.steps, dz / share[..., None], last, taken), share[..., None] * is_last
-        g = jnp.where(finite[..., None], residual, 0)
         along = lambda x: jnp.einsum("...sd,...d->...s", steps, x)  # a pass for each: as one product they are slower
         s_g = along(g)
         weights = jnp.einsum("...ij,...j->...i", middle, s_g)  # B g = −g + Σ weightsᵢ sᵢ
@@ -145,6 +146,11 @@ class Broyden:
         reach, ahead = jnp.where(finite, 0.5, 0.1) * root(length), norm(step)
         short = jnp.where(back & (ahead > reach), reach / jnp.where(ahead > 0, ahead, 1), 1)
         step, next_stretch = short[..., None] * step, short * self.damping
+        # A memory that has overflowed, or that leaves nothing to do about a residual, is given up.
+        stays = jnp.all(here_z + step == here_z, axis=-1)
+        lost = ~jnp.isfinite(ahead) | (stays & (ahead < USELESS * here_norm))
+        step = jnp.where(lost[..., None], self.damping * here_g, step)
+        next_stretch = jnp.where(lost, self.damping, next_stretch)
 
         # The same the other way around: u by dz and by the step that follows.
         safe = jnp.where(length > 0, length, 1)
@@ -152,36 +158,35 @@ class Broyden:
         u_new = jnp.where(back, stretch / safe, factor / rest) / jnp.where(next_stretch > 0, next_stretch, 1)
         u = u_dz[..., None] * dz_in_steps + u_new[..., None] * is_new
         middle = middle + jnp.where(usable[..., None, None], u[..., :, None] * row[..., None, :], 0)
+        middle = jnp.where((lost & moved)[..., None, None], 0, middle)
         steps = write_slot(steps, step, new, moved)
 
         # By the count that all problems share: to ask whether one is full is one more collective in a sharded solve.
         compress = lambda: self._compressed(moved, steps, middle, step, next_stretch, here_g)
-        steps, middle, step = jax.lax.cond(new == self.rank, compress, lambda: (steps, middle, step))
+        steps, middle, step = jax.lax.cond(new == rank, compress, lambda: (steps, middle, step))
         ask = here_z + step
-        history = steps, middle, next_stretch
-        return ask - z, BroydenState(
-            state.count + 1, here_z, here_g, here_norm, state.known | True, *history, cuts, ask
-        )
+        at, known = (here_z, here_g, here_norm), state.known | True
+        return ask - z, BroydenState(state.count + 1, *at, known, steps, middle, next_stretch, cuts, ask)
 
-    def _slot(self, count: Int[Array, ""], compressed: bool = False) -> Int[Array, ""]:
+    def _slot(self, count: Int[Array, ""], rank: int, compressed: bool = False) -> Int[Array, ""]:
         """Where the step after `count` earlier residuals is written, or where it is once the memory is compressed."""
-        kept = self._kept
-        slot = jnp.where(count <= self.rank, count, kept + 1 + (count - self.rank - 1) % (self.rank - kept))
-        return jnp.where(slot == self.rank, kept, slot) if compressed else slot
+        kept = self._kept(rank)
+        slot = jnp.where(count <= rank, count, kept + 1 + (count - rank - 1) % (rank - kept))
+        return jnp.where(slot == rank, kept, slot) if compressed else slot
 
-    @property
-    def _kept(self) -> int:
-        return self.rank // 2 if self.keep is None else self.keep
+    def _kept(self, rank: int) -> int:
+        return rank // 2 if self.keep is None else min(self.keep, rank - 1)
 
     def _compressed(self, where, steps, middle, step, stretch, g) -> tuple:
         """(steps, middle, step) with B + I projected, in the problems of `where`, and the step −stretch · B g anew."""
-        rows, core = projected(steps, middle, self._kept)
+        kept = self._kept(steps.shape[-2] - 1)
+        rows, core = projected(steps, middle, kept)
         weights = jnp.einsum("...ij,...j->...i", core, jnp.einsum("...kd,...d->...k", rows, g))
         again = stretch[..., None] * (g - jnp.einsum("...k,...kd->...d", weights, rows))
         rows = jnp.concatenate([rows, again[..., None, :]], axis=-2)
-        rim = (0, middle.shape[-1] - self._kept)
+        rim = (0, middle.shape[-1] - kept)
         core = jnp.pad(core, [(0, 0)] * (core.ndim - 2) + [rim, rim])
-        rows, core, again = choose(where, (rows, core, again), (steps[..., : self._kept + 1, :], middle, step))
+        rows, core, again = choose(where, (rows, core, again), (steps[..., : kept + 1, :], middle, step))
         return jax.lax.dynamic_update_slice_in_dim(steps, rows, 0, axis=-2), core, again
 
 
@@ -209,7 +214,7 @@ def leading_rows(
     """Gram–Schmidt in the inner product of `gram`, by turns on the longest row that is left; zeros where none is."""
     lowered = jnp.einsum("...rs,...st->...rt", x, gram)
     squares = lambda x, lowered: jnp.einsum("...rs,...rs->...r", x, lowered)
-    enough = NEGLIGIBLE**2 * jnp.max(squares(x, lowered), axis=-1)
+    enough = jnp.finfo(x.dtype).eps * jnp.max(squares(x, lowered), axis=-1)  # below is what `gram` has rounded
 
     def pick(i, carry):
         x, lowered, picked = carry
