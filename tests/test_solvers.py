@@ -776,8 +776,11 @@ def test_the_memory_of_a_problem_that_stopped_is_frozen(x64, rng, Solver):
     both = deq_solvers.solve(f(a, b), jnp.zeros((2, 30)), Solver(rtol=1e-6), 1)
     alone = deq_solvers.solve(f(a[:1], b[:1]), jnp.zeros((1, 30)), Solver(rtol=1e-6), 1)
     assert both.stats.steps[1] > both.stats.steps[0] + 8
+    first = lambda leaf: leaf[0] if leaf.ndim else leaf
     for name, before, after in zip(alone.memory._fields, alone.memory, both.memory, strict=True):
         if name != "count":
+            if name == "middle":  # between steps of any length: what counts is the estimate that they make up
+                after, before = (dense(jax.tree.map(first, m))[None] for m in (both.memory, alone.memory))
             # Alone and in a batch differ in rounding, which a chain of secant updates amplifies.
             np.testing.assert_allclose(after[0], before[0], rtol=1e-7, atol=1e-12, err_msg=name)
 
