@@ -78,7 +78,8 @@ class Warm:
 
         def inverse(x):  # −Bᵀ = I − Σ middleⱼᵢ sᵢ sⱼᵀ ≈ (I − Jᵀ)⁻¹
             flat = ravel(x)
-            weights = jnp.einsum("...ji,...jd,...d->...i", memory.middle, memory.steps, flat)
+            along = jnp.einsum("...jd,...d->...j", memory.steps, flat)
+            weights = jnp.einsum("...ji,...j->...i", memory.middle, along)
             return unravel(flat - jnp.einsum("...i,...id->...d", weights, memory.steps))
 
         start = unit + inverse(cell(unit) - unit) if self.step else inverse(unit)

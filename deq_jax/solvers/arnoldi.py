@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax.solvers.base import choose, norm, orthogonalize, root, zeros_from
+from deq_jax.solvers.base import choose, norm, root, zeros_from
 
 
 class Krylov(NamedTuple):
@@ -151,3 +151,14 @@ def ratio0(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array,
 
 def _one_hot(index: Int[Array, "*batch"], size: int, dtype) -> Float[Array, "*batch size"]:
     return (index[..., None] == jnp.arange(size)).astype(dtype)
+
+
+def orthogonalize(
+    w: Float[Array, "*batch dim"], basis: Float[Array, "*batch rows dim"]
+) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch rows"]]:
+    """(what is left of w, its coefficients) over orthonormal rows. Gram–Schmidt; twice is enough (Kahan)."""
+    coefficients = zeros_from(basis[..., 0])
+    for _ in range(2):
+        along = jnp.einsum("...kd,...d->...k", basis, w)
+        w, coefficients = w - jnp.einsum("...k,...kd->...d", along, basis), coefficients + along
+    return w, coefficients

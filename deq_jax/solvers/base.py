@@ -306,17 +306,6 @@ def choose(where: Bool[Array, "*batch"], a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(pick, a, b)
 
 
-def orthogonalize(
-    w: Float[Array, "*batch dim"], basis: Float[Array, "*batch rows dim"]
-) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch rows"]]:
-    """(what is left of w, its coefficients) over orthonormal rows. Gram–Schmidt; twice is enough (Kahan)."""
-    coefficients = zeros_from(basis[..., 0])
-    for _ in range(2):
-        along = jnp.einsum("...kd,...d->...k", basis, w)
-        w, coefficients = w - jnp.einsum("...k,...kd->...d", along, basis), coefficients + along
-    return w, coefficients
-
-
 def write_slot(
     slots: Float[Array, "*batch slots dim"],
     new: Float[Array, "*batch dim"],

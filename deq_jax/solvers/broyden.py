@@ -124,14 +124,7 @@ class Broyden:
         slope = jnp.einsum("...s,...s->...", row, s_g)  # dzᵀB g
 
         # B ← B + (dz − B dg) dzᵀB / (dzᵀB dg): the secant equation B dg = dz, least change. B dg is B g + dz / stretch.
-        curvature = slope + length / stretch
-        gamma = curvature / jnp.where(length > 0, length, 1)
-        sign = jnp.where(gamma < 0, -1, 1)
-        near_singular = jnp.abs(gamma) < DAMPED_BELOW
-        theta = jnp.where(near_singular, (1 - sign * DAMPED_BELOW) / jnp.where(near_singular, 1 - gamma, 1), 1)
-        denominator = (1 - theta) * length + theta * curvature
-        usable = taken & finite & ~afresh & (denominator != 0) & jnp.isfinite(denominator)
-        factor = jnp.where(usable, theta / jnp.where(usable, denominator, 1), 0)
+        factor, usable = damped(slope + length / stretch, length, taken & finite & ~afresh)
 
         # With u = factor (dz − B dg) the next direction is −(B + u dzᵀB) g: of the new g it is −B g less slope u; of
         # the old one, where a step is taken back, dz / stretch plus u length / stretch.
@@ -165,8 +158,9 @@ class Broyden:
         compress = lambda: self._compressed(moved, steps, middle, step, next_stretch, here_g)
         steps, middle, step = jax.lax.cond(new == rank, compress, lambda: (steps, middle, step))
         ask = here_z + step
-        at, known = (here_z, here_g, here_norm), state.known | True
-        return ask - z, BroydenState(state.count + 1, *at, known, steps, middle, next_stretch, cuts, ask)
+        known = state.known | True
+        memory = BroydenState(state.count + 1, here_z, here_g, here_norm, known, steps, middle, next_stretch, cuts, ask)
+        return ask - z, memory
 
     def _slot(self, count: Int[Array, ""], rank: int, compressed: bool = False) -> Int[Array, ""]:
         """Where the step after `count` earlier residuals is written, or where it is once the memory is compressed."""
@@ -188,6 +182,22 @@ class Broyden:
         core = jnp.pad(core, [(0, 0)] * (core.ndim - 2) + [rim, rim])
         rows, core, again = choose(where, (rows, core, again), (steps[..., : kept + 1, :], middle, step))
         return jax.lax.dynamic_update_slice_in_dim(steps, rows, 0, axis=-2), core, again
+
+
+def damped(
+    curvature: Float[Array, "*batch"], length: Float[Array, "*batch"], where: Bool[Array, "*batch"]
+) -> tuple[Float[Array, "*batch"], Bool[Array, "*batch"]]:
+    """(factor, usable): 1 / dzᵀB dg, or θ over what it is with B dg drawn to dz where B would become singular.
+
+    curvature is dzᵀB dg, length dzᵀdz; factor is 0 where the pair is not usable, as out of `where`.
+    """
+    gamma = curvature / jnp.where(length > 0, length, 1)
+    sign = jnp.where(gamma < 0, -1, 1)
+    near_singular = jnp.abs(gamma) < DAMPED_BELOW
+    theta = jnp.where(near_singular, (1 - sign * DAMPED_BELOW) / jnp.where(near_singular, 1 - gamma, 1), 1)
+    denominator = (1 - theta) * length + theta * curvature
+    usable = where & (denominator != 0) & jnp.isfinite(denominator)
+    return jnp.where(usable, theta / jnp.where(usable, denominator, 1), 0), usable
 
 
 def projected(
