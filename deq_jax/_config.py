@@ -101,3 +101,7 @@ def check_number(
     if not at_least <= value <= below:  # also catches NaN
         bounds = f">= {at_least:g}" if below == math.inf else f"between {at_least:g} and {below:g}"
         raise ValueError(f"{where} must be {bounds}, got {value!r}")
+
+
+def cast_options(solver: Any, dtype: Any) -> Any:
+    return solver

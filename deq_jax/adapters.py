@@ -12,7 +12,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from deq_jax._config import check_sees_all, check_stopping, config
-from deq_jax.adjoints import Adjoint, Implicit, hoist
+from deq_jax._trace import hoist
+from deq_jax.adjoints import Adjoint, Implicit
 from deq_jax.fixed_point import Solution, attach
 from deq_jax.solvers import Anderson, Picard, Solver
 from deq_jax.solvers.base import measure, raveler

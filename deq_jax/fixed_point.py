@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from deq_jax._cache import reads as what_it_reads
-from deq_jax._config import check_solver
-from deq_jax.adjoints import Adjoint, Found, Implicit, Probe, hoist
-from deq_jax.solvers import Anderson, Fold, Solved, Solver, Stats
+from deq_jax._config import check_sees_all, check_solver
+from deq_jax._trace import Bound, Traced, checked, hoist, is_array_like, run_compiled, vary
+from deq_jax.adjoints import Adjoint, Found, Implicit, Probe
+from deq_jax.solvers import Anderson, Fold, Seen, Solved, Solver, Stats
 from deq_jax.solvers import solve as _solve
+from deq_jax.solvers.base import wide_dtype
 
 
 class Solution(NamedTuple):
@@ -43,10 +44,9 @@ def fixed_point(
 
     Args:
       f: returns z's structure, shapes and dtypes exactly; with `has_aux`, a pair (z, aux). Called under a
-        trace, so it must be pure. A function without captured arrays is compiled once; a closure each time
-        it is called eagerly, so wrap the caller in `jax.jit`.
+        trace, so it must be pure. An eager call traces f, and compiles only what has not been compiled before.
       z0: where to start, a pytree of float or complex arrays. Its cotangent is zero (but see `Unroll`).
-      *args: pytrees of arrays, of any dtype.
+      *args: pytrees of arrays, of any dtype. Other leaves (a module's activation function) go to f as they are.
       solver: `Picard`, `Anderson`, `Broyden`, `NewtonKrylov` or `Robust`; for hard problems see `Robust`.
       adjoint: exact, `Implicit` or for forward mode `ImplicitJVP`; cheaper and biased, `Shine`, `Phantom`,
         `Neumann` or `JFB`; through the iterations, `Unroll` or `Reversible`.
@@ -79,34 +79,34 @@ def fixed_point(
     warn = getattr(adjoint, "warn", None)
     if warn is not None:  # here, outside the jit below, its numbers are still numbers
         warn(z0, solver)
-    reads = what_it_reads(f)
-    run = _fixed_point if reads is None else _compiled
-    return run(f, reads, batch_ndim, has_aux, z0, args, solver, adjoint, probe)
-
-
-def _fixed_point(f, reads, batch_ndim, has_aux, z0, args, solver, adjoint, probe):
-    del reads
-    # Arguments are captured too: what f reads is one list, sorted by whether it has a derivative.
-    fun, inputs, other = hoist(lambda z: f(z, *args), z0)
-    out = jax.eval_shape(fun, z0, inputs, other)
-    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
-        raise TypeError(f"with has_aux=True, f must return a pair (z, aux), got {_describe(out)}")
-    out = out[0] if has_aux else out
-    _check_output(out, z0)
-    z0 = jax.tree.map(_shard_like, z0, out)
-
-    cell = (lambda z, inputs, other: fun(z, inputs, other)[0]) if has_aux else fun
+    cell, z0, inputs, other = hoist_cell(f, z0, args, has_aux)
     probe = Probe.like(z0, batch_ndim) if probe is None else probe
-    z, stats = adjoint.run(cell, z0, inputs, other, solver, batch_ndim, probe)
+    if jax.config.jax_disable_jit and hasattr(adjoint, "at"):
+        return _step_by_step(f, z0, args, solver, adjoint, batch_ndim, has_aux, probe)
+    return run_compiled(_fixed_point, (cell, batch_ndim, has_aux), z0, inputs, other, solver, adjoint, probe)
+
+
+def _fixed_point(cell, batch_ndim, has_aux, z0, inputs, other, solver, adjoint, probe):
+    f = Bound(lambda *reads: cell(*reads)[0], axes=cell.axes) if has_aux else cell
+    z, stats = adjoint.run(f, z0, inputs, other, solver, batch_ndim, probe)
     stats = jax.lax.stop_gradient(stats)
     if not has_aux:
         return Solution(z, stats)
-    _, aux = fun(z, inputs, other)
+    _, aux = cell(z, inputs, other)
     return SolutionWithAux(z, stats._replace(steps=stats.steps + 1), aux)
 
 
-# An eager call would trace its loop anew each time (70 to 700 ms); this one is traced once for each f.
-_compiled = jax.jit(_fixed_point, static_argnums=(0, 1, 2, 3))
+def _step_by_step(f, z0, args, solver, adjoint, batch_ndim, has_aux, probe):
+    """Under `jax.disable_jit`, f itself is called at each evaluation, so that a print or a breakpoint in it sees numbers."""
+    first = (lambda z, *args: f(z, *args)[0]) if has_aux else f
+    solved = solve(first, z0, *args, solver=solver, batch_ndim=batch_ndim)
+    z = attach(
+        first, solved.value, *args, adjoint=adjoint, solver=solver, batch_ndim=batch_ndim, found=solved, probe=probe
+    )
+    if not has_aux:
+        return Solution(z, solved.stats)
+    stats = solved.stats._replace(steps=solved.stats.steps + 1)
+    return SolutionWithAux(z, stats, f(z, *args)[1])
 
 
 def solve(
@@ -140,13 +140,25 @@ def solve(
     >>> bool(again.stats.steps < first.stats.steps), bool(again.stats.converged)
     (True, True)
     """
-    z0 = check_arguments(f, z0, args, solver, Implicit(), batch_ndim, None)
-    frozen = jax.lax.stop_gradient(args)
-    z0 = jax.lax.stop_gradient(z0)
-    out = jax.eval_shape(f, z0, *frozen)
-    _check_output(out, z0)
-    z0 = jax.tree.map(_shard_like, z0, out)
-    return jax.lax.stop_gradient(_solve(lambda z: f(z, *frozen), z0, solver, batch_ndim, memory=memory, fold=fold))
+    z0 = jax.lax.stop_gradient(check_arguments(f, z0, args, solver, Implicit(), batch_ndim, None))
+    if fold is not None and getattr(fold, "sees_all", False):
+        check_sees_all(solver, type(fold).__name__)
+    cell, z0, inputs, other = hoist_cell(f, z0, args)
+    if memory is not None:
+        check_memory(memory, solver, z0, batch_ndim, "memory")
+    if jax.config.jax_disable_jit:
+        solved = _solve(lambda z: f(z, *args), z0, solver, batch_ndim, memory=memory, fold=fold)
+        return jax.lax.stop_gradient(solved)
+    fold, fold_reads = hoist_fold(fold, z0, batch_ndim)
+    reads = jax.lax.stop_gradient((inputs, other, fold_reads))
+    return run_compiled(_solve_frozen, (cell, batch_ndim, *fold), z0, reads, solver, memory)
+
+
+def _solve_frozen(cell, batch_ndim, fold_init, fold_update, z0, reads, solver, memory):
+    inputs, other, fold_reads = reads
+    fold = None if fold_init is None else HoistedFold(fold_init, fold_update, fold_reads)
+    solved = _solve(Bound(cell, inputs, other), z0, solver, batch_ndim, memory=memory, fold=fold)
+    return jax.lax.stop_gradient(solved)
 
 
 def attach(
@@ -182,17 +194,93 @@ def attach(
     True
     """
     z = jax.lax.stop_gradient(check_arguments(f, z, args, solver, adjoint, batch_ndim, probe))
-    at = getattr(adjoint, "at", None)
-    if at is None:
+    if not hasattr(adjoint, "at"):
         raise TypeError(
             f"{type(adjoint).__name__} differentiates the iterations of a solve, and z comes without them; "
             "use Implicit, ImplicitJVP, Phantom, Neumann or JFB"
         )
-    fun, inputs, other = hoist(lambda z: f(z, *args), z)
-    _check_output(jax.eval_shape(fun, z, inputs, other), z)
+    cell, z, inputs, other = hoist_cell(f, z, args)
     probe = Probe.like(z, batch_ndim) if probe is None else probe
     stats, memory = (None, None) if found is None else (found.stats, found.memory)
-    return at(fun, Found(z, stats, memory), inputs, other, solver, batch_ndim, probe)
+    if not getattr(adjoint, "reads_memory", False):
+        memory = None  # it would be kept until the backward pass
+    elif memory is not None:
+        check_memory(memory, solver, z, batch_ndim, "found")
+    return run_compiled(_attach, (cell, batch_ndim), z, stats, memory, inputs, other, solver, adjoint, probe)
+
+
+def _attach(cell, batch_ndim, z, stats, memory, inputs, other, solver, adjoint, probe):
+    return adjoint.at(cell, Found(z, stats, memory), inputs, other, solver, batch_ndim, probe)
+
+
+# ---- what f and a fold read ----------------------------------------------------------------------------------
+
+
+def hoist_cell(f: Callable, z0: PyTree, args: tuple, has_aux: bool = False) -> tuple[Traced, PyTree, list, list]:
+    """(cell, z0, inputs, other) with f(z, *args) = cell(z, inputs, other), and z0 in the type that cell returns."""
+
+    def settled(z, *args):
+        out = checked(f(z, *args))
+        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(f"with has_aux=True, f must return a pair (z, aux), got {_describe(out)}")
+        value = out[0] if has_aux else out
+        if jax.tree.structure(value) == jax.tree.structure(z):
+            value = jax.tree.map(_settle, value, z)
+        return (value, out[1]) if has_aux else value
+
+    cell, inputs, other = hoist(settled, z0, args=args)
+    out = cell.out[0] if has_aux else cell.out
+    _check_output(out, z0)
+    typed = jax.tree.map(_typed_like, z0, out)
+    if any(jax.typeof(a) != jax.typeof(b) for a, b in zip(jax.tree.leaves(typed), jax.tree.leaves(z0), strict=True)):
+        cell, inputs, other = hoist(settled, typed, args=args)
+    return cell, typed, inputs, other
+
+
+def _settle(leaf: Any, like: jax.Array) -> jax.Array:
+    """A number in the dtype of z0; an array as it is."""
+    array = jnp.asarray(leaf)
+    if array.dtype != like.dtype and jax.typeof(array).weak_type and jnp.issubdtype(like.dtype, jnp.inexact):
+        lossless = jnp.issubdtype(like.dtype, jnp.complexfloating) or not jnp.issubdtype(
+            array.dtype, jnp.complexfloating
+        )
+        return array.astype(like.dtype) if lossless else array
+    return array
+
+
+def _typed_like(z: jax.Array, out: Any) -> jax.Array:
+    """z with the explicit sharding of f(z), and varying over the axes of `shard_map` that f(z) varies over."""
+    sharding = getattr(out, "sharding", None)
+    if sharding is not None and sharding != jax.typeof(z).sharding:
+        z = jax.sharding.reshard(z, sharding)  # jnp.zeros_like drops it on jax 0.12
+    missing = getattr(out, "vma", frozenset()) - getattr(jax.typeof(z), "vma", frozenset())
+    return vary(z, tuple(missing)) if missing else z
+
+
+class HoistedFold(NamedTuple):
+    """A fold whose methods were traced: a fold too."""
+
+    traced_init: Traced
+    traced_update: Traced
+    reads: tuple
+
+    def init(self, z0: PyTree, batch_ndim: int) -> Any:
+        return self.traced_init(z0, *self.reads[0])
+
+    def update(self, folded: Any, seen: Seen) -> Any:
+        return self.traced_update(folded, seen, *self.reads[1])
+
+
+def hoist_fold(fold: Fold | None, z0: PyTree, batch_ndim: int) -> tuple[tuple, tuple]:
+    """((init, update), reads) of a fold, both traced, so that what they read cannot go stale."""
+    if fold is None:
+        return (None, None), ()
+    init, *init_reads = hoist(lambda z0: fold.init(z0, batch_ndim), z0)
+    step = jnp.zeros((), jnp.int32)
+    norm = jax.tree.leaves(Probe.like(z0, batch_ndim))[0].astype(wide_dtype(z0))
+    seen = Seen(step, z0, z0, norm, norm, norm == 0)
+    update, *update_reads = hoist(fold.update, init(z0, *init_reads), seen)
+    return (init, update), (init_reads, update_reads)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
@@ -208,9 +296,8 @@ def check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe) -> PyTree:
     if isinstance(batch_ndim, bool) or not isinstance(batch_ndim, int) or batch_ndim < 0:
         raise ValueError(f"batch_ndim must be an int >= 0, got {batch_ndim!r}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(args):
-        if not _is_array_like(leaf):
-            where = "args" + jax.tree_util.keystr(path)
-            raise TypeError(f"{where} must be an array, got {leaf!r}; let f capture what is not an array")
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(f"args{jax.tree_util.keystr(path)} must be an array, got {leaf!r}")
 
     leaves = jax.tree_util.tree_leaves_with_path(z0)
     if not leaves:
@@ -218,11 +305,11 @@ def check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe) -> PyTree:
     batch_shape = None
     for path, leaf in leaves:
         where = "z0" + jax.tree_util.keystr(path)
-        if not _is_array_like(leaf):
+        if not is_array_like(leaf):
             raise TypeError(f"{where} must be an array of floats, got {leaf!r}")
         shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.inexact):
-            raise TypeError(f"{where} must be an array of floats, got dtype {dtype}")
+        if not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 16:
+            raise TypeError(f"{where} must be an array of floats of 16 bits or more, got dtype {dtype}")
         if 0 in shape:
             raise ValueError(f"{where} is empty: got shape {shape}")
         if len(shape) < batch_ndim:
@@ -241,10 +328,6 @@ def check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe) -> PyTree:
     return jax.tree.map(jnp.asarray, z0)
 
 
-def _is_array_like(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
-
-
 def _check_output(out: PyTree, z0: PyTree) -> None:
     if jax.tree.structure(out) != jax.tree.structure(z0):
         raise TypeError(f"f must return the structure of z0, {jax.tree.structure(z0)}; got {jax.tree.structure(out)}")
@@ -258,12 +341,9 @@ def _check_output(out: PyTree, z0: PyTree) -> None:
             )
 
 
-def _shard_like(z: jax.Array, out: jax.ShapeDtypeStruct) -> jax.Array:
-    """z with the explicit sharding of f(z), if there is one: jnp.zeros_like drops it on jax 0.12."""
-    if out.sharding is None or out.sharding == jax.typeof(z).sharding:
-        return z
-    return jax.sharding.reshard(z, out.sharding)
+def check_memory(memory, solver, z, batch_ndim, where):
+    pass
 
 
 def _describe(tree: PyTree) -> str:
-    return str(jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree))
+    return str(jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree))

@@ -1,6 +1,6 @@
 """How a fixed point is differentiated: exactly or not, at the equilibrium or through the iterations."""
 
-from deq_jax.adjoints.base import Adjoint, Found, Probe, hoist
+from deq_jax.adjoints.base import Adjoint, Found, Probe
 from deq_jax.adjoints.implicit import Implicit, OnFailure
 from deq_jax.adjoints.implicit_jvp import ImplicitJVP
 from deq_jax.adjoints.inexact import JFB, Neumann, Phantom
@@ -21,5 +21,4 @@ __all__ = [
     "Reversible",
     "Shine",
     "Unroll",
-    "hoist",
 ]

@@ -1,4 +1,4 @@
-"""What all adjoints share: the custom rule at an equilibrium, `Probe`, and the hoisting of captured values.
+"""What all adjoints share: the custom rule at an equilibrium, and `Probe`.
 
 Throughout this package f is pure in three arguments: `f(z, inputs, other)`, where `inputs` is a list of all
 float arrays it reads (arguments and captured values alike) and `other` of all the rest (ints, keys, masks).
@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.core import eval_jaxpr
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, PyTree
 
+from deq_jax._trace import Bound
 from deq_jax.solvers import Solver, Stats, Status, solve
 from deq_jax.solvers.base import choose, zeros_from
 
@@ -77,7 +77,7 @@ def run_at_equilibrium(
     """`run` for adjoints that do not care how z* was found: solve, then `at` it."""
     # The derivative is that of `at` alone, so the loop must not be differentiated.
     frozen_z0, frozen, solver = jax.lax.stop_gradient((z0, inputs, solver))
-    solved = solve(lambda z: f(z, frozen, other), frozen_z0, solver, batch_ndim)
+    solved = solve(Bound(f, frozen, other), frozen_z0, solver, batch_ndim)
     found = Found(solved.value, solved.stats, solved.memory)
     return self.at(f, found, inputs, other, solver, batch_ndim, probe), solved.stats
 
@@ -155,28 +155,7 @@ def reverse_mode_only(tree: PyTree) -> PyTree:
     return jax.tree.map(_identity_p.bind, tree)
 
 
-# ---- what f reads ------------------------------------------------------------------------------------------
-
-
-def hoist(f: Callable, *example: PyTree) -> tuple[Callable, list, list]:
-    """(pure, inputs, other) with f(*z) = pure(*z, inputs, other): all that f captures becomes an argument.
-
-    f is traced once, and `pure` replays the trace. `jax.closure_convert` hoists floats only.
-    """
-    # A fresh lambda: JAX caches traces by function identity, and a module updated in place keeps its own.
-    closed, out_shape = jax.make_jaxpr(lambda *example: f(*example), return_shape=True)(*example)
-    out_tree = jax.tree.structure(out_shape)
-    inexact = [jnp.issubdtype(c.dtype, jnp.inexact) for c in closed.consts]
-    inputs = [c for c, diff in zip(closed.consts, inexact, strict=True) if diff]
-    other = [c for c, diff in zip(closed.consts, inexact, strict=True) if not diff]
-
-    def pure(*args):
-        *example, inputs, other = args
-        inputs, other = iter(inputs), iter(other)
-        consts = [next(inputs) if diff else next(other) for diff in inexact]
-        return jax.tree.unflatten(out_tree, eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(example)))
-
-    return pure, inputs, other
+# ---- after the backward solve ------------------------------------------------------------------------------
 
 
 def held_back(z: PyTree, u: PyTree, stats: Stats) -> PyTree:

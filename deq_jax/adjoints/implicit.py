@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from deq_jax._config import check_solver, config
+from deq_jax._trace import hoist
 from deq_jax.adjoints.base import (
     Found,
     Probe,
@@ -13,7 +14,6 @@ from deq_jax.adjoints.base import (
     as_probe,
     at_equilibrium,
     divide,
-    hoist,
     inputs_bar,
     multiply,
     power_of_two,

@@ -54,6 +54,8 @@ class Anderson:
     growth: float = 1.5
     test_every: int = 1
 
+    scale_free = True
+
     def __post_init__(self):
         check_stopping(self)
         check_number(self, "history", at_least=1, whole=True, static=True)

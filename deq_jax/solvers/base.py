@@ -1,6 +1,9 @@
 """One loop for every solver: it calls f, tests convergence, counts, freezes and keeps the best iterate."""
 
+import dataclasses
 import enum
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -9,18 +12,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from deq_jax._config import cast_options
+
 RUNNING = -1
 STALE_EVALUATIONS = 10  # this many without a better residual, at the dtype's floor, end a solve as STALLED
-DIVERGED_GROWTH = 1e6  # a residual this many times the scale at the start ends it as DIVERGED
+DIVERGED_GROWTH = 1e6  # a residual this many times the scale at the start is on its way to infinity
+OUTGROWN = 10  # an iterate that has grown by this factor must also have reduced its residual, by the same factor
+FEW_LEAVES = 16  # from here on, leaves of one size are measured together
 
 
 class Status(enum.IntEnum):
     """Why a solve of one problem ended."""
 
-    CONVERGED = 0  # ‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖, all of it finite
+    CONVERGED = 0  # ‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ in each leaf of z, all of it finite
     MAX_STEPS = 1  # the budget of evaluations is spent
     STALLED = 2  # the floor of the dtype is reached: more evaluations find nothing better
-    DIVERGED = 3  # the residual or the iterate left the scale of the problem
+    DIVERGED = 3  # the residual grew without bound, or rounding in z is more than all residuals
     NONFINITE = 4  # f returned NaN or Inf, or a norm overflowed
 
 
@@ -29,12 +36,17 @@ class Stats(NamedTuple):
 
     steps: Int[Array, "*batch"]  # evaluations of f
     residual: Float[Array, "*batch"]  # ‖f(z) − z‖₂ at the z that is returned; inf if f was never finite there
-    relative_residual: Float[Array, "*batch"]  # the same over ‖f(z)‖₂
+    relative_residual: Float[Array, "*batch"]  # the largest of the leaves' ‖f(z) − z‖₂ over ‖f(z)‖₂
     status: Int[Array, "*batch"]  # a Status
 
     @property
     def converged(self) -> Bool[Array, "*batch"]:
         return self.status == Status.CONVERGED
+
+    @property
+    def sound(self) -> Bool[Array, "*batch"]:
+        """Converged, or stopped where rounding hides all progress."""
+        return (self.status == Status.CONVERGED) | (self.status == Status.STALLED)
 
 
 class Solver(Protocol):
@@ -43,7 +55,10 @@ class Solver(Protocol):
     A problem that has stopped is evaluated at its best z again while others run: where z did not move, `update`
     keeps what the state remembers. Optional are
     - `resume(state) -> state`: prepares the memory of an earlier solve for this one;
-    - `recovers = True`: an evaluation that is huge or not finite, after one that was, is not the end;
+    - `can_backtrack(state) -> Bool[*batch]`: whether an evaluation that is huge or not finite is not the end, because
+      `update` will go back to an earlier iterate;
+    - `scale_free = True`: `update` sees residual and z divided by a power of two, one for each problem, that keeps
+      products of two of them within the range of the dtype (and `atol` divided by the same);
     - `asks(state) -> z`: the next point itself, which z + step would round;
     - `patience`: evaluations that may pass without a better residual before a solve counts as stalled;
     - `test_every`: evaluations for one that is tested and shown to `update`; those before it are steps of
@@ -95,13 +110,23 @@ class Solved(NamedTuple):
     folded: Any  # the fold's result, or None
 
 
+class Growth(NamedTuple):
+    """How far the iterates have come, leaf by leaf; a new stretch begins where ‖f(z)‖ is 10 times what it was."""
+
+    scale: Float[Array, "*batch leaves"]  # ‖f(z)‖ where the present stretch began
+    worst: Float[Array, "*batch leaves"]  # the largest residual of the present stretch
+    before: Float[Array, "*batch leaves"]  # that of the stretch before; inf in the first one
+    largest: Float[Array, "*batch leaves"]  # the largest ‖f(z)‖ of all
+
+
 class Loop(NamedTuple):
     z: Float[Array, "*batch dim"]
     best: Float[Array, "*batch dim"]
-    best_residual: Float[Array, "*batch"]
-    best_norm: Float[Array, "*batch"]  # ‖f(z)‖ at the best z
-    first_residual: Float[Array, "*batch"]
+    best_residuals: Float[Array, "*batch leaves"]
+    best_scales: Float[Array, "*batch leaves"]  # ‖f(z)‖ at the best z
     first_scale: Float[Array, "*batch"]  # max(‖f(z0)‖, ‖f(z0) − z0‖)
+    unit: Float[Array, "*batch"]  # the power of two by which a scale-free solver's vectors are divided
+    growth: Growth
     stale: Int[Array, "*batch"]  # evaluations since the best residual last fell
     steps: Int[Array, "*batch"]
     status: Int[Array, "*batch"]
@@ -118,8 +143,10 @@ def solve(
     The state is handled as one vector a problem, float32 or wider, so that inner products run over the whole
     of it; f sees it in its own structure and dtypes. The loop is native to the batch: a problem that stopped
     is frozen at its best iterate, and the loop ends with the last one. `memory` is that of an earlier solve,
-    with the same solver and shapes.
+    with the same solver and shapes. Where f communicates along named axes (`f.axes`, see `_trace.Bound`), the problems
+    along those are one coupled problem: they stop together.
     """
+    solver = cast_options(solver, wide_dtype(z0))
     body = round_of_evaluations(f, z0, solver, batch_ndim, fold)
     start = beginning(z0, solver, batch_ndim, memory, fold)
     end = jax.lax.while_loop(lambda loop: jnp.any(loop.status == RUNNING), body, start)
@@ -131,18 +158,33 @@ def beginning(z0: PyTree, solver: Solver, batch_ndim: int, memory: Any = None, f
     z = raveler(z0, batch_ndim)[0](z0)
     # Carries are made from the data, never from a bare constant: under sharding they inherit its type.
     zero = zeros_from(z[..., 0])
+    leaves = jnp.stack([zero] * len(jax.tree.leaves(z0)), axis=-1)
     count = zero.astype(jnp.int32)
     status = jnp.where(jnp.asarray(solver.max_steps) > 0, RUNNING, Status.MAX_STEPS).astype(jnp.int32) + count
     # The previous z and residual of another problem's memory must not be paired with this f: see `Solver`.
     resume = getattr(solver, "resume", lambda memory: memory)
     memory = solver.init(z) if memory is None else resume(memory)
-    folded = None if fold is None else fold.init(z0, batch_ndim)
-    return Loop(z, z, zero + jnp.inf, zero, zero, zero, count, count, status, memory, folded, jnp.zeros((), jnp.int32))
+    return Loop(
+        z=z,
+        best=z,
+        best_residuals=leaves + jnp.inf,
+        best_scales=leaves,
+        first_scale=zero,
+        unit=zero + 1,
+        growth=Growth(leaves, leaves, leaves + jnp.inf, leaves),
+        stale=count,
+        steps=count,
+        status=status,
+        solver=memory,
+        folded=None if fold is None else fold.init(z0, batch_ndim),
+        evaluation=jnp.zeros((), jnp.int32),
+    )
 
 
 def ending(end: Loop, z0: PyTree, batch_ndim: int) -> Solved:
     """What came of a loop, with values in the structure of z0."""
-    stats = Stats(end.steps, end.best_residual, ratio(end.best_residual, end.best_norm), end.status)
+    relative = largest_ratio(end.best_residuals, end.best_scales, eps_of(z0))
+    stats = Stats(end.steps, whole(end.best_residuals), relative, end.status)
     return Solved(raveler(z0, batch_ndim)[1](end.best), stats, end.solver, end.folded)
 
 
@@ -151,56 +193,81 @@ def evaluation(
 ) -> Callable[[Loop], Loop]:
     """The body of the loop: one evaluation of f, what it says of each problem, and the next iterate."""
     ravel, unravel = raveler(z0, batch_ndim)
-    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(z0))
+    norms, eps = leaf_norms(z0, batch_ndim), eps_of(z0)
     floor = min(64 * eps, 0.05)  # relative residual at which rounding in f may hide all progress
-    recovers, asks = getattr(solver, "recovers", False), getattr(solver, "asks", None)
     patience = max(STALE_EVALUATIONS, getattr(solver, "patience", 0))
+    one_leaf = len(jax.tree.leaves(z0)) == 1
+    everywhere, anywhere, most = over_axes(getattr(f, "axes", ()))
 
     def body(loop: Loop) -> Loop:
-        running = loop.status == RUNNING
+        running, first = loop.status == RUNNING, loop.steps == 0
         z_tree = unravel(loop.z)
         fz_tree = f(z_tree)
         fz = ravel(fz_tree)
-        g = fz - loop.z
-        residual, scale = norm(g), norm(fz)
-
-        first = loop.steps == 0
-        first_residual = jnp.where(first, residual, loop.first_residual)
-        first_scale = jnp.where(first, jnp.maximum(residual, scale), loop.first_scale)
+        residuals, scales = norms(fz - loop.z), norms(fz)
+        residual, scale = whole(residuals), whole(scales)
         steps = loop.steps + running
 
-        finite = jnp.isfinite(residual) & jnp.isfinite(scale)
+        # z0 may hold what is not finite (a best cost so far), if f(z0) does not: then the solve begins at f(z0).
+        entering = everywhere(first & jnp.isfinite(scale)) & anywhere(~jnp.isfinite(residual))
+        first_scale = jnp.where(first, jnp.where(entering, scale, jnp.maximum(residual, scale)), loop.first_scale)
+        finite = everywhere(jnp.isfinite(residual) & jnp.isfinite(scale))
+        growth = grown(loop.growth, residuals, scales, finite)
         # z ↦ z + 1 has no fixed point, and yet its relative residual 1/‖z‖ falls below any rtol as z runs away.
-        # Where the iterate has outgrown its start, the residual itself must have fallen as well; and once the
-        # residual at the start is less than a unit in the last place of z, all residuals are rounding.
-        outgrown = scale > 10 * first_scale
-        lost = outgrown & (eps * scale > first_residual)
-        escaped = lost | (residual > DIVERGED_GROWTH * first_scale)
-        converged = within(residual, scale, solver) & ~lost & (~outgrown | (residual <= 0.1 * first_residual))
-        stale = jnp.where(finite & (residual < 0.99 * loop.best_residual), 0, loop.stale + 1)
-        stalled = (stale >= patience) & (loop.best_residual <= floor * loop.best_norm)
+        # Where the iterate has outgrown a scale, the residual itself must have fallen since; and where all residuals
+        # since are less than a unit in the last place of z, they are rounding.
+        worst = jnp.maximum(growth.worst, growth.before)
+        lost = anywhere(jnp.any(eps * scales > worst, axis=-1))
+        fallen = everywhere(jnp.all(residuals <= worst / OUTGROWN, axis=-1))
+        converged = everywhere(within(residuals, scales, solver, eps)) & finite & ~lost & fallen
 
-        status = jnp.where(steps >= solver.max_steps, Status.MAX_STEPS, RUNNING)
-        status = jnp.where(stalled, Status.STALLED, status)
-        status = jnp.where(escaped & (not recovers), Status.DIVERGED, status)
-        status = jnp.where(finite | (recovers & ~first), status, Status.NONFINITE)
-        status = jnp.where(converged, Status.CONVERGED, status)
-        status = jnp.where(running, status, loop.status)
+        # A sum of leaves in their units means nothing: progress is that of the leaf that is the furthest from its goal.
+        error = lambda residuals: whole(residuals) if one_leaf else largest_ratio(residuals, growth.largest, eps)
+        now, least = most(error(residuals)), most(error(loop.best_residuals))
+        relative = most(largest_ratio(residuals, scales, eps))
+        best_relative = most(largest_ratio(loop.best_residuals, loop.best_scales, eps))
+        # Below the rounding of the largest f(z) of the solve, a residual that falls as z itself does is no progress.
+        rounded = lambda residuals: everywhere(jnp.all(residuals <= eps * growth.largest, axis=-1))
+        progress = finite & (now < 0.99 * least) & (~rounded(residuals) | (relative < 0.99 * best_relative))
+        stale = jnp.where(progress, 0, loop.stale + 1)
+        resolved = everywhere(whole(loop.best_residuals) <= floor * whole(loop.best_scales))
+        stalled = (stale >= patience) & (resolved | rounded(loop.best_residuals))
 
         # An iterate so far out that its residual is all rounding is not a better one.
-        better = running & finite & ~lost & (converged | (residual < loop.best_residual))
+        better = running & finite & ~lost & (converged | (now < least))
         best = jnp.where(better[..., None], loop.z, loop.best)
-        step, state = solver.update(g, loop.solver, loop.z)
-        z = loop.z + step if asks is None else asks(state)
+
+        backtracks = can_backtrack(solver, loop.solver, running)
+        spent = steps >= solver.max_steps
+        # Growth alone is no verdict: tanh(3 z + h) grows from any small h to 1. It is at the end, or near overflow.
+        escaped = anywhere(residual > DIVERGED_GROWTH * first_scale)
+        overflow = anywhere(residual > jnp.finfo(residual.dtype).max / DIVERGED_GROWTH)
+        diverged = (lost | (escaped & (spent | overflow))) & ~backtracks
+        status = jnp.select(
+            [  # in order of priority
+                ~running,
+                converged,
+                ~finite & ~entering & ~(backtracks & ~first),
+                diverged,
+                stalled,
+                spent,
+            ],
+            [loop.status, Status.CONVERGED, Status.NONFINITE, Status.DIVERGED, Status.STALLED, Status.MAX_STEPS],
+            RUNNING,
+        ).astype(jnp.int32)
+
+        unit = jnp.where(first, half_power(first_scale), loop.unit)
+        z, state = advance(solver, loop.solver, fz, loop.z, unit, entering)
         z = jnp.where((status == RUNNING)[..., None], ravel(unravel(z)), best)
-        seen = Seen(loop.evaluation, z_tree, fz_tree, residual, ratio(residual, scale), running)
+        seen = Seen(loop.evaluation, z_tree, fz_tree, residual, largest_ratio(residuals, scales, eps), running)
         return Loop(
             z=z,
             best=best,
-            best_residual=jnp.where(better, residual, loop.best_residual),
-            best_norm=jnp.where(better, scale, loop.best_norm),
-            first_residual=first_residual,
+            best_residuals=jnp.where(better[..., None], residuals, loop.best_residuals),
+            best_scales=jnp.where(better[..., None], scales, loop.best_scales),
             first_scale=first_scale,
+            unit=unit,
+            growth=growth,
             stale=stale,
             steps=steps,
             status=status,
@@ -210,6 +277,41 @@ def evaluation(
         )
 
     return body
+
+
+def advance(solver: Solver, state: Any, fz: Array, z: Array, unit: Array, entering: Array) -> tuple[Array, Any]:
+    """The next iterate, and the solver's state."""
+    # Where the solve is only entering the range of finite numbers, the solver sees a state at rest, f(z), and forgets it.
+    z = jnp.where(entering[..., None], fz, z)
+    residual = fz - z
+    asks = getattr(solver, "asks", None)
+    if getattr(solver, "scale_free", False):
+        scale, inverse = unit[..., None], (1 / unit)[..., None]
+        solver = dataclasses.replace(solver, atol=solver.atol / unit)
+        step, state = solver.update(residual * inverse, state, z * inverse)
+        return z + scale * step if asks is None else scale * asks(state), state
+    step, state = solver.update(residual, state, z)
+    return z + step if asks is None else asks(state), state
+
+
+def can_backtrack(solver: Solver, state: Any, like: Bool[Array, "*batch"]) -> Bool[Array, "*batch"]:
+    answer = getattr(solver, "can_backtrack", None)
+    if getattr(solver, "recovers", False):
+        return like | True
+    return like & False if answer is None else answer(state)
+
+
+def grown(growth: Growth, residuals: Array, scales: Array, finite: Array) -> Growth:
+    """What is known of the growth after one more evaluation; one that is not finite tells nothing."""
+    first, finite = growth.largest == 0, finite[..., None]
+    opens = first | (scales > OUTGROWN * growth.scale)
+    new = Growth(
+        jnp.where(opens, jnp.where(first, jnp.maximum(residuals, scales), scales), growth.scale),
+        jnp.where(opens, residuals, jnp.maximum(growth.worst, residuals)),
+        jnp.where(opens & ~first, growth.worst, growth.before),
+        jnp.maximum(growth.largest, scales),
+    )
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, growth)
 
 
 def round_of_evaluations(
@@ -240,32 +342,120 @@ def round_of_evaluations(
 def measure(f: Callable, z: PyTree, solver: Solver, steps: Any, batch_ndim: int) -> Stats:
     """Stats of a z that is returned as it is, after `steps` evaluations and the one made here."""
     ravel, _ = raveler(z, batch_ndim)
-    fz = ravel(f(z))
-    return judge(norm(fz - ravel(z)), norm(fz), solver, steps + 1)
+    norms, fz = leaf_norms(z, batch_ndim), ravel(f(z))
+    return judge(norms(fz - ravel(z)), norms(fz), solver, steps + 1, eps_of(z))
 
 
-def judge(residual: Float[Array, "*batch"], scale: Float[Array, "*batch"], solver: Solver, steps: Any) -> Stats:
-    """Stats of a z with ‖f(z) − z‖ = residual and ‖f(z)‖ = scale, known after `steps` evaluations."""
-    finite = jnp.isfinite(residual) & jnp.isfinite(scale)
-    status = jnp.where(within(residual, scale, solver), Status.CONVERGED, Status.MAX_STEPS)
-    status = jnp.where(finite, status, Status.NONFINITE)
-    residual = jnp.where(finite, residual, jnp.inf)
+def judge(
+    residuals: Float[Array, "*batch leaves"],
+    scales: Float[Array, "*batch leaves"],
+    solver: Solver,
+    steps: Any,
+    eps: float,
+) -> Stats:
+    """Stats of a z whose leaves have these norms of f(z) − z and of f(z), known after `steps` evaluations."""
+    residual, relative = whole(residuals), largest_ratio(residuals, scales, eps)
+    finite = jnp.isfinite(residual) & jnp.isfinite(whole(scales))
     count = zeros_from(residual).astype(jnp.int32)
-    return Stats(count + steps, residual, ratio(residual, scale), status + count)
+    met = jnp.where(within(residuals, scales, solver, eps), count + Status.CONVERGED, count + Status.MAX_STEPS)
+    status = jnp.where(finite, met, count + Status.NONFINITE)
+    return Stats(count + steps, jnp.where(finite, residual, jnp.inf), jnp.where(finite, relative, jnp.inf), status)
 
 
-def within(residual: Float[Array, "*batch"], scale: Float[Array, "*batch"], solver: Solver) -> Bool[Array, "*batch"]:
-    """The stopping test. Finite, for inf ≤ rtol · inf is true, and so is NaN's `not (residual > tolerance)`."""
-    finite = jnp.isfinite(residual) & jnp.isfinite(scale)
-    return finite & (residual <= solver.atol + solver.rtol * scale)
+# ---- norms, leaf by leaf -----------------------------------------------------------------------------------
+
+
+def within(
+    residuals: Float[Array, "*batch leaves"], scales: Float[Array, "*batch leaves"], solver: Solver, eps: float
+) -> Bool[Array, "*batch"]:
+    """The stopping test, ‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ in each leaf, which may have a unit of its own.
+
+    Finite, for inf ≤ rtol · inf is true, and so is NaN's `not (residual > tolerance)`.
+    """
+    finite = jnp.isfinite(residuals) & jnp.isfinite(scales)
+    per_leaf = lambda option: jnp.asarray(option)[..., None] if jnp.ndim(option) else option
+    tolerance = per_leaf(solver.atol) + per_leaf(solver.rtol) * comparable(residuals, scales, eps)
+    return jnp.all(finite & (residuals <= tolerance), axis=-1)
+
+
+def comparable(
+    residuals: Float[Array, "*batch leaves"], scales: Float[Array, "*batch leaves"], eps: float
+) -> Float[Array, "*batch leaves"]:
+    """What each leaf's residual is compared with: ‖f(z)‖ of the leaf.
+
+    Of a leaf that is zero to the rounding of the whole state, that of the whole: it must not hold a solve up.
+    """
+    if scales.shape[-1] == 1:
+        return scales
+    total = whole(scales)[..., None]
+    negligible = (scales <= eps * total) & (residuals <= eps * total)
+    return jnp.where(negligible, total, scales)
+
+
+def largest_ratio(
+    residuals: Float[Array, "*batch leaves"], scales: Float[Array, "*batch leaves"], eps: float
+) -> Float[Array, "*batch"]:
+    """The largest relative residual of a leaf."""
+    return jnp.max(ratio(residuals, comparable(residuals, scales, eps)), axis=-1)
+
+
+def whole(norms: Float[Array, "*batch leaves"]) -> Float[Array, "*batch"]:
+    """The norm of the state, from those of its leaves."""
+    return norms[..., 0] if norms.shape[-1] == 1 else norm(norms)
+
+
+def leaf_norms(
+    example: PyTree, batch_ndim: int
+) -> Callable[[Float[Array, "*batch dim"]], Float[Array, "*batch leaves"]]:
+    """The map from a raveled state to the norms of its leaves, in the raveler's order."""
+    sizes = leaf_sizes(jax.tree.leaves(example), batch_ndim)
+    runs = [(size, len(list(run))) for size, run in itertools.groupby(sizes)] if len(sizes) > FEW_LEAVES else []
+
+    def norms(flat: Float[Array, "*batch dim"]) -> Float[Array, "*batch leaves"]:
+        if len(sizes) == 1:
+            return norm(flat)[..., None]
+        parts, start = [], 0
+        for size, count in runs or [(size, 1) for size in sizes]:
+            part = jax.lax.slice_in_dim(flat, start, start + size * count, axis=-1)
+            parts.append(norm(part.reshape(*flat.shape[:-1], count, size)))
+            start += size * count
+        return jnp.concatenate(parts, axis=-1)
+
+    return norms
+
+
+def over_axes(axes: tuple) -> tuple[Callable, Callable, Callable]:
+    """(everywhere, anywhere, most): all, any and max of a problem's values along named axes, of which there may be none."""
+    if not axes:
+        return (lambda x: x,) * 3
+    anywhere = lambda yes: jax.lax.pmax(yes.astype(jnp.int32), axes) > 0
+    return lambda yes: ~anywhere(~yes), anywhere, lambda x: jax.lax.pmax(x, axes)
+
+
+# ---- states as vectors -------------------------------------------------------------------------------------
+
+
+def eps_of(example: PyTree) -> float:
+    """The machine epsilon of the coarsest leaf."""
+    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(example))
+
+
+def wide_dtype(example: PyTree) -> Any:
+    """The dtype of a raveled state: float32, or what is wider of the leaves'; real."""
+    return functools.reduce(
+        jnp.promote_types, [jnp.finfo(leaf.dtype).dtype for leaf in jax.tree.leaves(example)], jnp.float32
+    )
+
+
+def leaf_sizes(leaves: list, batch_ndim: int) -> list[int]:
+    """Reals a problem in each leaf. A complex number is two, so that norms and inner products are real."""
+    return [math.prod(leaf.shape[batch_ndim:]) * (2 if jnp.iscomplexobj(leaf) else 1) for leaf in leaves]
 
 
 def raveler(example: PyTree, batch_ndim: int) -> tuple[Callable, Callable]:
     """The two maps between a pytree and `[*batch, dim]` in float32 or wider; complex leaves as two reals."""
     leaves, treedef = jax.tree.flatten(example)
-    wide = jnp.result_type(jnp.float32, *(jnp.finfo(leaf.dtype).dtype for leaf in leaves))
-    # A complex number is two reals, so that norms and inner products are real.
-    sizes = [math.prod(leaf.shape[batch_ndim:]) * (2 if jnp.iscomplexobj(leaf) else 1) for leaf in leaves]
+    wide, sizes = wide_dtype(example), leaf_sizes(leaves, batch_ndim)
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
 
     def ravel_leaf(leaf):
@@ -284,10 +474,17 @@ def raveler(example: PyTree, batch_ndim: int) -> tuple[Callable, Callable]:
         return flat.reshape(*flat.shape[:-1], *like.shape[batch_ndim:]).astype(like.dtype)
 
     def unravel(flat: Float[Array, "*batch dim"]) -> PyTree:
-        parts = [flat] if len(leaves) == 1 else jnp.split(flat, ends[:-1], axis=-1)
+        starts = [end - size for end, size in zip(ends, sizes, strict=True)]
+        part = lambda start, end: jax.lax.slice_in_dim(flat, start, end, axis=-1)
+        parts = [flat] if len(leaves) == 1 else [part(*ends) for ends in zip(starts, ends, strict=True)]
         return jax.tree.unflatten(treedef, [unravel_leaf(p, leaf) for p, leaf in zip(parts, leaves, strict=True)])
 
     return ravel, unravel
+
+
+def at_most(limit: int, size: Any) -> int:
+    """The smaller of the two; a size that is a symbol, as in `jax.export`, counts as large."""
+    return min(limit, size) if isinstance(size, int) else limit
 
 
 def zeros_from(x: Array) -> Array:
@@ -345,6 +542,16 @@ def leading_power(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     mask = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, x.dtype), bits)
     power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, bits) & mask, x.dtype)
     return jnp.clip(power, 2.0 ** (info.minexp + 2), 2.0 ** (info.maxexp - 3))
+
+
+def half_power(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """About √x, a power of two; 1 for what is zero or not finite.
+
+    In units of it, vectors of size x are as far from the one end of the dtype's range as those of size 1 are from the
+    other: both may be squared.
+    """
+    usable = (x > 0) & jnp.isfinite(x)
+    return leading_power(jnp.sqrt(jnp.where(usable, x, 1)))
 
 
 def ratio(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax._config import check_number, check_stopping, config
-from deq_jax.solvers.base import choose, norm, root, write_slot, zeros_from
+from deq_jax.solvers.base import at_most, choose, norm, root, write_slot, zeros_from
 
 GROWTH = 1.5  # a residual that grew by this factor is a step too far
 DAMPED_BELOW = 0.1  # Moré & Trangenstein's σ: an update may shrink det B⁻¹ by no more than this
@@ -59,6 +59,8 @@ class Broyden:
     keep: int | None = None
     line_search: int = 1
 
+    scale_free = True
+
     def __post_init__(self):
         check_stopping(self)
         check_number(self, "rank", at_least=1, whole=True, static=True)
@@ -67,13 +69,12 @@ class Broyden:
             check_number(self, "keep", at_least=0, below=self.rank - 1, whole=True, static=True)
         check_number(self, "line_search", at_least=0, whole=True, static=True)
 
-    @property
-    def recovers(self) -> bool:
+    def can_backtrack(self, state: BroydenState) -> Bool[Array, "*batch"]:
         """Whether a step to where f is huge or not finite is cut rather than the end."""
-        return self.line_search > 0
+        return state.known | True if self.line_search else state.known & False
 
     def init(self, z: Float[Array, "*batch dim"]) -> BroydenState:
-        zero, slots = zeros_from(z), min(self.rank, 2 * z.shape[-1]) + 1
+        zero, slots = zeros_from(z), at_most(self.rank, 2 * z.shape[-1]) + 1
         steps, none = jnp.stack([zero] * slots, axis=-2), zero[..., 0]
         middle, cuts = jnp.stack([steps[..., 0]] * slots, axis=-1), none.astype(jnp.int32)
         count = jnp.zeros((), jnp.int32)

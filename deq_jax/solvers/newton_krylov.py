@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from deq_jax._config import check_number, check_stopping, config
 from deq_jax.solvers import arnoldi
-from deq_jax.solvers.base import norm, ratio, zeros_from
+from deq_jax.solvers.base import at_most, norm, ratio, zeros_from
 
 ACCEPTED = 1e-4  # part of the predicted decrease of ‖g‖² that a step must bring
 NOISE = 30  # units in the last place of g: a difference that changes it by less is lost in rounding
@@ -59,6 +59,8 @@ class NewtonKrylov:
 
     recovers = True  # a trial that is not finite is not the end: the step is cut
 
+    scale_free = True
+
     def __post_init__(self):
         check_stopping(self)
         check_number(self, "krylov", at_least=1, whole=True, static=True)
@@ -74,7 +76,7 @@ class NewtonKrylov:
     def init(self, z: Float[Array, "*batch dim"]) -> NewtonKrylovState:
         zero = zeros_from(z)
         none = zero[..., 0]
-        krylov = arnoldi.empty(zero, min(self.krylov, z.shape[-1]))
+        krylov = arnoldi.empty(zero, at_most(self.krylov, z.shape[-1]))
         return NewtonKrylovState(
             none > 0, none > 0, zero, zero, z, none + jnp.inf, none + self.forcing, none, none + 1, krylov
         )

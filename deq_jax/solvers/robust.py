@@ -53,6 +53,8 @@ class Robust:
 
     recovers = True
 
+    scale_free = True
+
     def __post_init__(self):
         check_stopping(self)
         if not isinstance(self.stages, tuple) or not self.stages:

@@ -1,0 +1,303 @@
+"""Traces of f: what it reads becomes arguments, and what it computes is the key of its compiled programs.
+
+JAX's own caches go by the identity of a function, so they compile a fresh closure again at each eager call, and they
+miss that a global has changed. Here an eager call traces f, which takes milliseconds, and looks the compiled program up
+by the trace: its equations, their parameters, shapes and dtypes. All arrays that f reads are arguments of the program.
+"""
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer, eval_jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jaxtyping import PyTree
+
+PROGRAMS = 256  # how many compiled programs are kept; the one that was called least recently goes first
+
+# ---- what f reads ------------------------------------------------------------------------------------------
+
+
+class Traced:
+    """A function as it was traced, pure in `(*example, inputs, other)`; its `key` tells what it computes.
+
+    It holds no array that f read: a trace that outlives its call would keep those alive, tracers among them.
+    """
+
+    def __init__(self, jaxpr: Jaxpr, out_tree: Any, order: tuple[tuple[bool, int], ...]):
+        self.jaxpr, self.out_tree = jaxpr, out_tree
+        self.order = order  # where each value that the jaxpr takes beside the example is: (in inputs or other, index)
+
+    def __call__(self, *arguments: Any) -> PyTree:
+        *example, inputs, other = arguments
+        reads = [(inputs if is_input else other)[i] for is_input, i in self.order]
+        example = jax.tree.leaves(example)
+        constants = len(self.jaxpr.constvars)
+        # The jaxpr takes constants first; what it takes after the example are arguments of f.
+        out = eval_jaxpr(self.jaxpr, reads[:constants], *example, *reads[constants:])
+        # A number in the result of f is a literal of the jaxpr, not yet an array.
+        as_array = lambda x, v: x if isinstance(x, jax.Array) else jnp.asarray(x, v.aval.dtype)
+        return jax.tree.unflatten(self.out_tree, map(as_array, out, self.jaxpr.outvars))
+
+    @property
+    def out(self) -> PyTree:
+        """The types of what it returns."""
+        return jax.tree.unflatten(self.out_tree, [v.aval for v in self.jaxpr.outvars])
+
+    @functools.cached_property
+    def axes(self) -> tuple:
+        """Named axes (of vmap, pmap or shard_map) along which the function communicates."""
+        return tuple(sorted(communicating_axes(self.jaxpr), key=str))
+
+    @functools.cached_property
+    def key(self) -> Hashable:
+        return program_key(self.jaxpr), self.out_tree, self.order
+
+
+def hoist(f: Callable, *example: PyTree, args: tuple = ()) -> tuple[Traced, list, list]:
+    """(pure, inputs, other) with f(*example, *args) = pure(*example, inputs, other).
+
+    `inputs` is a list of all float arrays that f reads, arguments and captured values alike; `other` holds all the
+    rest (ints, keys, masks). f is traced once, and `pure` replays the trace. (`jax.closure_convert` hoists floats only.)
+    Leaves of args that are no arrays, such as an activation function, are part of the program.
+    """
+    leaves, treedef = jax.tree.flatten(args)
+    dynamic = [is_array_like(leaf) for leaf in leaves]
+    arrays = [jnp.asarray(leaf) for leaf, is_array in zip(leaves, dynamic, strict=True) if is_array]
+
+    # A fresh function each time: JAX caches traces by identity, and a module updated in place keeps its own.
+    def flat(example, arrays):
+        values = iter(arrays)
+        merged = [next(values) if is_array else leaf for leaf, is_array in zip(leaves, dynamic, strict=True)]
+        return checked(f(*example, *jax.tree.unflatten(treedef, merged)))
+
+    closed, out_shape = jax.make_jaxpr(flat, return_shape=True)(example, arrays)
+    inputs, other, order = [], [], []
+    for value in (*closed.consts, *arrays):
+        is_input = jnp.issubdtype(value.dtype, jnp.inexact)
+        place = inputs if is_input else other
+        order.append((is_input, len(place)))
+        place.append(value)
+    return Traced(closed.jaxpr, jax.tree.structure(out_shape), tuple(order)), inputs, other
+
+
+class Bound:
+    """f with its last arguments given, and the named axes along which it communicates."""
+
+    def __init__(self, f: Callable, *reads: Any, axes: tuple | None = None):
+        self.f, self.reads = f, reads
+        self.axes = getattr(f, "axes", ()) if axes is None else axes
+
+    def __call__(self, *args: PyTree) -> PyTree:
+        return self.f(*args, *self.reads)
+
+
+def vary(x: jax.Array, axes: tuple) -> jax.Array:
+    """x, which is the same everywhere along axes of `shard_map`, in the type of what differs there."""
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, axes, to="varying")
+    return jax.lax.pvary(x, axes)  # before jax 0.9
+
+
+def is_array_like(leaf: Any) -> bool:
+    """Whether JAX would take this for an array: one of its own or of NumPy's, or a number."""
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype.kind not in "OSUMmV" or jnp.issubdtype(leaf.dtype, jnp.inexact)  # bfloat16 is of kind V
+    return isinstance(leaf, jax.Array | int | float | complex) or hasattr(leaf, "__jax_array__")
+
+
+def checked(out: PyTree) -> PyTree:
+    """What f returned, or a TypeError where that is no arrays."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(out):
+        if not is_array_like(leaf):
+            where = "f(z)" + jax.tree_util.keystr(path)
+            hint = "; is a `yield` left in it?" if hasattr(leaf, "send") else ""
+            raise TypeError(f"f must return arrays: {where} is {leaf!r}{hint}")
+    return out
+
+
+COLLECTIVES = ("psum", "pmax", "pmin", "ppermute", "all_gather", "all_to_all", "reduce_scatter", "pgather")
+
+
+def communicating_axes(jaxpr: Jaxpr) -> set:
+    """The named axes of the collectives in a jaxpr, less those that a `shard_map` or `pmap` in it binds itself."""
+    found = set()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name.startswith(COLLECTIVES):
+            names = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+            names = names if isinstance(names, tuple | list | set | frozenset) else (names,)
+            found |= {name for name in names if not isinstance(name, int)}  # an int is an axis of the array
+        inner = set().union(*(communicating_axes(sub) for sub in sub_jaxprs(eqn)))
+        mesh, own = eqn.params.get("mesh"), eqn.params.get("axis_name")
+        found |= inner - set(getattr(mesh, "axis_names", ())) - ({own} if "pmap" in eqn.primitive.name else set())
+    return found
+
+
+def sub_jaxprs(eqn: Any) -> list[Jaxpr]:
+    is_jaxpr = lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
+    found = filter(is_jaxpr, jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr))
+    return [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in found]
+
+
+# ---- compiled once -----------------------------------------------------------------------------------------
+
+
+_programs: OrderedDict[Hashable, Callable] = OrderedDict()
+_lock = threading.Lock()
+
+
+def run_compiled(run: Callable, static: tuple, *arrays: PyTree) -> PyTree:
+    """run(*static, *arrays), as a compiled program where the call is eager; equal `static` share their program.
+
+    `static` holds `Traced` functions and hashable options, `arrays` all values. Under a trace of the user's own (jit,
+    scan) the call is simply part of it.
+    """
+    values = jax.tree.leaves(arrays)
+    # A solver or adjoint of the user's own that is no pytree cannot be compared: its methods may read anything.
+    if jax.config.jax_disable_jit or is_staged() or not all(map(is_array_like, values)):
+        return run(*static, *arrays)
+    traced = any(isinstance(leaf, Tracer) for leaf in values)
+    key = run, tuple(_key(item, traced) for item in static)
+    with _lock:
+        program = _programs.pop(key, None) or jax.jit(lambda *arrays: run(*static, *arrays))
+        _programs[key] = program
+        while len(_programs) > PROGRAMS:
+            _programs.popitem(last=False)
+    return program(*arrays)
+
+
+def clear_caches() -> None:
+    """Forget all programs that eager calls have compiled; `jax.clear_caches` forgets JAX's own."""
+    with _lock:
+        _programs.clear()
+
+
+def is_staged() -> bool:
+    """Whether operations are recorded now, as under jit, rather than run (grad and vmap alone run them)."""
+    return isinstance(jax.lax.add(np.float32(0), np.float32(0)), Tracer)
+
+
+# ---- what f is ---------------------------------------------------------------------------------------------
+
+
+RULES = (
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+)  # these hold Python functions, new at each trace
+
+
+class _Same:
+    """An object as a key: equal to itself alone, and kept alive, so that its id is nobody else's."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def program_key(jaxpr: Jaxpr) -> tuple:
+    """All that decides what the jaxpr computes, as a hashable value; variables are numbered as they appear.
+
+    Functions inside (a callback's) are compared by identity. The derivative rules of `jax.custom_jvp` and
+    `jax.custom_vjp` are left out: they have no part in the value, and `_key` compares what they compute.
+    """
+    numbers: dict[Any, int] = {}
+
+    def atom(v):
+        if isinstance(v, Literal):
+            return _value_key(np.asarray(v.val)), v.aval
+        return numbers.setdefault(v, len(numbers))
+
+    inputs = tuple((atom(v), v.aval) for v in (*jaxpr.constvars, *jaxpr.invars))
+    equations = tuple(
+        (
+            eqn.primitive,
+            tuple(map(atom, eqn.invars)),
+            _params_key(eqn.primitive.name, eqn.params),
+            tuple((atom(v), v.aval) for v in eqn.outvars),
+            _context_key(eqn),
+        )
+        for eqn in jaxpr.eqns
+    )
+    return len(jaxpr.constvars), inputs, equations, tuple(map(atom, jaxpr.outvars))
+
+
+def _params_key(primitive: str, params: dict) -> tuple:
+    compared = params.items()
+    if primitive in RULES:
+        compared = [(name, value) for name, value in compared if isinstance(value, ClosedJaxpr | Jaxpr | int)]
+    return tuple((name, _value_key(value)) for name, value in sorted(compared))
+
+
+def _context_key(eqn: Any) -> tuple:
+    """What surrounded the operation when it was traced: a mesh, `compute_on`, metadata."""
+    public = [name for name in getattr(type(eqn.ctx), "__slots__", ()) if not name.startswith("_")]
+    return tuple((name, _value_key(getattr(eqn.ctx, name, None))) for name in public)
+
+
+def _value_key(value: Any) -> Hashable:
+    if isinstance(value, Jaxpr):
+        return program_key(value)
+    if isinstance(value, ClosedJaxpr):
+        return program_key(value.jaxpr), tuple(map(_value_key, value.consts))
+    if isinstance(value, jax.Array):
+        return _Same(value)  # an array of JAX does not change
+    if isinstance(value, np.ndarray | np.generic):
+        return "array", str(value.dtype), value.shape, value.tobytes()
+    if isinstance(value, tuple | list):
+        return type(value), tuple(map(_value_key, value))
+    if isinstance(value, dict):
+        return dict, tuple((_value_key(k), _value_key(v)) for k, v in value.items())
+    if isinstance(value, float | complex):
+        return type(value), repr(value)  # NaN is NaN, and −0.0 is not 0.0
+    try:
+        hash(value)
+    except TypeError:
+        return _Same(value)
+    return type(value), value  # 1, True and 1.0 are equal, and are not the same
+
+
+def _key(static: Any, differentiable: bool) -> Hashable:
+    """Of a call that may be differentiated, what custom derivatives compute is compared as well."""
+    if not isinstance(static, Traced):
+        return static
+    rules = differentiable and _has_rules(static.jaxpr)
+    return static.key, _derivative_key(static.jaxpr) if rules else None
+
+
+def _has_rules(jaxpr: Jaxpr) -> bool:
+    return any(eqn.primitive.name in RULES or any(map(_has_rules, sub_jaxprs(eqn))) for eqn in jaxpr.eqns)
+
+
+def _derivative_key(jaxpr: Jaxpr) -> Hashable:
+    """The first derivative's program, in reverse mode or in forward mode where there is no other."""
+    variables = (*jaxpr.constvars, *jaxpr.invars)
+    shape = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=getattr(v.aval, "weak_type", False))
+    is_float = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in variables]
+    floats = [shape(v) for v, yes in zip(variables, is_float, strict=True) if yes]
+    rest = [shape(v) for v, yes in zip(variables, is_float, strict=True) if not yes]
+
+    def run(floats, rest):
+        floats, rest = iter(floats), iter(rest)
+        values = [next(floats) if yes else next(rest) for yes in is_float]
+        out = eval_jaxpr(jaxpr, values[: len(jaxpr.constvars)], *values[len(jaxpr.constvars) :])
+        return [jnp.asarray(x) for x in out if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+
+    pull = lambda floats, rest: (lambda out, vjp: vjp(out))(*jax.vjp(lambda floats: run(floats, rest), floats))
+    push = lambda floats, rest: jax.jvp(lambda floats: run(floats, rest), (floats,), (floats,))
+    for derivative in (pull, push):
+        try:
+            return _value_key(jax.make_jaxpr(derivative)(floats, rest))
+        except Exception:  # a rule of the user's may raise anything: then no two traces are taken for equal
+            continue
+    return _Same(object())
