@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax.solvers.base import choose, norm, root, zeros_from
+from deq_jax.solvers.base import aligned, choose, norm, one_hot, root, zeros_from
 
 
 class Krylov(NamedTuple):
@@ -34,15 +34,14 @@ def restart(
 ) -> Krylov:
     """A space that begins with g, in the problems named by `where`."""
     size = krylov.basis.shape[-2]
-    first = jnp.eye(size, dtype=g.dtype)[0]
     unit = jnp.where(beta > 0, 1 / jnp.where(beta > 0, beta, 1), 0)[..., None] * g
     unit = jnp.where(where[..., None], unit, 0)  # g may not be finite in the other problems
     fresh = Krylov(
         zeros_from(krylov.used),
         where & False,
-        first[:, None] * unit[..., None, :],
+        one_hot(0, size, g)[..., :, None] * unit[..., None, :],
         zeros_from(krylov.hessenberg),
-        zeros_from(krylov.rotation) + jnp.eye(size, dtype=g.dtype),
+        zeros_from(krylov.rotation) + aligned(jnp.eye(size, dtype=g.dtype), krylov.rotation),
         zeros_from(krylov.triangle),
         beta,
         beta,
@@ -52,16 +51,15 @@ def restart(
 
 def newest(krylov: Krylov) -> Float[Array, "*batch dim"]:
     """The direction whose product with J comes next."""
-    return jnp.einsum(
-        "...k,...kd->...d", _one_hot(krylov.used, krylov.basis.shape[-2], krylov.basis.dtype), krylov.basis
-    )
+    here = one_hot(krylov.used, krylov.basis.shape[-2], krylov.basis[..., 0])
+    return jnp.einsum("...k,...kd->...d", here, krylov.basis)
 
 
 def extend(krylov: Krylov, product: Float[Array, "*batch dim"], where: Bool[Array, "*batch"]) -> Krylov:
     """The space with J q_k taken in, in the problems named by `where`; the others pass zeros as product."""
     k, basis, size = krylov.used, krylov.basis, krylov.hessenberg.shape[-1]
-    eps, dtype = jnp.finfo(product.dtype).eps, product.dtype
-    here, after = _one_hot(k, size + 1, dtype), _one_hot(k + 1, size + 1, dtype)
+    eps = float(jnp.finfo(product.dtype).eps)
+    here, after = one_hot(k, size + 1, product), one_hot(k + 1, size + 1, product)
 
     # J q_k = Σ h_i q_i + h⁺ q_{k+1}
     w, h = orthogonalize(product, basis)
@@ -101,17 +99,17 @@ def extend(krylov: Krylov, product: Float[Array, "*batch dim"], where: Bool[Arra
 
 def solution(krylov: Krylov) -> Float[Array, "*batch size"]:
     """y that minimises ‖g + J Q y‖ = ‖β e₀ + H y‖, with zeros where R is singular."""
-    size, dtype = krylov.triangle.shape[-1], krylov.triangle.dtype
+    size = krylov.triangle.shape[-1]
     r = krylov.triangle[..., :size, :]
     diagonal = jnp.einsum("...ii->...i", r)
     top = jnp.max(jnp.abs(diagonal), axis=-1, keepdims=True)
-    regular = jnp.abs(diagonal) > 10 * size * jnp.finfo(dtype).eps * top
+    regular = jnp.abs(diagonal) > 10 * size * float(jnp.finfo(r.dtype).eps) * top
     pivot = jnp.where(regular, 1 / jnp.where(regular, diagonal, 1), 0)
     target = -krylov.beta[..., None] * krylov.rotation[..., :size, 0]
 
     def back(i, y):
         i = size - 1 - i
-        unit = jax.nn.one_hot(i, size, dtype=dtype)
+        unit = one_hot(i, size, target)
         row = jax.lax.dynamic_index_in_dim(r, i, axis=-2, keepdims=False)
         value = jnp.sum(target * unit, -1) - jnp.einsum("...j,...j->...", row, y)
         return y + (value * jnp.sum(pivot * unit, -1))[..., None] * unit
@@ -139,7 +137,7 @@ def dogleg(krylov: Krylov, radius: Float[Array, "*batch"]) -> tuple[Float[Array,
     y = jnp.where((cauchy_norm >= radius)[..., None], short, between)
     y = jnp.where((norm(newton) <= radius)[..., None], newton, y)
 
-    first = jnp.eye(krylov.basis.shape[-2], dtype=y.dtype)[0]
+    first = one_hot(0, krylov.basis.shape[-2], y)
     predicted = norm(krylov.beta[..., None] * first + jnp.einsum("...ij,...j->...i", krylov.hessenberg, y))
     return jnp.einsum("...k,...kd->...d", y, krylov.basis[..., :-1, :]), predicted
 
@@ -147,10 +145,6 @@ def dogleg(krylov: Krylov, radius: Float[Array, "*batch"]) -> tuple[Float[Array,
 def ratio0(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """a / b, and 0 where b is not positive."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
-
-
-def _one_hot(index: Int[Array, "*batch"], size: int, dtype) -> Float[Array, "*batch size"]:
-    return (index[..., None] == jnp.arange(size)).astype(dtype)
 
 
 def orthogonalize(

@@ -16,7 +16,8 @@ from deq_jax._config import cast_options
 
 RUNNING = -1
 STALE_EVALUATIONS = 10  # this many without a better residual, at the dtype's floor, end a solve as STALLED
-DIVERGED_GROWTH = 1e6  # a residual this many times the scale at the start is on its way to infinity
+DIVERGED_GROWTH = 1e6  # a residual this many times the scale at the start, when the budget is spent, ends as DIVERGED
+HOPELESS_GROWTH = 1e15  # the same at once, unless all is still small: tanh(3 z + h) grows from any small h to 1
 OUTGROWN = 10  # an iterate that has grown by this factor must also have reduced its residual, by the same factor
 FEW_LEAVES = 16  # from here on, leaves of one size are measured together
 
@@ -206,7 +207,7 @@ def evaluation(
         fz = ravel(fz_tree)
         residuals, scales = norms(fz - loop.z), norms(fz)
         residual, scale = whole(residuals), whole(scales)
-        steps = loop.steps + running
+        steps = loop.steps + running.astype(jnp.int32)
 
         # z0 may hold what is not finite (a best cost so far), if f(z0) does not: then the solve begins at f(z0).
         entering = everywhere(first & jnp.isfinite(scale)) & anywhere(~jnp.isfinite(residual))
@@ -231,7 +232,7 @@ def evaluation(
         progress = finite & (now < 0.99 * least) & (~rounded(residuals) | (relative < 0.99 * best_relative))
         stale = jnp.where(progress, 0, loop.stale + 1)
         resolved = everywhere(whole(loop.best_residuals) <= floor * whole(loop.best_scales))
-        stalled = (stale >= patience) & (resolved | rounded(loop.best_residuals))
+        stalled = (stale >= patience) & (resolved | rounded(residuals))
 
         # An iterate so far out that its residual is all rounding is not a better one.
         better = running & finite & ~lost & (converged | (now < least))
@@ -239,10 +240,8 @@ def evaluation(
 
         backtracks = can_backtrack(solver, loop.solver, running)
         spent = steps >= solver.max_steps
-        # Growth alone is no verdict: tanh(3 z + h) grows from any small h to 1. It is at the end, or near overflow.
-        escaped = anywhere(residual > DIVERGED_GROWTH * first_scale)
-        overflow = anywhere(residual > jnp.finfo(residual.dtype).max / DIVERGED_GROWTH)
-        diverged = (lost | (escaped & (spent | overflow))) & ~backtracks
+        bound = jnp.where(spent, DIVERGED_GROWTH * first_scale, jnp.maximum(HOPELESS_GROWTH * first_scale, 1))
+        diverged = (lost | anywhere(residual > bound)) & ~backtracks
         status = jnp.select(
             [  # in order of priority
                 ~running,
@@ -334,7 +333,7 @@ def round_of_evaluations(
             return jnp.where(running[..., None], ravel(unravel(z + step)), z)
 
         z = jax.lax.fori_loop(0, count, move, loop.z)
-        return loop._replace(z=z, steps=loop.steps + count * running, evaluation=loop.evaluation + count)
+        return loop._replace(z=z, steps=loop.steps + count * running.astype(jnp.int32), evaluation=loop.evaluation + count)
 
     return lambda loop: body(untested(loop))
 
@@ -441,10 +440,9 @@ def eps_of(example: PyTree) -> float:
 
 
 def wide_dtype(example: PyTree) -> Any:
-    """The dtype of a raveled state: float32, or what is wider of the leaves'; real."""
-    return functools.reduce(
-        jnp.promote_types, [jnp.finfo(leaf.dtype).dtype for leaf in jax.tree.leaves(example)], jnp.float32
-    )
+    """The dtype of a raveled state: float32, or float64 if a leaf needs it."""
+    wide = any(jnp.finfo(leaf.dtype).bits > 32 for leaf in jax.tree.leaves(example))
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def leaf_sizes(leaves: list, batch_ndim: int) -> list[int]:
@@ -490,6 +488,17 @@ def at_most(limit: int, size: Any) -> int:
 def zeros_from(x: Array) -> Array:
     """Zeros with the shape, dtype and sharding of x: jax 0.12's zeros_like drops an explicit sharding."""
     return jnp.where(False, x, jnp.zeros((), x.dtype))
+
+
+def aligned(x: Array, like: Array) -> Array:
+    """x with axes of size one in front, as many as make its rank that of `like`."""
+    return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
+
+
+def one_hot(index: Any, size: int, like: Float[Array, "*batch dim"]) -> Float[Array, "..."]:
+    """1 at one index of a last axis of this size, and 0 elsewhere, with the rank and dtype of `like`."""
+    here = jnp.asarray(index, jnp.int32)[..., None]
+    return (aligned(jnp.arange(size, dtype=jnp.int32), like) == aligned(here, like)).astype(like.dtype)
 
 
 def choose(where: Bool[Array, "*batch"], a: PyTree, b: PyTree) -> PyTree:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax._config import check_number, check_stopping, config
-from deq_jax.solvers.base import at_most, choose, norm, root, write_slot, zeros_from
+from deq_jax.solvers.base import at_most, choose, norm, one_hot, root, write_slot, zeros_from
 
 GROWTH = 1.5  # a residual that grew by this factor is a step too far
 DAMPED_BELOW = 0.1  # Moré & Trangenstein's σ: an update may shrink det B⁻¹ by no more than this
@@ -93,7 +93,7 @@ class Broyden:
         # Slots are filled in turn; when the last one is, what they hold is put into the first ones.
         rank = state.steps.shape[-2] - 1
         last, new = self._slot(state.count - 1, rank, compressed=True), self._slot(state.count, rank)
-        is_last, is_new = (jnp.arange(rank + 1) == slot for slot in (last, new))
+        is_last, is_new = (one_hot(slot, rank + 1, z) for slot in (last, new))
         dot = lambda x, y: jnp.einsum("...d,...d->...", x, y)
 
         # Was the step that was asked for also taken, but for rounding and a factor (of an optax chain)? It was not
@@ -115,7 +115,8 @@ class Broyden:
         here_z, here_g, here_norm = choose(back, (state.z, state.g, state.g_norm), (z, g, g_norm))
 
         # A slot in turn that is in use is held still, in a memory that was resumed: the estimate starts afresh.
-        afresh = moved & jnp.any((state.middle != 0) & (is_new | is_new[:, None]), axis=(-2, -1))
+        in_turn = jnp.maximum(is_new[..., :, None], is_new[..., None, :])
+        afresh = moved & jnp.any(state.middle * in_turn != 0, axis=(-2, -1))
         middle = jnp.where(afresh[..., None, None], 0, state.middle)
         steps, dz_in_steps = write_slot(state.steps, dz / share[..., None], last, taken), share[..., None] * is_last
         along = lambda x: jnp.einsum("...sd,...d->...s", steps, x)  # a pass for each: as one product they are slower
@@ -230,10 +231,10 @@ def leading_rows(
     def pick(i, carry):
         x, lowered, picked = carry
         square = squares(x, lowered)
-        longest, most = jnp.arange(x.shape[-2]) == jnp.argmax(square, axis=-1)[..., None], jnp.max(square, axis=-1)
+        longest, most = one_hot(jnp.argmax(square, axis=-1), x.shape[-2], square), jnp.max(square, axis=-1)
         scale = jnp.where(most > enough, 1 / jnp.sqrt(jnp.where(most > enough, most, 1)), 0)
         unit, down = (
-            scale[..., None] * jnp.einsum("...r,...rs->...s", longest.astype(x.dtype), y) for y in (x, lowered)
+            scale[..., None] * jnp.einsum("...r,...rs->...s", longest, y) for y in (x, lowered)
         )
         along = jnp.einsum("...rs,...s->...r", x, down)[..., None]
         picked = jax.lax.dynamic_update_index_in_dim(picked, unit, i, axis=-2)

@@ -91,7 +91,7 @@ class NewtonKrylov:
     def update(
         self, residual: Float[Array, "*batch dim"], state: NewtonKrylovState, z: Float[Array, "*batch dim"]
     ) -> tuple[Float[Array, "*batch dim"], NewtonKrylovState]:
-        eps = jnp.finfo(z.dtype).eps
+        eps = float(jnp.finfo(z.dtype).eps)
         g_norm, base_norm = norm(residual), norm(state.base_g)
         finite = jnp.isfinite(g_norm)
 

@@ -101,16 +101,16 @@ class Robust:
         start_g = jnp.where(new[..., None], residual, state.start_g)
         first = jnp.where(new, g_norm, state.first)
         # As in `solve`: so far out that rounding in z is more than the whole residual at the start, g says nothing.
-        lost = ~new & (jnp.finfo(z.dtype).eps * norm(z) > first)
+        lost = ~new & (float(jnp.finfo(z.dtype).eps) * norm(z) > first)
         least = jnp.where(~lost & (g_norm < state.least), g_norm, state.least)  # false for NaN
         halved = ~lost & (g_norm <= 0.5 * state.mark)
         since = jnp.where(halved, 0, state.since + 1)
 
-        limit = jnp.asarray((*self.stall[:last], 0))[state.stage]
+        limit = jnp.asarray((*self.stall[:last], 0), jnp.int32)[state.stage]
         safe = jnp.asarray([getattr(stage, "recovers", False) for stage in self.stages])[state.stage]
         blown = (lost | ~(g_norm <= BLOWN_UP * least)) & ~safe
         switch = ((since >= limit) | blown) & (state.stage < last) & (least < jnp.inf)
-        stage = state.stage + switch
+        stage = state.stage + switch.astype(jnp.int32)
         since = jnp.where(switch, 0, since)
         mark = jnp.where(switch, jnp.inf, jnp.where(halved, g_norm, state.mark))
 
