@@ -194,7 +194,7 @@ def evaluation(
 ) -> Callable[[Loop], Loop]:
     """The body of the loop: one evaluation of f, what it says of each problem, and the next iterate."""
     ravel, unravel = raveler(z0, batch_ndim)
-    norms, eps = leaf_norms(z0, batch_ndim), eps_of(z0)
+    rounded_to_state, norms, eps = rounder(z0, batch_ndim), leaf_norms(z0, batch_ndim), eps_of(z0)
     floor = min(64 * eps, 0.05)  # relative residual at which rounding in f may hide all progress
     patience = max(STALE_EVALUATIONS, getattr(solver, "patience", 0))
     one_leaf = len(jax.tree.leaves(z0)) == 1
@@ -257,7 +257,7 @@ def evaluation(
 
         unit = jnp.where(first, half_power(first_scale), loop.unit)
         z, state = advance(solver, loop.solver, fz, loop.z, unit, entering)
-        z = jnp.where((status == RUNNING)[..., None], ravel(unravel(z)), best)
+        z = jnp.where((status == RUNNING)[..., None], rounded_to_state(z), best)
         seen = Seen(loop.evaluation, z_tree, fz_tree, residual, largest_ratio(residuals, scales, eps), running)
         return Loop(
             z=z,
@@ -321,6 +321,7 @@ def round_of_evaluations(
     if every == 1:
         return body
     ravel, unravel = raveler(z0, batch_ndim)
+    rounded_to_state = rounder(z0, batch_ndim)
 
     def untested(loop: Loop) -> Loop:
         running = loop.status == RUNNING
@@ -330,10 +331,12 @@ def round_of_evaluations(
 
         def move(_, z):
             step: Any = getattr(solver, "damping", 1.0) * (ravel(f(unravel(z))) - z)
-            return jnp.where(running[..., None], ravel(unravel(z + step)), z)
+            return jnp.where(running[..., None], rounded_to_state(z + step), z)
 
         z = jax.lax.fori_loop(0, count, move, loop.z)
-        return loop._replace(z=z, steps=loop.steps + count * running.astype(jnp.int32), evaluation=loop.evaluation + count)
+        return loop._replace(
+            z=z, steps=loop.steps + count * running.astype(jnp.int32), evaluation=loop.evaluation + count
+        )
 
     return lambda loop: body(untested(loop))
 
@@ -407,14 +410,14 @@ def leaf_norms(
     example: PyTree, batch_ndim: int
 ) -> Callable[[Float[Array, "*batch dim"]], Float[Array, "*batch leaves"]]:
     """The map from a raveled state to the norms of its leaves, in the raveler's order."""
-    sizes = leaf_sizes(jax.tree.leaves(example), batch_ndim)
-    runs = [(size, len(list(run))) for size, run in itertools.groupby(sizes)] if len(sizes) > FEW_LEAVES else []
+    sizes = sorted_sizes(jax.tree.leaves(example), batch_ndim)[0]
+    runs = [(size, len(list(run))) for size, run in itertools.groupby(sizes)]
 
     def norms(flat: Float[Array, "*batch dim"]) -> Float[Array, "*batch leaves"]:
         if len(sizes) == 1:
             return norm(flat)[..., None]
         parts, start = [], 0
-        for size, count in runs or [(size, 1) for size in sizes]:
+        for size, count in runs:
             part = jax.lax.slice_in_dim(flat, start, start + size * count, axis=-1)
             parts.append(norm(part.reshape(*flat.shape[:-1], count, size)))
             start += size * count
@@ -445,16 +448,25 @@ def wide_dtype(example: PyTree) -> Any:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
-def leaf_sizes(leaves: list, batch_ndim: int) -> list[int]:
-    """Reals a problem in each leaf. A complex number is two, so that norms and inner products are real."""
-    return [math.prod(leaf.shape[batch_ndim:]) * (2 if jnp.iscomplexobj(leaf) else 1) for leaf in leaves]
+def sorted_sizes(leaves: list, batch_ndim: int) -> tuple[list[int], list[int]]:
+    """(sizes, order): reals a problem in each leaf, and which leaf that is, in the order of the raveler.
+
+    A complex number is two reals, so that norms and inner products are real. Many leaves are sorted by size, so that
+    those of one size are measured together: a thousand norms would take minutes to compile.
+    """
+    sizes = [math.prod(leaf.shape[batch_ndim:]) * (2 if jnp.iscomplexobj(leaf) else 1) for leaf in leaves]
+    order = list(range(len(sizes)))
+    if len(sizes) > FEW_LEAVES:
+        order.sort(key=sizes.__getitem__)
+    return [sizes[i] for i in order], order
 
 
 def raveler(example: PyTree, batch_ndim: int) -> tuple[Callable, Callable]:
     """The two maps between a pytree and `[*batch, dim]` in float32 or wider; complex leaves as two reals."""
     leaves, treedef = jax.tree.flatten(example)
-    wide, sizes = wide_dtype(example), leaf_sizes(leaves, batch_ndim)
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    wide = wide_dtype(example)
+    sizes, order = sorted_sizes(leaves, batch_ndim)
+    ends = list(itertools.accumulate(sizes, initial=0))
 
     def ravel_leaf(leaf):
         flat = leaf.reshape(*leaf.shape[:batch_ndim], -1)
@@ -463,7 +475,8 @@ def raveler(example: PyTree, batch_ndim: int) -> tuple[Callable, Callable]:
         return flat.astype(wide)
 
     def ravel(tree: PyTree) -> Float[Array, "*batch dim"]:
-        flat = [ravel_leaf(leaf) for leaf in jax.tree.leaves(tree)]
+        values = jax.tree.leaves(tree)
+        flat = [ravel_leaf(values[i]) for i in order]
         return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=-1)
 
     def unravel_leaf(flat, like):
@@ -472,12 +485,20 @@ def raveler(example: PyTree, batch_ndim: int) -> tuple[Callable, Callable]:
         return flat.reshape(*flat.shape[:-1], *like.shape[batch_ndim:]).astype(like.dtype)
 
     def unravel(flat: Float[Array, "*batch dim"]) -> PyTree:
-        starts = [end - size for end, size in zip(ends, sizes, strict=True)]
-        part = lambda start, end: jax.lax.slice_in_dim(flat, start, end, axis=-1)
-        parts = [flat] if len(leaves) == 1 else [part(*ends) for ends in zip(starts, ends, strict=True)]
-        return jax.tree.unflatten(treedef, [unravel_leaf(p, leaf) for p, leaf in zip(parts, leaves, strict=True)])
+        values = [flat] * len(leaves)
+        for i, start, end in zip(order, ends, ends[1:], strict=False):
+            part = flat if len(leaves) == 1 else jax.lax.slice_in_dim(flat, start, end, axis=-1)
+            values[i] = unravel_leaf(part, leaves[i])
+        return jax.tree.unflatten(treedef, values)
 
     return ravel, unravel
+
+
+def rounder(example: PyTree, batch_ndim: int) -> Callable[[Float[Array, "*batch dim"]], Float[Array, "*batch dim"]]:
+    """The map that rounds a raveled state to the dtypes of its leaves."""
+    ravel, unravel = raveler(example, batch_ndim)
+    exact = all(leaf.real.dtype == wide_dtype(example) for leaf in jax.tree.leaves(example))
+    return (lambda flat: flat) if exact else lambda flat: ravel(unravel(flat))
 
 
 def at_most(limit: int, size: Any) -> int:

@@ -233,9 +233,7 @@ def leading_rows(
         square = squares(x, lowered)
         longest, most = one_hot(jnp.argmax(square, axis=-1), x.shape[-2], square), jnp.max(square, axis=-1)
         scale = jnp.where(most > enough, 1 / jnp.sqrt(jnp.where(most > enough, most, 1)), 0)
-        unit, down = (
-            scale[..., None] * jnp.einsum("...r,...rs->...s", longest, y) for y in (x, lowered)
-        )
+        unit, down = (scale[..., None] * jnp.einsum("...r,...rs->...s", longest, y) for y in (x, lowered))
         along = jnp.einsum("...rs,...s->...r", x, down)[..., None]
         picked = jax.lax.dynamic_update_index_in_dim(picked, unit, i, axis=-2)
         return x - along * unit[..., None, :], lowered - along * down[..., None, :], picked
