@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._config import check_number, check_stopping, config
+from deq_jax._config import Budget, check_number, check_stopping, config
 from deq_jax.solvers.base import choose, norm, root, write_slot, zeros_from
 
 GROWTH = 1.5  # a residual that grew by this factor is a step too far
@@ -53,7 +53,7 @@ class Broyden:
 
     rtol: float = 1e-4
     atol: float = 0.0
-    max_steps: int = 100
+    max_steps: Budget = 100
     rank: int = 20
     damping: float = 1.0
     keep: int | None = None
@@ -61,11 +61,11 @@ class Broyden:
 
     def __post_init__(self):
         check_stopping(self)
-        check_number(self, "rank", at_least=1, whole=True, static=True)
-        check_number(self, "damping", at_least=0, below=2)
+        check_number(self, "rank", at_least=1)
+        check_number(self, "damping", above=0, at_most=2)
         if self.keep is not None:
-            check_number(self, "keep", at_least=0, below=self.rank - 1, whole=True, static=True)
-        check_number(self, "line_search", at_least=0, whole=True, static=True)
+            check_number(self, "keep", at_least=0, at_most=self.rank - 1)
+        check_number(self, "line_search", at_least=0)
 
     @property
     def recovers(self) -> bool:
