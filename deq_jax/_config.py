@@ -7,6 +7,7 @@ import difflib
 import enum
 import functools
 import math
+import operator
 import sys
 import types
 import typing
@@ -65,13 +66,14 @@ def config(cls: type[T]) -> type[T]:
     def post_init(self):
         for name, role in roles.items():
             where = f"{type(self).__name__}.{name}"
-            object.__setattr__(self, name, _coerced(where, getattr(self, name), annotations[name], role))
+            object.__setattr__(self, name, _coerced(where, getattr(self, name), kinds[name], role))
         own_checks(self)
 
     cls.__post_init__ = post_init  # pyright: ignore[reportAttributeAccessIssue]
     cls = dataclasses.dataclass(frozen=True)(cls)
     fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
     annotations = {field.name: _annotation(cls, field) for field in fields}
+    kinds = {name: _kinds(annotation) for name, annotation in annotations.items()}
     roles = {field.name: _role(annotations[field.name], field.metadata) for field in fields}
     cls.__init__ = _with_suggestions(cls.__init__, cls.__name__, list(annotations))
 
@@ -181,10 +183,13 @@ def _is_plainly_structure(value: Any) -> bool:
 # ---- values ------------------------------------------------------------------------------------------------
 
 
-def _coerced(where: str, value: Any, annotation: Any, role: Role) -> Any:
+def _coerced(where: str, value: Any, kinds: set, role: Role) -> Any:
     """The value as the field keeps it, or TypeError: numbers of NumPy become Python's."""
-    kinds = _kinds(annotation)
-    if role is Role.NUMBER and not (value is None and types.NoneType in kinds):
+    if type(value) is float and role is Role.NUMBER:  # the everyday case, first
+        return value
+    if type(value) in kinds & {types.NoneType}:
+        return value
+    if role is Role.NUMBER:
         if not _is_real(value, jnp.floating, jnp.integer):
             raise TypeError(f"{where} must be a number or an array of numbers, got {_describe(value)}")
         return value if _is_array(value) else _as_float(value)
@@ -195,9 +200,9 @@ def _coerced(where: str, value: Any, annotation: Any, role: Role) -> Any:
     if role is not Role.STRUCTURE:
         return value
     value = _plain(value)
-    if kinds <= {int, types.NoneType} and not (value is None and types.NoneType in kinds):
+    if kinds <= {int, types.NoneType}:
         _check_int(where, value)
-    if kinds == {bool} and not isinstance(value, bool):
+    if kinds <= {bool, types.NoneType} and not isinstance(value, bool):
         raise TypeError(f"{where} must be True or False, got {_describe(value)}")
     return value
 
@@ -228,7 +233,7 @@ def _is_array(value: Any) -> bool:
 def _is_real(value: Any, *kinds: Any) -> bool:
     """Whether it is a real number, or an array of those, of these kinds of dtype."""
     if hasattr(value, "dtype"):
-        return any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+        return any(jnp.issubdtype(value.dtype, kind) for kind in kinds)  # of ml_dtypes too
     number = int | float if jnp.floating in kinds else int
     return isinstance(value, number) and not isinstance(value, bool)
 
@@ -296,21 +301,23 @@ def check_number(
     Traced arrays pass, for nobody knows their entries. `why` ends the message.
     """
     value, where = getattr(owner, name), f"{type(owner).__name__}.{name}"
-    if not _is_array(value) and not isinstance(value, float):
+    is_array = _is_array(value)
+    if not is_array and not isinstance(value, float):
         _check_int(where, value)
-    entries = _concrete(value) if _is_array(value) else np.asarray(value, float if abs(value) >= 2**63 else None)
+    entries: Any = _concrete(value) if is_array else value
     if entries is None:
         return
-    wide = entries if jnp.issubdtype(entries.dtype, jnp.integer) else entries.astype(np.float64)
-    valid = np.isfinite(wide) | (not finite)
-    valid &= (wide >= at_least) if above is None else (wide > above)  # false for NaN
-    valid &= True if at_most is None else (wide <= at_most)
-    valid &= True if below is None else (wide < below)
-    if not np.all(valid):
-        index = tuple(np.argwhere(~valid)[0].tolist())
-        got = f"{entries[index]} at index {index}" if index else repr(value if not _is_array(value) else entries.item())
-        may_be_infinite = not finite or jnp.issubdtype(entries.dtype, jnp.integer)
-        bounds = _bounds("" if may_be_infinite else "finite and ", at_least, above, at_most, below)
+    # The same for a number and for an array of them; all are false for NaN.
+    is_float = jnp.issubdtype(entries.dtype, jnp.floating) if is_array else isinstance(value, float)
+    wide = entries.astype(np.float64) if is_array and is_float else entries
+    valid = (abs(wide) < math.inf) | (not finite)
+    limits = (at_least, operator.ge), (above, operator.gt), (at_most, operator.le), (below, operator.lt)
+    for bound, holds in limits:
+        valid &= bound is None or holds(wide, bound)
+    if not (np.all(valid) if is_array else valid):
+        index = tuple(np.argwhere(~valid)[0].tolist()) if is_array else ()
+        got = f"{entries[index]} at index {index}" if index else repr(entries.item() if is_array else value)
+        bounds = _bounds("finite and " if finite and is_float else "", at_least, above, at_most, below)
         raise ValueError(f"{where} must be {bounds}, got {got}{why and ': '}{why}")
 
 

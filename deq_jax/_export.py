@@ -71,6 +71,6 @@ def _decode(annotation: Any, value: Any) -> Any:
 
 
 def _enums(annotation: Any) -> list[type[enum.Enum]]:
-    if isinstance(annotation, enum.EnumMeta):
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return [annotation]
     return [kind for part in typing.get_args(annotation) for kind in _enums(part)]
