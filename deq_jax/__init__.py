@@ -3,7 +3,7 @@
 `fixed_point` is the primitive; `deq_jax.nn` and `deq_jax.models` need Flax and are imported by name.
 """
 
-from deq_jax import adapters, diagnostics, regularizers, stability
+from deq_jax import _export, adapters, diagnostics, regularizers, stability
 from deq_jax.adjoints import (
     JFB,
     Adjoint,
@@ -32,8 +32,16 @@ from deq_jax.solvers import (
     Stats,
     Status,
 )
-from deq_jax.trajectory import ResidualTrace, Snapshots, Trajectory, fixed_point_correction, trajectory
+from deq_jax.solvers.anderson import AndersonState
+from deq_jax.solvers.arnoldi import Krylov
+from deq_jax.solvers.broyden import BroydenState
+from deq_jax.solvers.newton_krylov import NewtonKrylovState
+from deq_jax.solvers.robust import RobustState
+from deq_jax.trajectory import ResidualTrace, Snapshot, Snapshots, Trajectory, fixed_point_correction, trajectory
 from deq_jax.warm_start import FixedPointCache, first_guess_loss
+
+_export.register_results(Solution, SolutionWithAux, Solved, Trajectory, Stats, Probe, FixedPointCache, Snapshot)
+_export.register_results(AndersonState, BroydenState, NewtonKrylovState, Krylov, RobustState)
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,6 @@
 """Other people's solvers with our derivative, and our solvers in other people's loops."""
 
+import dataclasses
 import difflib
 import functools
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from deq_jax._config import check_sees_all, check_stopping, config
+from deq_jax._config import STATIC, Budget, check_sees_all, check_stopping, config
 from deq_jax._trace import hoist
 from deq_jax.adjoints import Adjoint, Implicit
 from deq_jax.fixed_point import Solution, attach
@@ -160,10 +161,10 @@ class Optax:
     True
     """
 
-    tx: Any
+    tx: Any = dataclasses.field(metadata=STATIC)
     rtol: float = 1e-4
     atol: float = 0.0
-    max_steps: int = 1000
+    max_steps: Budget = 1000
 
     def __post_init__(self):
         if isinstance(self.tx, type) or not (hasattr(self.tx, "init") and hasattr(self.tx, "update")):

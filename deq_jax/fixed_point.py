@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from deq_jax._config import check_sees_all, check_solver
+from deq_jax._config import check_options, check_sees_all, check_solver
 from deq_jax._trace import Bound, Traced, checked, hoist, is_array_like, run_compiled, vary
 from deq_jax.adjoints import Adjoint, Found, Implicit, Probe
 from deq_jax.solvers import Anderson, Fold, Seen, Solved, Solver, Stats
@@ -320,6 +320,8 @@ def check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe) -> PyTree:
                 f"all leaves of z0 must agree in their {batch_ndim} batch axes: {where} has shape {shape}, "
                 f"expected it to begin with {batch_shape}"
             )
+    check_options(solver, batch_shape, "solver")
+    check_options(adjoint, batch_shape, "adjoint")
     if probe is not None and {jnp.shape(p) for p in jax.tree.leaves(probe)} != {batch_shape}:
         raise ValueError(
             f"probe must be Probe.zeros({batch_shape}), the batch shape of z0; got shapes "

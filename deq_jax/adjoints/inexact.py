@@ -21,7 +21,7 @@ class Neumann:
     terms: int = 5
 
     def __post_init__(self):
-        check_number(self, "terms", at_least=1, whole=True, static=True)
+        check_number(self, "terms", at_least=1)
 
     run = run_at_equilibrium
     at = at_equilibrium
@@ -67,8 +67,8 @@ class Phantom:
     damping: float = 0.5
 
     def __post_init__(self):
-        check_number(self, "steps", at_least=1, whole=True, static=True)
-        check_number(self, "damping", at_least=0, below=1)
+        check_number(self, "steps", at_least=1)
+        check_number(self, "damping", above=0, at_most=1)
 
     run = run_at_equilibrium
     at = at_equilibrium

@@ -38,12 +38,11 @@ class Reversible:
     damping: float = 0.5
 
     def __post_init__(self):
-        check_number(self, "damping", at_least=0, below=1)
-        if isinstance(self.damping, int | float) and self.damping in (0, 1):
-            raise ValueError(
-                f"Reversible.damping must be between 0 and 1, both excluded; got {self.damping!r}: at 0 nothing moves, "
-                "and at 1 a step forgets the state before it. For undamped steps use Unroll(checkpoint=True)"
-            )
+        why = (
+            "at 0 nothing moves, and at 1 a step forgets the state before it. For undamped steps use "
+            "Unroll(checkpoint=True)"
+        )
+        check_number(self, "damping", above=0, below=1, why=why)
 
     def run(self, f, z0, inputs, other, solver, batch_ndim, probe):
         rules = jax.lax.stop_gradient((self.damping, solver))

@@ -46,7 +46,7 @@ class Shine:
     reads_memory = True
 
     def __post_init__(self):
-        check_number(self, "refine", at_least=0, whole=True, static=True)
+        check_number(self, "refine", at_least=0)
 
     def run(self, f, z0, inputs, other, solver, batch_ndim, probe):
         self._check(solver)

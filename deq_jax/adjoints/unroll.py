@@ -38,9 +38,7 @@ class Unroll:
 
     def __post_init__(self):
         if self.checkpoint is not None and self.checkpoint is not True:
-            check_number(self, "checkpoint", at_least=1, whole=True, static=True)
-        if not isinstance(self.stop, bool):
-            raise TypeError(f"Unroll.stop must be True or False, got {self.stop!r}")
+            check_number(self, "checkpoint", at_least=1)
 
     def run(self, f, z0, inputs, other, solver, batch_ndim, probe):
         if not isinstance(solver.max_steps, int):

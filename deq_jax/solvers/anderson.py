@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._config import check_number, check_stopping, config
+from deq_jax._config import Budget, check_number, check_stopping, config
 from deq_jax.solvers.base import norm, root, write_slot, zeros_from
 
 
@@ -46,7 +46,7 @@ class Anderson:
 
     rtol: float = 1e-4
     atol: float = 0.0
-    max_steps: int = 100
+    max_steps: Budget = 100
     history: int = 8
     ridge: float = 0.0
     damping: float = 1.0
@@ -58,12 +58,12 @@ class Anderson:
 
     def __post_init__(self):
         check_stopping(self)
-        check_number(self, "history", at_least=1, whole=True, static=True)
+        check_number(self, "history", at_least=1)
         check_number(self, "ridge", at_least=0)
-        check_number(self, "damping", at_least=0, below=2)
-        check_number(self, "type", at_least=1, below=2, whole=True, static=True)
-        check_number(self, "growth", at_least=1)
-        check_number(self, "test_every", at_least=1, whole=True, static=True)
+        check_number(self, "damping", above=0, at_most=2)
+        check_number(self, "type", at_least=1, at_most=2)
+        check_number(self, "growth", at_least=1, finite=False)
+        check_number(self, "test_every", at_least=1)
 
     def init(self, z: Float[Array, "*batch dim"]) -> AndersonState:
         zero, m = zeros_from(z), self.history

@@ -330,7 +330,7 @@ def round_of_evaluations(
         count = jnp.where(loop.evaluation == 0, 0, jnp.clip(left, 1, every) - 1)
 
         def move(_, z):
-            step: Any = getattr(solver, "damping", 1.0) * (ravel(f(unravel(z))) - z)
+            step: Any = per_problem(getattr(solver, "damping", 1.0)) * (ravel(f(unravel(z))) - z)
             return jnp.where(running[..., None], rounded_to_state(z + step), z)
 
         z = jax.lax.fori_loop(0, count, move, loop.z)
@@ -375,8 +375,7 @@ def within(
     Finite, for inf ≤ rtol · inf is true, and so is NaN's `not (residual > tolerance)`.
     """
     finite = jnp.isfinite(residuals) & jnp.isfinite(scales)
-    per_leaf = lambda option: jnp.asarray(option)[..., None] if jnp.ndim(option) else option
-    tolerance = per_leaf(solver.atol) + per_leaf(solver.rtol) * comparable(residuals, scales, eps)
+    tolerance = per_problem(solver.atol) + per_problem(solver.rtol) * comparable(residuals, scales, eps)
     return jnp.all(finite & (residuals <= tolerance), axis=-1)
 
 
@@ -509,6 +508,11 @@ def at_most(limit: int, size: Any) -> int:
 def zeros_from(x: Array) -> Array:
     """Zeros with the shape, dtype and sharding of x: jax 0.12's zeros_like drops an explicit sharding."""
     return jnp.where(False, x, jnp.zeros((), x.dtype))
+
+
+def per_problem(option: Any) -> Any:
+    """An option that may be one number or one for each problem, as a factor of vectors."""
+    return jnp.asarray(option)[..., None] if jnp.ndim(option) else option
 
 
 def aligned(x: Array, like: Array) -> Array:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._config import check_number, check_stopping, config
-from deq_jax.solvers.base import at_most, choose, norm, one_hot, root, write_slot, zeros_from
+from deq_jax._config import Budget, check_number, check_stopping, config
+from deq_jax.solvers.base import at_most, choose, norm, one_hot, per_problem, root, write_slot, zeros_from
 
 GROWTH = 1.5  # a residual that grew by this factor is a step too far
 DAMPED_BELOW = 0.1  # Moré & Trangenstein's σ: an update may shrink det B⁻¹ by no more than this
@@ -53,7 +53,7 @@ class Broyden:
 
     rtol: float = 1e-4
     atol: float = 0.0
-    max_steps: int = 100
+    max_steps: Budget = 100
     rank: int = 20
     damping: float = 1.0
     keep: int | None = None
@@ -63,11 +63,11 @@ class Broyden:
 
     def __post_init__(self):
         check_stopping(self)
-        check_number(self, "rank", at_least=1, whole=True, static=True)
-        check_number(self, "damping", at_least=0, below=2)
+        check_number(self, "rank", at_least=1)
+        check_number(self, "damping", above=0, at_most=2)
         if self.keep is not None:
-            check_number(self, "keep", at_least=0, below=self.rank - 1, whole=True, static=True)
-        check_number(self, "line_search", at_least=0, whole=True, static=True)
+            check_number(self, "keep", at_least=0, at_most=self.rank - 1)
+        check_number(self, "line_search", at_least=0)
 
     def can_backtrack(self, state: BroydenState) -> Bool[Array, "*batch"]:
         """Whether a step to where f is huge or not finite is cut rather than the end."""
@@ -137,14 +137,14 @@ class Broyden:
         direction = jnp.einsum("...s,...sd->...d", mixed, steps) - of_bg[..., None] * g
 
         # At most half as far as the step that failed, a tenth where f was not finite.
-        step, cuts = self.damping * direction, jnp.where(back, state.cuts + 1, 0)
+        step, cuts = per_problem(self.damping) * direction, jnp.where(back, state.cuts + 1, 0)
         reach, ahead = jnp.where(finite, 0.5, 0.1) * root(length), norm(step)
         short = jnp.where(back & (ahead > reach), reach / jnp.where(ahead > 0, ahead, 1), 1)
         step, next_stretch = short[..., None] * step, short * self.damping
         # A memory that has overflowed, or that leaves nothing to do about a residual, is given up.
         stays = jnp.all(here_z + step == here_z, axis=-1)
         lost = ~jnp.isfinite(ahead) | (stays & (ahead < USELESS * here_norm))
-        step = jnp.where(lost[..., None], self.damping * here_g, step)
+        step = jnp.where(lost[..., None], per_problem(self.damping) * here_g, step)
         next_stretch = jnp.where(lost, self.damping, next_stretch)
 
         # The same the other way around: u by dz and by the step that follows.

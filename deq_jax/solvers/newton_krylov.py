@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from deq_jax._config import check_number, check_stopping, config
+from deq_jax._config import Budget, check_number, check_stopping, config
 from deq_jax.solvers import arnoldi
 from deq_jax.solvers.base import at_most, norm, ratio, zeros_from
 
@@ -52,7 +52,7 @@ class NewtonKrylov:
 
     rtol: float = 1e-4
     atol: float = 0.0
-    max_steps: int = 100
+    max_steps: Budget = 100
     krylov: int = 20
     forcing: float = 0.01
     difference: float | None = None
@@ -63,10 +63,10 @@ class NewtonKrylov:
 
     def __post_init__(self):
         check_stopping(self)
-        check_number(self, "krylov", at_least=1, whole=True, static=True)
-        check_number(self, "forcing", at_least=0, below=1)
+        check_number(self, "krylov", at_least=1)
+        check_number(self, "forcing", at_least=0, at_most=1)
         if self.difference is not None:
-            check_number(self, "difference", at_least=0)
+            check_number(self, "difference", above=0)
 
     @property
     def patience(self) -> int:

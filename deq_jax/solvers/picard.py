@@ -4,7 +4,8 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from deq_jax._config import check_number, check_stopping, config
+from deq_jax._config import Budget, check_number, check_stopping, config
+from deq_jax.solvers.base import per_problem
 
 
 @config
@@ -25,14 +26,14 @@ class Picard:
 
     rtol: float = 1e-4
     atol: float = 0.0
-    max_steps: int = 100
+    max_steps: Budget = 100
     damping: float = 1.0
     test_every: int = 1
 
     def __post_init__(self):
         check_stopping(self)
-        check_number(self, "damping", at_least=0, below=2)
-        check_number(self, "test_every", at_least=1, whole=True, static=True)
+        check_number(self, "damping", above=0, at_most=2)
+        check_number(self, "test_every", at_least=1)
 
     def init(self, z: Float[Array, "*batch dim"]) -> tuple[()]:
         return ()
@@ -40,4 +41,4 @@ class Picard:
     def update(
         self, residual: Float[Array, "*batch dim"], state: Any, z: Float[Array, "*batch dim"]
     ) -> tuple[Float[Array, "*batch dim"], tuple[()]]:
-        return self.damping * residual, state
+        return per_problem(self.damping) * residual, state

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deq_jax._config import check_sees_all, check_solver, check_stopping, config
+from deq_jax._config import Budget, check_sees_all, check_solver, check_stopping, config
 from deq_jax.solvers.base import choose, norm, zeros_from
 from deq_jax.solvers.broyden import Broyden
 from deq_jax.solvers.newton_krylov import NewtonKrylov
@@ -47,7 +47,7 @@ class Robust:
 
     rtol: float = 1e-4
     atol: float = 0.0
-    max_steps: int = 100
+    max_steps: Budget = 100
     stages: tuple[Any, ...] = (Broyden(rank=60), NewtonKrylov())
     stall: tuple[int, ...] = (60,)
 
@@ -64,7 +64,7 @@ class Robust:
             check_sees_all(stage, "Robust")
             if isinstance(stage, Robust):
                 raise TypeError(f"Robust.stages cannot hold another Robust: put its stages here, got {stage!r}")
-        if not isinstance(self.stall, tuple) or not all(isinstance(n, int) and n > 0 for n in self.stall):
+        if not isinstance(self.stall, tuple) or not all(type(n) is int and n > 0 for n in self.stall):
             raise TypeError(f"Robust.stall must be a tuple of ints > 0, got {self.stall!r}")
         if len(self.stall) < len(self.stages) - 1:
             raise ValueError(f"Robust.stall must have an entry for all stages but the last, got {self.stall!r}")
