@@ -63,7 +63,7 @@ def hoist(f: Callable, *example: PyTree, args: tuple = ()) -> tuple[Traced, list
     """(pure, inputs, other) with f(*example, *args) = pure(*example, inputs, other).
 
     `inputs` is a list of all float arrays that f reads, arguments and captured values alike; `other` holds all the
-    rest (ints, keys, masks). f is traced once, and `pure` replays the trace. (`jax.closure_convert` hoists floats only.)
+    rest (ints, keys, masks). f is traced once, and `pure` replays the trace; `jax.closure_convert` hoists floats only.
     Leaves of args that are no arrays, such as an activation function, are part of the program.
     """
     leaves, treedef = jax.tree.flatten(args)

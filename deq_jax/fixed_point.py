@@ -97,7 +97,7 @@ def _fixed_point(cell, batch_ndim, has_aux, z0, inputs, other, solver, adjoint, 
 
 
 def _step_by_step(f, z0, args, solver, adjoint, batch_ndim, has_aux, probe):
-    """Under `jax.disable_jit`, f itself is called at each evaluation, so that a print or a breakpoint in it sees numbers."""
+    """Under `jax.disable_jit` f itself is called at each evaluation: a print or a breakpoint in it sees numbers."""
     first = (lambda z, *args: f(z, *args)[0]) if has_aux else f
     solved = solve(first, z0, *args, solver=solver, batch_ndim=batch_ndim)
     z = attach(

@@ -77,6 +77,10 @@ class Anderson:
         """The memory of a solve of a similar problem: its differences are a start, its last residual is not ours."""
         return state._replace(known=state.known & False, least=zeros_from(state.least) + jnp.inf)
 
+    def forget(self, state: AndersonState, where: Bool[Array, "*batch"]) -> AndersonState:
+        least = jnp.where(where, jnp.inf, state.least)
+        return state._replace(known=state.known & ~where, least=least)
+
     def update(
         self, residual: Float[Array, "*batch dim"], state: AndersonState, z: Float[Array, "*batch dim"]
     ) -> tuple[Float[Array, "*batch dim"], AndersonState]:

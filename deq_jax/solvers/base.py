@@ -2,7 +2,6 @@
 
 import dataclasses
 import enum
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -59,7 +58,8 @@ class Solver(Protocol):
     - `can_backtrack(state) -> Bool[*batch]`: whether an evaluation that is huge or not finite is not the end, because
       `update` will go back to an earlier iterate;
     - `scale_free = True`: `update` sees residual and z divided by a power of two, one for each problem, that keeps
-      products of two of them within the range of the dtype (and `atol` divided by the same);
+      products of two of them within the range of the dtype (and `atol` divided by the same); such a solver has
+      `forget(state, where) -> state`, which keeps what it learned, and not where it is, in the problems of `where`;
     - `asks(state) -> z`: the next point itself, which z + step would round;
     - `patience`: evaluations that may pass without a better residual before a solve counts as stalled;
     - `test_every`: evaluations for one that is tested and shown to `update`; those before it are steps of
@@ -241,7 +241,7 @@ def evaluation(
         backtracks = can_backtrack(solver, loop.solver, running)
         spent = steps >= solver.max_steps
         bound = jnp.where(spent, DIVERGED_GROWTH * first_scale, jnp.maximum(HOPELESS_GROWTH * first_scale, 1))
-        diverged = (lost | anywhere(residual > bound)) & ~backtracks
+        diverged = (lost | anywhere(residual > bound)) & ~backtracks & ~entering
         status = jnp.select(
             [  # in order of priority
                 ~running,
@@ -280,7 +280,7 @@ def evaluation(
 
 def advance(solver: Solver, state: Any, fz: Array, z: Array, unit: Array, entering: Array) -> tuple[Array, Any]:
     """The next iterate, and the solver's state."""
-    # Where the solve is only entering the range of finite numbers, the solver sees a state at rest, f(z), and forgets it.
+    # Where z0 was not finite, the solve goes on from f(z0): the solver is shown a point at rest, and forgets it again.
     z = jnp.where(entering[..., None], fz, z)
     residual = fz - z
     asks = getattr(solver, "asks", None)
@@ -288,7 +288,8 @@ def advance(solver: Solver, state: Any, fz: Array, z: Array, unit: Array, enteri
         scale, inverse = unit[..., None], (1 / unit)[..., None]
         solver = dataclasses.replace(solver, atol=solver.atol / unit)
         step, state = solver.update(residual * inverse, state, z * inverse)
-        return z + scale * step if asks is None else scale * asks(state), state
+        moved = z + scale * step if asks is None else scale * asks(state)
+        return moved, solver.forget(state, entering)
     step, state = solver.update(residual, state, z)
     return z + step if asks is None else asks(state), state
 
@@ -426,7 +427,7 @@ def leaf_norms(
 
 
 def over_axes(axes: tuple) -> tuple[Callable, Callable, Callable]:
-    """(everywhere, anywhere, most): all, any and max of a problem's values along named axes, of which there may be none."""
+    """(everywhere, anywhere, most): all, any and max of a problem's values along named axes, if there are any."""
     if not axes:
         return (lambda x: x,) * 3
     anywhere = lambda yes: jax.lax.pmax(yes.astype(jnp.int32), axes) > 0

@@ -85,7 +85,10 @@ class Broyden:
 
     def resume(self, state: BroydenState) -> BroydenState:
         """The memory of a solve of a similar problem: its estimate is a start, its last residual is not ours."""
-        return state._replace(known=state.known & False)
+        return self.forget(state, state.known | True)
+
+    def forget(self, state: BroydenState, where: Bool[Array, "*batch"]) -> BroydenState:
+        return state._replace(known=state.known & ~where)
 
     def update(
         self, residual: Float[Array, "*batch dim"], state: BroydenState, z: Float[Array, "*batch dim"]

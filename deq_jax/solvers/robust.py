@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax._config import Budget, check_sees_all, check_solver, check_stopping, config
 from deq_jax.solvers.base import choose, norm, zeros_from
@@ -88,6 +88,13 @@ class Robust:
         """From the first stage again, with what each of them remembers."""
         resumed = [getattr(stage, "resume", lambda s: s)(s) for stage, s in zip(self.stages, state.inner, strict=True)]
         return self.init(zeros_from(state.start))._replace(inner=tuple(resumed))
+
+    def forget(self, state: RobustState, where: Bool[Array, "*batch"]) -> RobustState:
+        """As before the first evaluation: it is the first stage that has seen one."""
+        entered, *others = state.inner
+        forget = getattr(self.stages[0], "forget", lambda state, where: state)
+        first, least, mark = (jnp.where(where, jnp.inf, x) for x in (state.first, state.least, state.mark))
+        return state._replace(first=first, least=least, mark=mark, inner=(forget(entered, where), *others))
 
     def asks(self, state: RobustState) -> Float[Array, "*batch dim"]:
         return state.ask
