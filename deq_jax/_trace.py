@@ -31,15 +31,13 @@ class Traced:
 
     def __init__(self, jaxpr: Jaxpr, out_tree: Any, order: tuple[tuple[bool, int], ...]):
         self.jaxpr, self.out_tree = jaxpr, out_tree
-        self.order = order  # where each value that the jaxpr takes beside the example is: (in inputs or other, index)
+        self.order = order  # where each value that the jaxpr takes before the example is: (in inputs or other, index)
 
     def __call__(self, *arguments: Any) -> PyTree:
         *example, inputs, other = arguments
         reads = [(inputs if is_input else other)[i] for is_input, i in self.order]
         example = jax.tree.leaves(example)
-        constants = len(self.jaxpr.constvars)
-        # The jaxpr takes constants first; what it takes after the example are arguments of f.
-        out = eval_jaxpr(self.jaxpr, reads[:constants], *example, *reads[constants:])
+        out = eval_jaxpr(self.jaxpr, (), *reads, *example)
         # A number in the result of f is a literal of the jaxpr, not yet an array.
         as_array = lambda x, v: x if isinstance(x, jax.Array) else jnp.asarray(x, v.aval.dtype)
         return jax.tree.unflatten(self.out_tree, map(as_array, out, self.jaxpr.outvars))
@@ -71,19 +69,24 @@ def hoist(f: Callable, *example: PyTree, args: tuple = ()) -> tuple[Traced, list
     arrays = [jnp.asarray(leaf) for leaf, is_array in zip(leaves, dynamic, strict=True) if is_array]
 
     # A fresh function each time: JAX caches traces by identity, and a module updated in place keeps its own.
-    def flat(example, arrays):
+    def flat(arrays, example):
         values = iter(arrays)
         merged = [next(values) if is_array else leaf for leaf, is_array in zip(leaves, dynamic, strict=True)]
         return checked(f(*example, *jax.tree.unflatten(treedef, merged)))
 
-    closed, out_shape = jax.make_jaxpr(flat, return_shape=True)(example, arrays)
+    closed, out_shape = jax.make_jaxpr(flat, return_shape=True)(arrays, example)
+    # Copied, for NumPy's arrays may change while a program still reads them.
+    constants = [value if isinstance(value, jax.Array) else jnp.array(value) for value in closed.consts]
+    # The constants become arguments, for on jax 0.12 a jaxpr keeps the values of its constants.
+    bare = closed.jaxpr.replace(constvars=[], invars=[*closed.jaxpr.constvars, *closed.jaxpr.invars])
+    jaxpr, numbers = (bare, []) if is_staged() else _with_numbers_lifted(bare)
     inputs, other, order = [], [], []
-    for value in (*closed.consts, *arrays):
-        is_input = jnp.issubdtype(value.dtype, jnp.inexact)
+    for value in (*numbers, *constants, *arrays):
+        is_input = jnp.issubdtype(value.dtype, jnp.inexact) and not any(value is number for number in numbers)
         place = inputs if is_input else other
         order.append((is_input, len(place)))
         place.append(value)
-    return Traced(closed.jaxpr, jax.tree.structure(out_shape), tuple(order)), inputs, other
+    return Traced(jaxpr, jax.tree.structure(out_shape), tuple(order)), inputs, other
 
 
 class Bound:
@@ -147,6 +150,38 @@ def sub_jaxprs(eqn: Any) -> list[Jaxpr]:
 # ---- compiled once -----------------------------------------------------------------------------------------
 
 
+_seen: OrderedDict[Hashable, list] = OrderedDict()
+
+
+def _with_numbers_lifted(jaxpr: Jaxpr) -> tuple[Jaxpr, list[jax.Array]]:
+    """The jaxpr, and the numbers of it that have become arguments: none, until they differ from call to call.
+
+    A Python float that a closure captures is a literal of the trace, and so each value would be compiled anew, in
+    `for gain in gains: fixed_point(lambda z: gain * jnp.cos(z), z0)`. From the second value on, one program serves all.
+    (Not from the first: literals let the compiler simplify, and exponents stay literals always.)
+    """
+    may_lift = lambda eqn, v: (
+        isinstance(v, Literal) and v.aval.shape == () and jnp.issubdtype(v.aval.dtype, jnp.inexact)
+        and eqn.primitive.name != "pow"
+    )  # fmt: skip
+    numbers = [v for eqn in jaxpr.eqns for v in eqn.invars if may_lift(eqn, v)]
+    if not numbers:
+        return jaxpr, []
+    types = [jax.ShapeDtypeStruct((), v.aval.dtype, weak_type=v.aval.weak_type) for v in numbers]
+    variables = jax.make_jaxpr(lambda *xs: xs)(*types).jaxpr.invars
+    fresh = iter(variables)
+    lift = lambda eqn: eqn.replace(invars=[next(fresh) if may_lift(eqn, v) else v for v in eqn.invars])
+    lifted = jaxpr.replace(invars=[*variables, *jaxpr.invars], eqns=[lift(eqn) for eqn in jaxpr.eqns])
+    values = [jnp.asarray(v.val, v.aval.dtype) for v in numbers]
+    key, as_bytes = program_key(lifted), [np.asarray(v.val).tobytes() for v in numbers]
+    with _lock:
+        first = _seen.setdefault(key, as_bytes)
+        _seen.move_to_end(key)
+        while len(_seen) > PROGRAMS:
+            _seen.popitem(last=False)
+    return (jaxpr, []) if first == as_bytes else (lifted, values)
+
+
 _programs: OrderedDict[Hashable, Callable] = OrderedDict()
 _lock = threading.Lock()
 
@@ -175,6 +210,7 @@ def clear_caches() -> None:
     """Forget all programs that eager calls have compiled; `jax.clear_caches` forgets JAX's own."""
     with _lock:
         _programs.clear()
+        _seen.clear()
 
 
 def is_staged() -> bool:
@@ -219,6 +255,7 @@ def program_key(jaxpr: Jaxpr) -> tuple:
         return numbers.setdefault(v, len(numbers))
 
     inputs = tuple((atom(v), v.aval) for v in (*jaxpr.constvars, *jaxpr.invars))
+    constants = tuple(map(_value_key, getattr(jaxpr, "consts", ())))  # on jax 0.12, where all jaxprs are closed
     equations = tuple(
         (
             eqn.primitive,
@@ -229,7 +266,7 @@ def program_key(jaxpr: Jaxpr) -> tuple:
         )
         for eqn in jaxpr.eqns
     )
-    return len(jaxpr.constvars), inputs, equations, tuple(map(atom, jaxpr.outvars))
+    return len(jaxpr.constvars), inputs, constants, equations, tuple(map(atom, jaxpr.outvars))
 
 
 def _params_key(primitive: str, params: dict) -> tuple:
@@ -246,10 +283,10 @@ def _context_key(eqn: Any) -> tuple:
 
 
 def _value_key(value: Any) -> Hashable:
-    if isinstance(value, Jaxpr):
-        return program_key(value)
     if isinstance(value, ClosedJaxpr):
         return program_key(value.jaxpr), tuple(map(_value_key, value.consts))
+    if isinstance(value, Jaxpr):
+        return program_key(value)
     if isinstance(value, jax.Array):
         return _Same(value)  # an array of JAX does not change
     if isinstance(value, np.ndarray | np.generic):
@@ -281,16 +318,15 @@ def _has_rules(jaxpr: Jaxpr) -> bool:
 
 def _derivative_key(jaxpr: Jaxpr) -> Hashable:
     """The first derivative's program, in reverse mode or in forward mode where there is no other."""
-    variables = (*jaxpr.constvars, *jaxpr.invars)
     shape = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=getattr(v.aval, "weak_type", False))
-    is_float = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in variables]
-    floats = [shape(v) for v, yes in zip(variables, is_float, strict=True) if yes]
-    rest = [shape(v) for v, yes in zip(variables, is_float, strict=True) if not yes]
+    is_float = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in jaxpr.invars]
+    floats = [shape(v) for v, yes in zip(jaxpr.invars, is_float, strict=True) if yes]
+    rest = [shape(v) for v, yes in zip(jaxpr.invars, is_float, strict=True) if not yes]
 
     def run(floats, rest):
         floats, rest = iter(floats), iter(rest)
         values = [next(floats) if yes else next(rest) for yes in is_float]
-        out = eval_jaxpr(jaxpr, values[: len(jaxpr.constvars)], *values[len(jaxpr.constvars) :])
+        out = eval_jaxpr(jaxpr, (), *values)
         return [jnp.asarray(x) for x in out if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
 
     pull = lambda floats, rest: (lambda out, vjp: vjp(out))(*jax.vjp(lambda floats: run(floats, rest), floats))
