@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from deq_jax._cache import reads as what_it_reads
+from deq_jax._checks import check_fold, check_found, check_memory
 from deq_jax._config import check_solver
 from deq_jax.adjoints import Adjoint, Found, Implicit, Probe, hoist
-from deq_jax.solvers import Anderson, Fold, Solved, Solver, Stats
+from deq_jax.solvers import Anderson, Broyden, Fold, Solved, Solver, Stats
 from deq_jax.solvers import solve as _solve
+from deq_jax.solvers.base import raveler
 
 
 class Solution(NamedTuple):
@@ -141,11 +143,14 @@ def solve(
     (True, True)
     """
     z0 = check_arguments(f, z0, args, solver, Implicit(), batch_ndim, None)
+    check_fold(fold, solver)
     frozen = jax.lax.stop_gradient(args)
     z0 = jax.lax.stop_gradient(z0)
     out = jax.eval_shape(f, z0, *frozen)
     _check_output(out, z0)
     z0 = jax.tree.map(_shard_like, z0, out)
+    if memory is not None:
+        check_memory(memory, solver, raveler(z0, batch_ndim)[0](z0))
     return jax.lax.stop_gradient(_solve(lambda z: f(z, *frozen), z0, solver, batch_ndim, memory=memory, fold=fold))
 
 
@@ -191,6 +196,10 @@ def attach(
     fun, inputs, other = hoist(lambda z: f(z, *args), z)
     _check_output(jax.eval_shape(fun, z, inputs, other), z)
     probe = Probe.like(z, batch_ndim) if probe is None else probe
+    if found is not None:
+        check_found(found, z, batch_ndim)
+        if getattr(adjoint, "reads_memory", False) and isinstance(solver, Broyden) and found.memory is not None:
+            check_memory(found.memory, solver, raveler(z, batch_ndim)[0](z), "found.memory")
     stats, memory = (None, None) if found is None else (found.stats, found.memory)
     return at(fun, Found(z, stats, memory), inputs, other, solver, batch_ndim, probe)
 
