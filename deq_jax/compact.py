@@ -6,15 +6,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Int, PyTree
 
 from deq_jax._config import check_solver
 from deq_jax.adjoints import Implicit, Probe
-from deq_jax.adjoints.base import add, as_probe, divide, inputs_bar, multiply, power_of_two
+from deq_jax.adjoints.base import (
+    add,
+    as_probe,
+    divide,
+    inputs_bar,
+    multiply,
+    power_of_two,
+    reverse_mode_only,
+)
 from deq_jax.adjoints.implicit import default_backward
 from deq_jax.fixed_point import Solution, check_arguments
 from deq_jax.solvers import Anderson, Solved, Solver
 from deq_jax.solvers.base import RUNNING, Loop, beginning, ending, round_of_evaluations
+
+FORWARD_MODE = (
+    "compact is for reverse mode (grad, vjp, jacrev) alone; for jvp, jacfwd, linearize or hessian use "
+    "fixed_point(..., batch_ndim=1, adjoint=ImplicitJVP())"
+)
 
 
 def compact(
@@ -33,17 +48,19 @@ def compact(
     then those left of them in one of `sizes[1]`, and so on, in the backward solve too. That pays where f is cheap
     and the problems differ much in difficulty, for a batch is otherwise evaluated until its last problem stops;
     each size is one more loop to compile. A problem's iterates are the same, up to the rounding of f on a batch of
-    another size.
+    another size. Reverse mode of first order only: for forward mode and second derivatives use `fixed_point`.
 
     Args:
       f, z0, solver, probe: as for `fixed_point`; the problems are along the first axis of every leaf of z0. f is
-        called on smaller batches, and reads all that has a gradient or a batch axis from args.
+        called on smaller batches, and reads all that has a gradient or a batch axis from args. An option of the
+        solver may be an array whose first axis counts the problems, such as a tolerance for each.
       axes: for each of args 0, if the first axis of all its leaves counts problems, or None if they share it.
-      backward: of the backward equilibrium; None chooses as `Implicit` does.
+      backward: of the backward equilibrium; None chooses as `Implicit` does, for each problem by its own tolerance.
       sizes: decreasing; by default a third and a ninth of the batch.
 
     Raises:
-      TypeError, ValueError: as `fixed_point`; for axes that do not match args; for an f that captures a tracer.
+      TypeError, ValueError: as `fixed_point`; for axes that do not match args; for an f that captures a tracer; for
+        a derivative in forward mode or of second order.
 
     >>> import jax, jax.numpy as jnp, deq_jax as deq
     >>> gain, x = jnp.linspace(0.1, 0.99, 90)[:, None], jnp.ones((90, 2))
@@ -63,7 +80,13 @@ def compact(
     _check_captured(f, z0, args)
     backward = default_backward(solver) if backward is None else backward
     probe = Probe.like(z0, 1) if probe is None else probe
-    value, stats = _compact(f, axes, sizes, solver, backward, jax.lax.stop_gradient(z0), args, probe)
+    z0, solver, backward = jax.lax.stop_gradient((z0, solver, backward))
+    try:
+        value, stats = _compact(f, axes, sizes, solver, backward, z0, _reverse_mode_only(args), probe)
+    except TypeError as error:  # that of `reverse_mode_only`, or under jit(jacfwd(...)) JAX's own, which comes first
+        if not any(words in str(error) for words in ("forward-mode", "for reverse mode")):
+            raise
+        raise TypeError(FORWARD_MODE) from error
     return Solution(value, jax.lax.stop_gradient(stats))
 
 
@@ -84,6 +107,7 @@ def _compact_bwd(f, axes, sizes, saved, cotangents):
     # z = f(z, a)  ⇒  ā = fₐᵀu with u = z̄ + Jᵀu, as in `Implicit`. The problems are independent, so that each may
     # have its own scale, a power of two: u / scale = z̄ / scale + Jᵀ(u / scale).
     (backward, z, args), (z_bar, _) = saved, cotangents
+    z, args, z_bar = _first_order_only((z, args, z_bar))
     scale = power_of_two(z_bar, 1)
     unit = divide(z_bar, scale)
 
@@ -100,22 +124,56 @@ def _compact_bwd(f, axes, sizes, saved, cotangents):
 _compact.defvjp(_compact_fwd, _compact_bwd)
 
 
+# The loop of the backward pass has no derivative in reverse mode, and JAX's message would not say what to do. This
+# identity stands before it and has none in any mode.
+SECOND_ORDER = (
+    "compact has first derivatives only; for second ones use fixed_point(..., batch_ndim=1), which has them in reverse "
+    "mode, and with adjoint=ImplicitJVP() in every mode"
+)
+
+
+def _refuse(*_):
+    raise TypeError(SECOND_ORDER)
+
+
+_first_order_p = Primitive("first_order_only")
+_first_order_p.def_impl(lambda x: x)
+_first_order_p.def_abstract_eval(lambda x: x)
+ad.primitive_jvps[_first_order_p] = _refuse
+batching.defvectorized(_first_order_p)
+mlir.register_lowering(_first_order_p, lambda _, x: [x])
+
+
+def _first_order_only(tree: PyTree) -> PyTree:
+    return _where_inexact(_first_order_p.bind, tree)
+
+
+def _reverse_mode_only(tree: PyTree) -> PyTree:
+    return _where_inexact(reverse_mode_only, tree)
+
+
+def _where_inexact(identity: Callable, tree: PyTree) -> PyTree:
+    """The tree, with what can have a derivative passed through an identity: counts, masks and keys cannot."""
+    leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, tree))
+    return treedef.unflatten([identity(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf for leaf in leaves])
+
+
 def staged(
     bind: Callable[[tuple], Callable], z0: PyTree, args: tuple, axes: tuple, solver: Solver, sizes: tuple[int, ...]
 ) -> Solved:
     """`solve(bind(args), z0, solver, 1)`, in batches that shrink to each of `sizes` in turn; without memory."""
 
-    def run(loop: Loop, args: tuple, sizes: tuple[int, ...]) -> Loop:
-        left = sizes[0] if sizes else 0
+    def run(loop: Loop, solver: Solver, args: tuple, sizes: tuple[int, ...]) -> Loop:
+        left, count = sizes[0] if sizes else 0, loop.status.size
         body = round_of_evaluations(bind(args), z0, solver, 1)
         loop = jax.lax.while_loop(lambda loop: jnp.sum(loop.status == RUNNING) > left, body, loop)
         if not sizes:
             return loop
         who = _first(loop.status == RUNNING, left)
-        part = run(_gather(loop, who), _gather_args(args, axes, who), sizes[1:])
+        part = run(_gather(loop, who), _gather_options(solver, who, count), _gather_args(args, axes, who), sizes[1:])
         return _scatter(loop, part, who)
 
-    return ending(run(beginning(z0, solver, 1), args, sizes), z0, 1)._replace(memory=None)
+    return ending(run(beginning(z0, solver, 1), solver, args, sizes), z0, 1)._replace(memory=None)
 
 
 def _first(running: Bool[Array, "batch"], left: int) -> Int[Array, "left"]:
@@ -132,6 +190,12 @@ def _gather(loop: Loop, who: Int[Array, "left"]) -> Loop:
 def _gather_args(args: tuple, axes: tuple, who: Int[Array, "left"]) -> tuple:
     pick = lambda tree, axis: tree if axis is None else jax.tree.map(lambda leaf: leaf[who], tree)
     return tuple(map(pick, args, axes))
+
+
+def _gather_options(solver: Solver, who: Int[Array, "left"], count: int) -> Solver:
+    """The solver of some of `count` problems: options that are arrays with an entry for each of them are gathered."""
+    pick = lambda leaf: jnp.asarray(leaf)[who] if jnp.shape(leaf)[:1] == (count,) else leaf
+    return jax.tree.map(pick, solver)
 
 
 def _scatter(loop: Loop, part: Loop, who: Int[Array, "left"]) -> Loop:
