@@ -118,7 +118,11 @@ def _arnoldi(
 
 
 def _gelfand(H: Float[Array, "*batch m m"]) -> Float[Array, "*batch"]:
-    """ρ(H) = lim ‖Hᵏ‖^(1/k), by squaring: k = 2³⁰. An eigensolver for such matrices exists on the CPU alone."""
+    """ρ(H) = lim ‖Hᵏ‖^(1/k), by squaring: k = 2³⁰.
+
+    Not `jnp.linalg.eigvals`: GPUs have it since jax 0.10 only (we support 0.7) and TPUs not at all, and it takes the
+    matrices of a batch one after the other, while these products are batched.
+    """
     size = lambda H: norm(H.reshape(*H.shape[:-2], -1))
 
     def body(k, carry):
