@@ -4,6 +4,7 @@
 """
 
 from deq_jax import _export, adapters, diagnostics, regularizers, stability
+from deq_jax._trace import clear_caches
 from deq_jax.adjoints import (
     JFB,
     Adjoint,
@@ -76,6 +77,7 @@ __all__ = [
     "Unroll",
     "adapters",
     "attach",
+    "clear_caches",
     "compact",
     "diagnostics",
     "first_guess_loss",

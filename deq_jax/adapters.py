@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 import functools
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 
 from deq_jax._config import STATIC, Budget, check_sees_all, check_stopping, config
 from deq_jax._trace import hoist
-from deq_jax.adjoints import Adjoint, Implicit
+from deq_jax.adjoints import Adjoint, Implicit, Probe
 from deq_jax.fixed_point import Solution, attach
 from deq_jax.solvers import Anderson, Picard, Solver
 from deq_jax.solvers.base import measure, raveler
@@ -31,31 +33,106 @@ def implicit(
     """A decorator: `run(z0, *args, **options) -> z` gets the derivative that a fixed point of f has in args.
 
     How `run` finds z is its own affair: a loop that cannot be differentiated, a callback, a table. No gradient
-    flows to z0, nor to `options`. With `has_aux`, run returns (z, aux), and aux has no gradient. For the root of
-    F(z, *args) = 0 (jaxopt's `custom_root`) take f = z − F(z, *args): its derivative is the same, and so is its
-    linear system, (I − J_f) = J_F. `solver` is what the adjoint derives its backward solver from.
+    flows to z0. For the root of F(z, *args) = 0 (jaxopt's `custom_root`) take f = z − F(z, *args): its derivative
+    is the same, and so is its linear system, (I − J_f) = J_F. docs/migration.md says which adjoint solves it.
+
+    Keyword arguments of a call go to `run`, all of them. Those that f accepts by name go to f as well, and are
+    differentiable like args; so do defaults of `run` for names that f has. An option of `run` alone (a tolerance)
+    has no derivative. A keyword that f accepts and `run` does not is an error: `run` would solve another problem.
+
+    The decorated function takes one keyword of its own, `probe=`: zeros of the problems' shape, whose cotangent
+    says how the backward solve ended (see `Probe`).
+
+    Args:
+      f: called as f(z, *args, **options), and returns what z is.
+      adjoint, batch_ndim: as for `attach`.
+      solver: what the adjoint derives its backward solver from.
+      has_aux: run returns (z, aux), and aux has no gradient.
+
+    Raises:
+      TypeError: for an f that is no function; where `run` or f has a parameter called probe.
 
     >>> import jax, jax.numpy as jnp, deq_jax as deq
     >>> @deq.adapters.implicit(lambda z, a: 0.5 * (z + a / z))
     ... def square_root(z0, a):
     ...     return jax.lax.while_loop(lambda z: abs(z * z - a) > 1e-5, lambda z: 0.5 * (z + a / z), z0)
-    >>> bool(abs(jax.grad(square_root, argnums=1)(1.0, 4.0) - 0.25) < 1e-4)
-    True
+    >>> loss = lambda a, probe: square_root(1.0, a, probe=probe)
+    >>> slope, backward = jax.grad(loss, argnums=(0, 1))(4.0, deq.Probe.zeros())
+    >>> bool(abs(slope - 0.25) < 1e-4), deq.Status(int(backward.status)).name
+    (True, 'CONVERGED')
     """
     if not callable(f):
         raise TypeError(f"implicit(f) takes the function whose fixed point is found, as f(z, *args); got {f!r}")
 
     def decorate(run: Callable) -> Callable:
+        split = _split_options(f, run)
+
         @functools.wraps(run)
-        def differentiable(z0, *args, **options):
-            found = run(jax.lax.stop_gradient(z0), *jax.lax.stop_gradient(args), **options)
+        def differentiable(z0, *args, probe: Probe | None = None, **options):
+            of_f = split(args, options)
+            found = run(_frozen(z0), *_frozen(args), **_frozen(options))
             z, aux = found if has_aux else (found, None)
-            z = attach(f, z, *args, adjoint=adjoint, solver=solver, batch_ndim=batch_ndim)
+            # Captured, so that what is not an array passes as it is; arrays are differentiable all the same.
+            cell = lambda z, *args: f(z, *args, **of_f)
+            z = attach(cell, z, *args, adjoint=adjoint, solver=solver, batch_ndim=batch_ndim, probe=probe)
             return (z, jax.lax.stop_gradient(aux)) if has_aux else z
 
         return differentiable
 
     return decorate
+
+
+def _frozen(tree: PyTree) -> PyTree:
+    """The tree without derivatives. Flags, strings and functions stay the objects that they are."""
+    if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)):
+        return tree
+    return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
+
+
+def _split_options(f: Callable, run: Callable) -> Callable[[tuple, dict], dict]:
+    """A function (args, options of a call) -> the keyword arguments of f. Raises TypeError where the two disagree."""
+    f_names, f_any = _keywords(f)
+    run_names, run_any = _keywords(run)
+    for name, names in (("run", run_names), ("f", f_names)):
+        if "probe" in names:
+            raise TypeError(f"implicit: {name} has a parameter called probe, which is the decorated function's own")
+
+    def split(args: tuple, options: dict) -> dict:
+        for name in options:
+            if not (run_any or name in run_names):
+                whose = "f takes it, and then z is the fixed point of another f" if name in f_names else "nor does f"
+                raise TypeError(f"{_name(run)} takes no keyword {name!r} ({whose}); it takes {sorted(run_names)}")
+        # What run was called with by default it has solved for. Of the positional ones, z0 and args are not defaults.
+        defaults = {name: value for name, (value, place) in run_names.items() if place > len(args)}
+        used = {name: value for name, value in defaults.items() if value is not _EMPTY and name in f_names} | options
+        return {name: value for name, value in used.items() if f_any or name in f_names}
+
+    return split
+
+
+_EMPTY = inspect.Parameter.empty
+
+
+def _keywords(function: Callable) -> tuple[dict[str, tuple[Any, float]], bool]:
+    """{name: (default, place)} of the parameters after the first that a keyword can name, and whether there is a **.
+
+    The place is inf for one that is keyword-only.
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a builtin that has none
+        return {}, True
+    named = {}
+    for place, parameter in enumerate(parameters):
+        if parameter.kind == parameter.KEYWORD_ONLY:
+            named[parameter.name] = parameter.default, math.inf
+        elif parameter.kind == parameter.POSITIONAL_OR_KEYWORD and place > 0:
+            named[parameter.name] = parameter.default, place
+    return named, any(p.kind == p.VAR_KEYWORD for p in parameters)
+
+
+def _name(function: Callable) -> str:
+    return getattr(function, "__name__", repr(function))
 
 
 SCIPY_METHODS = (
@@ -80,6 +157,7 @@ def scipy_root(
     rtol: float = 1e-6,
     options: dict[str, Any] | None = None,
     adjoint: Adjoint = Implicit(),  # noqa: B008
+    probe: Probe | None = None,
 ) -> Solution:
     """The fixed point of f by `scipy.optimize.root`, differentiable; works under jit, grad and vmap.
 
@@ -93,6 +171,7 @@ def scipy_root(
         the value is z0.
       rtol: also decides, as everywhere here, whether Stats says CONVERGED: ‖f(z) − z‖ ≤ rtol ‖f(z)‖ at the z
         that SciPy returns, whatever SciPy says about it.
+      adjoint, probe: as for `attach`, with batch_ndim=0.
 
     >>> import jax, jax.numpy as jnp, deq_jax as deq
     >>> cell = lambda z, a: jnp.cos(a * z)
@@ -119,7 +198,8 @@ def scipy_root(
 
     z = unravel(flat)
     stats = measure(lambda z: pure(z, *reads), z, Picard(rtol=rtol), steps, 0)
-    return Solution(attach(f, z, *args, adjoint=adjoint, solver=Anderson(rtol=rtol)), jax.lax.stop_gradient(stats))
+    value = attach(f, z, *args, adjoint=adjoint, solver=Anderson(rtol=rtol), probe=probe)
+    return Solution(value, jax.lax.stop_gradient(stats))
 
 
 def _scipy(residual, jacobian, method, rtol, options, start, *reads):

@@ -6,15 +6,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Int, PyTree
 
-from deq_jax._config import check_solver
+from deq_jax._config import cast_options, check_solver
+from deq_jax._trace import hoist, run_compiled
 from deq_jax.adjoints import Implicit, Probe
-from deq_jax.adjoints.base import add, as_probe, divide, inputs_bar, multiply, power_of_two
+from deq_jax.adjoints.base import (
+    add,
+    as_probe,
+    divide,
+    inputs_bar,
+    multiply,
+    power_of_two,
+    reverse_mode_only,
+)
 from deq_jax.adjoints.implicit import default_backward
 from deq_jax.fixed_point import Solution, check_arguments
 from deq_jax.solvers import Anderson, Solved, Solver
-from deq_jax.solvers.base import RUNNING, Loop, beginning, ending, round_of_evaluations
+from deq_jax.solvers.base import RUNNING, Loop, beginning, ending, round_of_evaluations, wide_dtype
+
+FORWARD_MODE = (
+    "compact is for reverse mode (grad, vjp, jacrev) alone; for jvp, jacfwd, linearize or hessian use "
+    "fixed_point(..., batch_ndim=1, adjoint=ImplicitJVP())"
+)
 
 
 def compact(
@@ -33,17 +49,19 @@ def compact(
     then those left of them in one of `sizes[1]`, and so on, in the backward solve too. That pays where f is cheap
     and the problems differ much in difficulty, for a batch is otherwise evaluated until its last problem stops;
     each size is one more loop to compile. A problem's iterates are the same, up to the rounding of f on a batch of
-    another size.
+    another size. Reverse mode of first order only: for forward mode and second derivatives use `fixed_point`.
 
     Args:
       f, z0, solver, probe: as for `fixed_point`; the problems are along the first axis of every leaf of z0. f is
-        called on smaller batches, and reads all that has a gradient or a batch axis from args.
+        called on smaller batches, and reads all that has a gradient or a batch axis from args. An option of the
+        solver may be an array whose first axis counts the problems, such as a tolerance for each.
       axes: for each of args 0, if the first axis of all its leaves counts problems, or None if they share it.
-      backward: of the backward equilibrium; None chooses as `Implicit` does.
+      backward: of the backward equilibrium; None chooses as `Implicit` does, for each problem by its own tolerance.
       sizes: decreasing; by default a third and a ninth of the batch.
 
     Raises:
-      TypeError, ValueError: as `fixed_point`; for axes that do not match args; for an f that captures a tracer.
+      TypeError, ValueError: as `fixed_point`; for axes that do not match args; for an f that captures a tracer; for
+        a derivative in forward mode or of second order.
 
     >>> import jax, jax.numpy as jnp, deq_jax as deq
     >>> gain, x = jnp.linspace(0.1, 0.99, 90)[:, None], jnp.ones((90, 2))
@@ -60,44 +78,97 @@ def compact(
     sizes = tuple(size for size in (count // 3, count // 9) if size) if sizes is None else tuple(sizes)
     if any(not 0 < small < large for small, large in zip(sizes, (count, *sizes), strict=False)):
         raise ValueError(f"sizes must decrease from below the batch of {count} to 1 at the least, got {sizes}")
-    _check_captured(f, z0, args)
+    cells, reads = _cells(f, z0, args, axes, (count, *sizes))
     backward = default_backward(solver) if backward is None else backward
     probe = Probe.like(z0, 1) if probe is None else probe
-    value, stats = _compact(f, axes, sizes, solver, backward, jax.lax.stop_gradient(z0), args, probe)
+    z0, solver, backward = jax.lax.stop_gradient((z0, solver, backward))
+    try:
+        value, stats = run_compiled(_run, (axes, sizes, *cells), reads, solver, backward, z0, args, probe)
+    except TypeError as error:  # that of `reverse_mode_only`, or under jit(jacfwd(...)) JAX's own, which comes first
+        if not any(words in str(error) for words in ("forward-mode", "for reverse mode")):
+            raise
+        raise TypeError(FORWARD_MODE) from error
     return Solution(value, jax.lax.stop_gradient(stats))
 
 
-def _solve(f, axes, sizes, solver, backward, z0, args, probe):
-    solved = staged(lambda args: lambda z: f(z, *args), z0, args, axes, solver, sizes)
+def _run(axes, sizes, *cells_and_arrays):
+    cells, (reads, solver, backward, z0, args, probe) = cells_and_arrays[:-6], cells_and_arrays[-6:]
+
+    def f(z, args, reads):  # on a batch of one of the sizes
+        i = (jax.tree.leaves(z0)[0].shape[0], *sizes).index(jax.tree.leaves(z)[0].shape[0])
+        return cells[i](z, args, *reads[i])
+
+    return _compact(f, axes, sizes, solver, backward, z0, reads, _reverse_mode_only(args), probe)
+
+
+def _solve(f, axes, sizes, solver, backward, z0, reads, args, probe):
+    solved = staged(lambda args: lambda z: f(z, args, reads), z0, args, axes, solver, sizes)
     return solved.value, solved.stats
 
 
 _compact: Any = jax.custom_vjp(_solve, nondiff_argnums=(0, 1, 2))
 
 
-def _compact_fwd(f, axes, sizes, solver, backward, z0, args, probe):
-    value, stats = _compact(f, axes, sizes, solver, backward, z0, args, probe)
-    return (value, stats), (backward, value, args)
+def _compact_fwd(f, axes, sizes, solver, backward, z0, reads, args, probe):
+    value, stats = _compact(f, axes, sizes, solver, backward, z0, reads, args, probe)
+    return (value, stats), (backward, value, reads, args)
 
 
 def _compact_bwd(f, axes, sizes, saved, cotangents):
     # z = f(z, a)  ⇒  ā = fₐᵀu with u = z̄ + Jᵀu, as in `Implicit`. The problems are independent, so that each may
     # have its own scale, a power of two: u / scale = z̄ / scale + Jᵀ(u / scale).
-    (backward, z, args), (z_bar, _) = saved, cotangents
+    (backward, z, reads, args), (z_bar, _) = saved, cotangents
+    z, args, z_bar = _first_order_only((z, args, z_bar))
     scale = power_of_two(z_bar, 1)
     unit = divide(z_bar, scale)
 
-    def bind(reads):
-        unit, z, *args = reads
-        _, vjp = jax.vjp(lambda z: f(z, *args), z)  # here, outside the loop: once for each size of the batch
+    def bind(gathered):
+        unit, z, *args = gathered
+        _, vjp = jax.vjp(
+            lambda z: f(z, tuple(args), reads), z
+        )  # here, outside the loop: once for each size of the batch
         return lambda u: add(unit, vjp(u)[0])
 
     u, stats, *_ = staged(bind, unit, (unit, z, *args), (0, 0, *axes), backward, sizes)
-    args_bar = inputs_bar(lambda z, args: f(z, *args), z, args, multiply(u, scale), stats)
-    return None, None, None, args_bar, as_probe(stats)
+    args_bar = inputs_bar(lambda z, args: f(z, args, reads), z, args, multiply(u, scale), stats)
+    return None, None, None, None, args_bar, as_probe(stats)
 
 
 _compact.defvjp(_compact_fwd, _compact_bwd)
+
+
+# The loop of the backward pass has no derivative in reverse mode, and JAX's message would not say what to do. This
+# identity stands before it and has none in any mode.
+SECOND_ORDER = (
+    "compact has first derivatives only; for second ones use fixed_point(..., batch_ndim=1), which has them in reverse "
+    "mode, and with adjoint=ImplicitJVP() in every mode"
+)
+
+
+def _refuse(*_):
+    raise TypeError(SECOND_ORDER)
+
+
+_first_order_p = Primitive("first_order_only")
+_first_order_p.def_impl(lambda x: x)
+_first_order_p.def_abstract_eval(lambda x: x)
+ad.primitive_jvps[_first_order_p] = _refuse
+batching.defvectorized(_first_order_p)
+mlir.register_lowering(_first_order_p, lambda _, x: [x])
+
+
+def _first_order_only(tree: PyTree) -> PyTree:
+    return _where_inexact(_first_order_p.bind, tree)
+
+
+def _reverse_mode_only(tree: PyTree) -> PyTree:
+    return _where_inexact(reverse_mode_only, tree)
+
+
+def _where_inexact(identity: Callable, tree: PyTree) -> PyTree:
+    """The tree, with what can have a derivative passed through an identity: counts, masks and keys cannot."""
+    leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, tree))
+    return treedef.unflatten([identity(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf for leaf in leaves])
 
 
 def staged(
@@ -105,17 +176,18 @@ def staged(
 ) -> Solved:
     """`solve(bind(args), z0, solver, 1)`, in batches that shrink to each of `sizes` in turn; without memory."""
 
-    def run(loop: Loop, args: tuple, sizes: tuple[int, ...]) -> Loop:
-        left = sizes[0] if sizes else 0
+    def run(loop: Loop, solver: Solver, args: tuple, sizes: tuple[int, ...]) -> Loop:
+        left, count = sizes[0] if sizes else 0, loop.status.size
         body = round_of_evaluations(bind(args), z0, solver, 1)
         loop = jax.lax.while_loop(lambda loop: jnp.sum(loop.status == RUNNING) > left, body, loop)
         if not sizes:
             return loop
         who = _first(loop.status == RUNNING, left)
-        part = run(_gather(loop, who), _gather_args(args, axes, who), sizes[1:])
+        part = run(_gather(loop, who), _gather_options(solver, who, count), _gather_args(args, axes, who), sizes[1:])
         return _scatter(loop, part, who)
 
-    return ending(run(beginning(z0, solver, 1), args, sizes), z0, 1)._replace(memory=None)
+    solver = cast_options(solver, wide_dtype(z0))
+    return ending(run(beginning(z0, solver, 1), solver, args, sizes), z0, 1)._replace(memory=None)
 
 
 def _first(running: Bool[Array, "batch"], left: int) -> Int[Array, "left"]:
@@ -134,9 +206,15 @@ def _gather_args(args: tuple, axes: tuple, who: Int[Array, "left"]) -> tuple:
     return tuple(map(pick, args, axes))
 
 
+def _gather_options(solver: Solver, who: Int[Array, "left"], count: int) -> Solver:
+    """The solver of some of `count` problems: options that are arrays with an entry for each of them are gathered."""
+    pick = lambda leaf: jnp.asarray(leaf)[who] if jnp.shape(leaf)[:1] == (count,) else leaf
+    return jax.tree.map(pick, solver)
+
+
 def _scatter(loop: Loop, part: Loop, who: Int[Array, "left"]) -> Loop:
     """The loop with the results of some of its problems; their memory stays where it was, for no one reads it."""
-    names = ("best", "best_residual", "best_norm", "steps", "status")
+    names = ("best", "best_residuals", "best_scales", "steps", "status")
     return loop._replace(**{name: getattr(loop, name).at[who].set(getattr(part, name)) for name in names})
 
 
@@ -152,8 +230,24 @@ def _check_axes(args: tuple, axes: tuple, count: int) -> None:
                 )
 
 
-def _check_captured(f: Callable, z0: PyTree, args: tuple) -> None:
-    """A captured tracer would have no gradient, and no batch axis to gather along."""
-    closed = jax.make_jaxpr(lambda z, args: f(z, *args))(z0, args)
-    if any(isinstance(const, Tracer) for const in closed.consts):
-        raise TypeError("compact: f captures a traced array; pass it in args, with axes None where problems share it")
+def _cells(f: Callable, z0: PyTree, args: tuple, axes: tuple, sizes: tuple[int, ...]) -> tuple[list, list]:
+    """(cells, reads): f(z, *args) traced on a batch of each size, and the arrays that it captures there."""
+    cells, reads = [], []
+    for size in sizes:
+        part = lambda leaf, size=size: jax.ShapeDtypeStruct((size, *jnp.shape(leaf)[1:]), jnp.result_type(leaf))
+        some = [arg if axis is None else jax.tree.map(part, arg) for arg, axis in zip(args, axes, strict=True)]
+        cell, *read = hoist(lambda z, args: f(z, *args), jax.tree.map(part, z0), tuple(some))
+        if any(
+            isinstance(leaf, Tracer) for leaf in jax.tree.leaves(read)
+        ):  # it would have no gradient, and no batch axis
+            raise TypeError(
+                "compact: f captures a traced array; pass it in args, with axes None where problems share it"
+            )
+        if cell.axes:
+            raise TypeError(
+                f"compact: f communicates along {cell.axes}, so its problems are coupled, and none can go on without the "
+                "others; use fixed_point(..., batch_ndim=1)"
+            )
+        cells.append(cell)
+        reads.append(read)
+    return cells, reads

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from deq_jax._config import check_options, check_sees_all, check_solver
+from deq_jax._checks import check_fold, check_found, check_memory
+from deq_jax._config import check_options, check_solver
 from deq_jax._trace import Bound, Traced, checked, hoist, is_array_like, run_compiled, vary
 from deq_jax.adjoints import Adjoint, Found, Implicit, Probe
-from deq_jax.solvers import Anderson, Fold, Seen, Solved, Solver, Stats
+from deq_jax.solvers import Anderson, Broyden, Fold, Seen, Solved, Solver, Stats
 from deq_jax.solvers import solve as _solve
-from deq_jax.solvers.base import wide_dtype
+from deq_jax.solvers.base import raveler, wide_dtype
 
 
 class Solution(NamedTuple):
@@ -141,11 +142,10 @@ def solve(
     (True, True)
     """
     z0 = jax.lax.stop_gradient(check_arguments(f, z0, args, solver, Implicit(), batch_ndim, None))
-    if fold is not None and getattr(fold, "sees_all", False):
-        check_sees_all(solver, type(fold).__name__)
+    check_fold(fold, solver)
     cell, z0, inputs, other = hoist_cell(f, z0, args)
     if memory is not None:
-        check_memory(memory, solver, z0, batch_ndim, "memory")
+        check_memory(memory, solver, flat_type(z0, batch_ndim))
     if jax.config.jax_disable_jit:
         solved = _solve(lambda z: f(z, *args), z0, solver, batch_ndim, memory=memory, fold=fold)
         return jax.lax.stop_gradient(solved)
@@ -201,11 +201,13 @@ def attach(
         )
     cell, z, inputs, other = hoist_cell(f, z, args)
     probe = Probe.like(z, batch_ndim) if probe is None else probe
+    if found is not None:
+        check_found(found, z, batch_ndim)
+        if getattr(adjoint, "reads_memory", False) and isinstance(solver, Broyden) and found.memory is not None:
+            check_memory(found.memory, solver, flat_type(z, batch_ndim), "found.memory")
     stats, memory = (None, None) if found is None else (found.stats, found.memory)
     if not getattr(adjoint, "reads_memory", False):
         memory = None  # it would be kept until the backward pass
-    elif memory is not None:
-        check_memory(memory, solver, z, batch_ndim, "found")
     return run_compiled(_attach, (cell, batch_ndim), z, stats, memory, inputs, other, solver, adjoint, probe)
 
 
@@ -343,8 +345,9 @@ def _check_output(out: PyTree, z0: PyTree) -> None:
             )
 
 
-def check_memory(memory, solver, z, batch_ndim, where):
-    pass
+def flat_type(z: PyTree, batch_ndim: int) -> jax.ShapeDtypeStruct:
+    """The type of z as a solver sees it."""
+    return jax.eval_shape(lambda z: raveler(z, batch_ndim)[0](z), z)
 
 
 def _describe(tree: PyTree) -> str:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from deq_jax._trace import hoist, run_compiled
 from deq_jax.solvers import arnoldi
-from deq_jax.solvers.base import norm, ratio, raveler, zeros_from
+from deq_jax.solvers.base import at_most, norm, ratio, raveler, zeros_from
 
 KRYLOV = 16  # dimension of the space that the leading eigenvalues are looked for in
 INVARIANT = 0.01  # a Krylov space is called invariant when f's Jacobian leads out of it by less, relatively
@@ -35,12 +36,18 @@ def spectral_radius(
     """
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 2:
         raise ValueError(f"iterations must be an int >= 2, got {iterations!r}")
+    z = jax.tree.map(jnp.asarray, z)
     key = jax.random.key(0) if key is None else key
+    cell, inputs, other = hoist(f, z, args=args)
+    return run_compiled(_spectral_radius, (cell, batch_ndim, iterations), z, inputs, other, key)
+
+
+def _spectral_radius(cell, batch_ndim, iterations, z, inputs, other, key):
     ravel, unravel = raveler(z, batch_ndim)
     flat = ravel(z)
-    _, push = jax.linearize(lambda flat: ravel(f(unravel(flat), *args)), flat)
+    _, push = jax.linearize(lambda flat: ravel(cell(unravel(flat), inputs, other)), flat)
 
-    m = min(KRYLOV, iterations // 2, flat.shape[-1])
+    m = at_most(min(KRYLOV, iterations // 2), flat.shape[-1])
     v = zeros_from(flat) + jax.random.normal(key, flat.shape, flat.dtype)
     v, growth = _power(push, _unit(v)[0], iterations - m)
     _, H, out = _arnoldi(push, v, m)
@@ -118,7 +125,11 @@ def _arnoldi(
 
 
 def _gelfand(H: Float[Array, "*batch m m"]) -> Float[Array, "*batch"]:
-    """ρ(H) = lim ‖Hᵏ‖^(1/k), by squaring: k = 2³⁰. An eigensolver for such matrices exists on the CPU alone."""
+    """ρ(H) = lim ‖Hᵏ‖^(1/k), by squaring: k = 2³⁰.
+
+    Not `jnp.linalg.eigvals`: GPUs have it since jax 0.10 only (we support 0.7) and TPUs not at all, and it takes the
+    matrices of a batch one after the other, while these products are batched.
+    """
     size = lambda H: norm(H.reshape(*H.shape[:-2], -1))
 
     def body(k, carry):

@@ -1,8 +1,9 @@
 """States on the way to the fixed point: traces, snapshots, and losses on several of them."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def trajectory(
     f: Callable,
     z0: PyTree,
     *args: PyTree,
-    at: Sequence[int],
+    at: int | Sequence[int],
     solver: Solver = Anderson(),  # noqa: B008  frozen
     adjoint: Adjoint = Implicit(),  # noqa: B008
     correction: Adjoint | Sequence[Adjoint] = Phantom(),  # noqa: B008
@@ -96,7 +97,7 @@ def _stats_at(k: int, there: Array, snapshot: "Snapshot", end: Stats) -> Stats:
     )
 
 
-def fixed_point_correction(losses: Sequence[Array], gamma: float = 0.8) -> Array:
+def fixed_point_correction(losses: Sequence[Any] | Array, gamma: float = 0.8) -> Array:
     """Σₖ γⁿ⁻ᵏ⁻¹ lossesₖ over n losses, in the order of the trajectory: the last, at the equilibrium, has weight 1.
 
     Source: Bai et al. (2022), as at `trajectory`, after the sequence loss of RAFT (Teed & Deng 2020), γ = 0.8.
@@ -121,6 +122,10 @@ class ResidualTrace:
     Entry k is that of evaluation k, of z0 first. An evaluation that a problem never had is NaN, so that means
     and plots leave it out (`jnp.nanmean`); one where f was not finite is inf. What comes after `size` is dropped.
     XLA removes the buffer where nobody reads it.
+
+    Under `jax.debug_nans`, which would raise on that NaN, inf stands in its place, and under `jax.debug_infs` the
+    largest finite number in place of inf. The flags are read while tracing: what was compiled before they were set
+    still writes NaN.
 
     A fold of your own is any object with these two methods, of arrays and pure functions. Here is the largest
     change of any entry by f, over the solve:
@@ -150,16 +155,20 @@ class ResidualTrace:
 
     def init(self, z0: PyTree, batch_ndim: int) -> Float[Array, "*batch size"]:
         corner = raveler(z0, batch_ndim)[0](z0)[..., :1]
-        return jnp.repeat(zeros_from(corner), self.size, axis=-1) + jnp.nan
+        return jnp.repeat(zeros_from(corner), self.size, axis=-1) + _unseen(corner.dtype, jnp.nan)
 
     def update(self, folded: Float[Array, "*batch size"], seen: Seen) -> Float[Array, "*batch size"]:
-        now = jnp.where(jnp.isfinite(seen.residual), seen.relative_residual, jnp.inf)[..., None]
+        inf = _unseen(folded.dtype, jnp.inf)
+        now = jnp.where(jnp.isfinite(seen.residual), seen.relative_residual, inf)[..., None]
         here = seen.running[..., None] & (jnp.arange(self.size) == seen.step)
         return jnp.where(here, now, folded)
 
 
 class Snapshot(NamedTuple):
-    """A state of the solve, and its residuals; those are inf until it is reached."""
+    """A state of the solve, and its residuals.
+
+    The residuals are inf until a state is reached (under `jax.debug_infs` the largest finite number).
+    """
 
     z: PyTree  # as z0
     residual: Float[Array, "*batch"]
@@ -171,7 +180,8 @@ class Snapshots:
     """A fold: the iterates after the given numbers of steps, a `Snapshot` for each.
 
     A solve that ends before leaves the last iterate that it evaluated, with that one's residual. (`trajectory`
-    returns the value there, and makes all states differentiable.) Memory is len(at) states.
+    returns the value there, and makes all states differentiable.) Memory is len(at) states. Every iterate has to be
+    shown, so solvers with `test_every` above 1 are refused.
 
     >>> import jax.numpy as jnp, deq_jax as deq
     >>> solved = deq.solve(jnp.cos, jnp.zeros(()), solver=deq.Picard(), fold=Snapshots(at=(0, 1, 2)))
@@ -179,19 +189,30 @@ class Snapshots:
     [0.0, 1.0, 0.54]
     """
 
-    at: Sequence[int]
+    at: int | Sequence[int]
+    sees_all: ClassVar[bool] = True
 
     def __post_init__(self):
         object.__setattr__(self, "at", _check_at(self.at))
 
     def init(self, z0: PyTree, batch_ndim: int) -> tuple[Snapshot, ...]:
         zero = zeros_from(raveler(z0, batch_ndim)[0](z0)[..., 0])
-        return (Snapshot(z0, zero + jnp.inf, zero + jnp.inf),) * len(self.at)
+        unseen = zero + _unseen(zero.dtype, jnp.inf)
+        return (Snapshot(z0, unseen, unseen),) * len(self.at)
 
     def update(self, folded: tuple[Snapshot, ...], seen: Seen) -> tuple[Snapshot, ...]:
         new = Snapshot(seen.z, seen.residual, seen.relative_residual)
         keep = lambda k, old: jax.tree.map(lambda new, old: jnp.where(seen.step <= k, new, old), new, old)
         return tuple(keep(k, old) for k, old in zip(self.at, folded, strict=True))
+
+
+def _unseen(dtype: Any, mark: float) -> float:
+    """What marks an absent evaluation: the first of NaN, inf, max from `mark` on that no debug flag raises on."""
+    if math.isnan(mark) and jax.config.jax_debug_nans:
+        mark = jnp.inf
+    if mark == jnp.inf and jax.config.jax_debug_infs:
+        mark = float(jnp.finfo(dtype).max)
+    return mark
 
 
 def _check_at(at: Any) -> tuple[int, ...]:

@@ -96,6 +96,149 @@ def test_aux_has_no_gradient_and_z0_neither(problem):
     np.testing.assert_array_equal(jax.grad(lambda z0: run(z0, w, x)[0].sum())(x), 0)
 
 
+# ---- options of implicit -----------------------------------------------------------------------------------
+
+
+def scaled(z, a, gain=0.5):
+    return gain * jnp.cos(a * z)
+
+
+def solves(f, **options):
+    """A run with an option of f's (gain), and options of its own: a number, a string and a function."""
+
+    @implicit(f, adjoint=deq.Implicit(deq.Picard(rtol=1e-12, max_steps=500)), **options)
+    def run(z0, a, gain=0.5, *, tol=1e-12, mode="loop", note=None):
+        assert mode in ("loop", "for")  # a string, as it was passed
+        if note is not None:
+            note(mode)
+        if mode == "for":
+            return jax.lax.fori_loop(0, 200, lambda _, z: gain * jnp.cos(a * z), z0)
+        apart = lambda z: jnp.max(jnp.abs(gain * jnp.cos(a * z) - z)) > tol
+        return jax.lax.while_loop(apart, lambda z: gain * jnp.cos(a * z), z0)
+
+    return run
+
+
+def slopes(a, gain):
+    """dz/da and dz/dgain of z = gain · cos(a z)."""
+    z = 0.0
+    for _ in range(300):
+        z = gain * np.cos(a * z)
+    # dz (1 + gain·a·sin(a z)) = −gain·z·sin(a z) da + cos(a z) dgain
+    inner = 1 + gain * a * np.sin(a * z)
+    return -gain * z * np.sin(a * z) / inner, np.cos(a * z) / inner
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_options_of_f_reach_f_and_are_differentiable(x64, wrap):
+    run = solves(scaled)
+    want = slopes(1.0, 0.9)
+    assert abs(want[0] + 0.253) < 1e-3
+    by_name = wrap(jax.grad(lambda a, gain: run(0.0, a, gain=gain), argnums=(0, 1)))(1.0, 0.9)
+    np.testing.assert_allclose(by_name, want, rtol=1e-9)
+    by_place = wrap(jax.grad(lambda a, gain: run(0.0, a, gain), argnums=(0, 1)))(1.0, 0.9)
+    np.testing.assert_allclose(by_place, want, rtol=1e-9)
+    a_too = wrap(jax.grad(lambda a, gain: run(0.0, gain=gain, a=a), argnums=(0, 1)))(1.0, 0.9)
+    np.testing.assert_allclose(a_too, want, rtol=1e-9)
+    np.testing.assert_allclose(wrap(jax.grad(lambda a: run(0.0, a, gain=0.9)))(1.0), want[0], rtol=1e-9)
+    np.testing.assert_allclose(wrap(jax.grad(lambda a: run(0.0, a)))(1.0), slopes(1.0, 0.5)[0], rtol=1e-9)
+
+
+def test_options_of_f_are_mapped(x64):
+    gains = jnp.array([0.3, 0.9])
+    got = jax.jit(jax.vmap(jax.grad(lambda gain: solves(scaled)(0.0, 1.0, gain=gain))))(gains)
+    np.testing.assert_allclose(got, [slopes(1.0, float(gain))[1] for gain in gains], rtol=1e-9)
+
+
+def test_options_of_run_alone_stay_with_run(x64):
+    noted = []
+    run = solves(scaled)
+    slope = jax.grad(lambda a: run(0.0, a, gain=0.9, mode="for", note=noted.append))(1.0)
+    np.testing.assert_allclose(slope, slopes(1.0, 0.9)[0], rtol=1e-9)
+    assert noted == ["for"]
+    loose = jax.grad(lambda tol: run(0.0, 1.0, tol=tol))(0.1)  # an array by now, and the loop is not differentiated
+    assert loose == 0
+
+
+def test_an_f_of_keywords_gets_all_of_them(x64):
+    seen = {}
+
+    def f(z, a, **options):
+        seen.update(options)
+        return scaled(z, a, options["gain"])
+
+    slope = jax.grad(lambda a: solves(f)(0.0, a, gain=0.9, mode="for"))(1.0)
+    np.testing.assert_allclose(slope, slopes(1.0, 0.9)[0], rtol=1e-9)
+    assert seen["mode"] == "for"
+
+
+def test_a_default_of_run_is_what_was_solved_for(x64):
+    @implicit(scaled, adjoint=deq.Implicit(TIGHT))  # f's own default is 0.5
+    def run(z0, a, gain=0.9):
+        return jax.lax.fori_loop(0, 300, lambda _, z: scaled(z, a, gain), z0)
+
+    np.testing.assert_allclose(jax.grad(run, argnums=1)(0.0, 1.0), slopes(1.0, 0.9)[0], rtol=1e-9)
+
+
+def test_a_keyword_that_run_does_not_take_is_named():
+    run = implicit(scaled)(lambda z0, a: z0)
+    with pytest.raises(TypeError, match="takes no keyword 'gain' .*another f"):
+        run(0.0, 1.0, gain=0.9)
+    with pytest.raises(TypeError, match="takes no keyword 'gian' .*nor does f"):
+        run(0.0, 1.0, gian=0.9)
+
+
+# ---- how the backward solve ended --------------------------------------------------------------------------
+
+
+def test_a_probe_says_how_the_backward_solve_ended(problem):
+    w, x = problem
+
+    def pull(backward, has_aux=False, jit=lambda f: f):
+        run = implicit(cell, adjoint=deq.Implicit(backward), has_aux=has_aux)(
+            lambda z0, w, x: (undifferentiable(z0, w, x), 1.0) if has_aux else undifferentiable(z0, w, x)
+        )
+        first = lambda out: out[0] if has_aux else out
+        loss = lambda x, probe: jnp.sum(first(run(jnp.zeros(DIM), w, x, probe=probe)) ** 2)
+        return jit(jax.grad(loss, argnums=(0, 1)))(x, deq.Probe.zeros())
+
+    for options in ({}, {"has_aux": True}, {"jit": jax.jit}):
+        x_bar, good = pull(TIGHT, **options)
+        assert good.status == deq.Status.CONVERGED and 0 < good.residual <= 1e-12 and good.steps > 5
+        assert_close(x_bar, dense_gradient(w, x)[1])
+    _, bad = pull(deq.Picard(rtol=1e-12, max_steps=3))
+    assert bad.status == deq.Status.MAX_STEPS and bad.steps == 3 and bad.residual > 1e-6
+
+
+def test_a_probe_for_each_problem_of_a_batch(problem):
+    w, x = problem
+    f = lambda z, x: jnp.tanh(z @ w.T) + x
+    run = implicit(f, adjoint=deq.Implicit(TIGHT), batch_ndim=1)(
+        lambda z0, x: jax.lax.fori_loop(0, 300, lambda _, z: f(z, x), z0)
+    )
+    xs = jnp.stack([x, 3 * x, 0 * x])
+    loss = lambda probe: jnp.sum(run(0 * xs, xs, probe=probe) ** 2)
+    probe = jax.jit(jax.grad(loss))(deq.Probe.zeros((3,)))
+    assert probe.steps.shape == (3,) and len(set(probe.steps.tolist())) > 1 and (probe.status == 0).all()
+    with pytest.raises(ValueError, match=r"probe must be Probe.zeros\(\(3,\)\)"):
+        loss(deq.Probe.zeros())
+
+
+def test_scipy_takes_a_probe(problem):
+    w, x = problem
+    for max_steps, status in ((300, deq.Status.CONVERGED), (3, deq.Status.MAX_STEPS)):
+        adjoint = deq.Implicit(deq.Picard(rtol=1e-10, max_steps=max_steps))
+        loss = lambda probe, adjoint=adjoint: scipy_root(cell, 0 * x, w, x, adjoint=adjoint, probe=probe).value.sum()
+        assert jax.grad(loss)(deq.Probe.zeros()).status == status
+
+
+def test_the_name_probe_is_taken():
+    with pytest.raises(TypeError, match="run has a parameter called probe"):
+        implicit(scaled)(lambda z0, a, *, probe=3: z0)
+    with pytest.raises(TypeError, match="f has a parameter called probe"):
+        implicit(lambda z, probe: z)(lambda z0, a: z0)
+
+
 def test_implicit_takes_the_function_not_the_solver():
     with pytest.raises(TypeError, match=r"function whose fixed point is found, as f\(z, \*args\); got Implicit"):
         implicit(deq.Implicit())

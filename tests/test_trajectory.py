@@ -65,6 +65,58 @@ def test_a_trace_says_where_f_was_not_finite():
     np.testing.assert_array_equal(solved.folded, [jnp.inf, jnp.nan, jnp.nan, jnp.nan])
 
 
+def traced(size=8):
+    """A trace that three entries of are used; compiled anew, for JAX's caches do not know the debug flags."""
+    run = lambda z0: deq.solve(lambda z: 0.1 * z + 1, z0, solver=deq.Picard(rtol=1e-3), fold=deq.ResidualTrace(size))
+    folded = jax.jit(run)(jnp.zeros(2)).folded
+    assert (folded[:4] < 2).all()
+    return folded
+
+
+def test_a_trace_passes_the_debug_flags():
+    plain = traced()
+    assert jnp.isnan(plain[4:]).all() and jnp.isfinite(plain[:4]).all()
+    with jax.debug_nans(True):
+        np.testing.assert_array_equal(traced(), jnp.where(jnp.isnan(plain), jnp.inf, plain))
+    with jax.debug_nans(True), jax.debug_infs(True):
+        np.testing.assert_array_equal(traced(), jnp.where(jnp.isnan(plain), jnp.finfo(plain.dtype).max, plain))
+    with jax.debug_infs(True):
+        np.testing.assert_array_equal(traced(), plain)
+    np.testing.assert_array_equal(traced(), plain)
+
+
+def test_snapshots_begin_without_inf_where_infs_are_looked_for():
+    start = lambda: deq.Snapshots(at=(1, 2)).init(jnp.zeros(2), 0)
+    assert all(snapshot.residual == snapshot.relative_residual == jnp.inf for snapshot in start())
+    with jax.debug_infs(True):
+        assert all(snapshot.residual == snapshot.relative_residual > 1e38 for snapshot in start())
+        f = lambda z: 0.5 * jnp.cos(z) + 0.1
+        _, _, states, _ = jax.jit(lambda z0: deq.trajectory(f, z0, at=(1, 90), solver=deq.Picard()))(jnp.zeros(2))
+    np.testing.assert_allclose(states[0], 0.6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", [deq.Picard(test_every=5), deq.Anderson(test_every=2)], ids=repr)
+def test_a_fold_of_every_iterate_refuses_a_solver_that_shows_few(solver):
+    class All:
+        sees_all = True
+
+        def init(self, z0, batch_ndim):
+            return ()
+
+        def update(self, folded, seen):
+            return folded
+
+    for fold in (deq.Snapshots((1, 2)), All()):
+        with pytest.raises(ValueError, match=r"fold=.*needs every iterate.*test_every=\d.*take test_every=1"):
+            deq.solve(jnp.cos, jnp.zeros(2), solver=solver, fold=fold)
+    with pytest.raises(ValueError, match="take test_every=1"):
+        deq.trajectory(jnp.cos, jnp.zeros(2), at=(1, 2), solver=solver)
+    # A trace shows what was tested, and says NaN of the rest.
+    trace = deq.solve(jnp.cos, jnp.zeros(2), solver=solver, fold=deq.ResidualTrace(40)).folded
+    every = solver.test_every
+    assert jnp.isfinite(trace[jnp.array([0, every])]).all() and jnp.isnan(trace[1:every]).all()
+
+
 @pytest.mark.full_compile
 def test_an_unused_trace_is_removed():
     size = 4321
@@ -134,6 +186,18 @@ def test_with_picard_the_state_at_k_is_f_applied_k_times(w, xs):
     assert stats.steps[0] == 1 and state_stats[2].status[0] == Status.CONVERGED  # f(0) = 0 there
     want = deq.fixed_point(cell, 0 * xs, w, xs, solver=PICARD, batch_ndim=1)
     np.testing.assert_array_equal(value, want.value)
+
+
+def test_a_state_has_ended_with_its_solve_and_not_an_evaluation_sooner_or_later():
+    # z ← z/2 + 1 from 0: the relative residual after k steps is 2⁻ᵏ / (2 − 2⁻ᵏ), so evaluation 6 is the last.
+    f, solver = lambda z: 0.5 * z + 1, deq.Picard(rtol=0.02)
+    _, stats, _, state_stats = jax.jit(lambda: deq.trajectory(f, jnp.zeros(3), at=(3, 4, 5, 6, 7), solver=solver))()
+    assert stats.steps == 6
+    assert [int(s.steps) for s in state_stats] == [4, 5, 6, 6, 6]
+    ended = [s.status == Status.CONVERGED for s in state_stats]
+    assert [bool(e) for e in ended] == [False, False, True, True, True]
+    relative = [2.0**-k / (2 - 2.0**-k) for k in (3, 4, 5, 5, 5)]
+    np.testing.assert_allclose([s.relative_residual for s in state_stats], relative, rtol=1e-5)
 
 
 @pytest.mark.full_compile
