@@ -245,8 +245,8 @@ def _cells(f: Callable, z0: PyTree, args: tuple, axes: tuple, sizes: tuple[int, 
             )
         if cell.axes:
             raise TypeError(
-                f"compact: f communicates along {cell.axes}, so its problems are coupled, and none can go on without the "
-                "others; use fixed_point(..., batch_ndim=1)"
+                f"compact: f communicates along {cell.axes}, so its problems are coupled, and none can go on without "
+                "the others; use fixed_point(..., batch_ndim=1)"
             )
         cells.append(cell)
         reads.append(read)
