@@ -4,14 +4,20 @@ import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
+import contextlib
 import functools
 import gc
 import pathlib
+import types
 from collections.abc import Callable
 
 import jax
 import pytest
 from jax._src import compiler
+
+# The library runs in programs that allow no implicit promotion, so its tests do not either.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Tracing makes so many small objects that Python looks for cycles among them for a twentieth of the whole time.
 gc.set_threshold(100_000, 20, 20)
@@ -86,6 +92,26 @@ def data_dir() -> pathlib.Path:
     if not pathlib.Path(folder).is_dir():
         pytest.fail(f"DEQ_JAX_DATA is {folder!r}, which is not a folder")
     return pathlib.Path(folder)
+
+
+@pytest.fixture
+def count_compilations():
+    """`with count_compilations() as compiled: ...` afterwards `compiled.count` programs were handed to the compiler."""
+    state = types.SimpleNamespace(count=0, active=False)
+
+    def listen(event, duration, **_):
+        state.count += state.active and event == "/jax/core/compile/backend_compile_duration"
+
+    @contextlib.contextmanager
+    def counting():
+        state.count, state.active = 0, True
+        yield state
+        state.active = False
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield counting
+    unregister = getattr(jax.monitoring, "unregister_event_duration_listener", lambda listener: None)
+    unregister(listen)
 
 
 class Counted:

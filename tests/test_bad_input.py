@@ -36,6 +36,10 @@ def pair():
 
 
 # name: (call, exception, words that the message must have)
+def generator(z):
+    yield 0.5 * z
+
+
 CALLS = {
     "structure of f(z)": (
         lambda: deq.fixed_point(lambda z: (z["a"], z["b"]), pair()),
@@ -177,16 +181,27 @@ CALLS = {
         TypeError,
         ["structure of z0", "got"],
     ),
-    "a string among args": (
-        lambda: deq.fixed_point(lambda z, p: z, z0(), {"w": 1.0, "act": "tanh"}),
+    "a type among args": (
+        lambda: deq.fixed_point(lambda z, p: z, z0(), {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}),
         TypeError,
-        ["args[0]['act']", "'tanh'", "capture"],
+        ["args[0]['w']", "array", "ShapeDtypeStruct"],
     ),
-    "a function among args": (
-        lambda: deq.fixed_point(lambda z, a, p: z, z0(), 1.0, jnp.tanh),
+    "a type as z0": (
+        lambda: deq.fixed_point(lambda z: z, {"h": jax.ShapeDtypeStruct((3,), jnp.float32)}),
         TypeError,
-        ["args[1]", "array", "capture"],
+        ["z0['h']", "array", "ShapeDtypeStruct"],
     ),
+    "a state of 8 bits": (
+        lambda: deq.fixed_point(lambda z: z, jnp.zeros(2, jnp.float8_e5m2)),
+        TypeError,
+        ["z0", "float8_e5m2"],
+    ),
+    "text from f": (
+        lambda: deq.fixed_point(lambda z: {"a": "z"}, {"a": z0()}),
+        TypeError,
+        ["f must", "f(z)['a']", "'z'"],
+    ),
+    "a generator as f": (lambda: deq.fixed_point(generator, z0()), TypeError, ["f must", "generator", "yield"]),
     "Unroll with a traced budget": (
         lambda: jax.jit(lambda n: deq.fixed_point(cos, z0(), solver=deq.Picard(max_steps=n), adjoint=deq.Unroll()))(5),
         TypeError,

@@ -102,17 +102,16 @@ def run(f, *args, **options):
     return deq.fixed_point(f, jnp.zeros(3), *args, **({"solver": QUICK, "adjoint": BACK} | options)).value
 
 
-def test_a_second_eager_call_does_not_trace_again():
-    with python_calls(counted_cell) as calls:
-        run(counted_cell, 2 * jnp.ones(3), solver=deq.Picard(max_steps=90))
-    assert calls
-    with python_calls(counted_cell) as calls:
-        run(counted_cell, jnp.ones(3), solver=deq.Picard(max_steps=90))
-        run(counted_cell, jnp.ones(3), solver=deq.Picard(rtol=1e-2, damping=0.5, max_steps=90))
-    assert not calls
-    with python_calls(counted_cell) as calls:
-        run(counted_cell, jnp.ones(3), solver=deq.Picard(max_steps=91))  # an int is structure
-    assert calls
+def test_a_second_eager_call_traces_f_once_and_compiles_nothing(count_compilations):
+    run(counted_cell, 2 * jnp.ones(3), solver=deq.Picard(max_steps=90))
+    x, tight, loose = jnp.ones(3), deq.Picard(max_steps=90), deq.Picard(rtol=1e-2, damping=0.5, max_steps=90)
+    with python_calls(counted_cell) as calls, count_compilations() as compiled:
+        run(counted_cell, x, solver=tight)
+        run(counted_cell, x, solver=loose)
+    assert len(calls) == 2 and compiled.count == 0
+    with count_compilations() as compiled:
+        run(counted_cell, x, solver=deq.Picard(max_steps=91))  # an int is structure
+    assert compiled.count == 1
 
 
 def test_a_swept_tolerance_still_has_its_effect():
@@ -124,12 +123,13 @@ def test_a_swept_tolerance_still_has_its_effect():
 
 
 @pytest.mark.full_compile
-def test_a_second_eager_gradient_does_not_trace_again():
+def test_a_second_eager_gradient_traces_f_once_and_compiles_nothing(count_compilations):
     grad = jax.grad(lambda x: run(counted_cell, x).sum())
-    want = grad(jnp.ones(3))
-    with python_calls(counted_cell) as calls:
-        np.testing.assert_array_equal(grad(jnp.ones(3)), want)
-    assert not calls
+    x = jnp.ones(3)
+    want = grad(x)
+    with python_calls(counted_cell) as calls, count_compilations() as compiled:
+        np.testing.assert_array_equal(grad(x), want)
+    assert len(calls) == 1 and compiled.count == 0
 
 
 def test_a_changed_global_number_is_seen(monkeypatch):
