@@ -197,7 +197,9 @@ def run_compiled(run: Callable, static: tuple, *arrays: PyTree) -> PyTree:
     if jax.config.jax_disable_jit or is_staged() or not all(map(is_array_like, values)):
         return run(*static, *arrays)
     traced = any(isinstance(leaf, Tracer) for leaf in values)
-    key = run, tuple(_key(item, traced) for item in static)
+    # Folds read these flags while they are traced, and JAX's own caches do not tell them apart.
+    flags = jax.config.jax_debug_nans, jax.config.jax_debug_infs
+    key = run, flags, tuple(_key(item, traced) for item in static)
     with _lock:
         program = _programs.pop(key, None) or jax.jit(lambda *arrays: run(*static, *arrays))
         _programs[key] = program
