@@ -29,7 +29,7 @@ class DEQ(nnx.Module):
     the solution then advances them, as a layer does. `init(x)` gives z0 where a call passes none: pass one if
     z is not shaped as x, and pass the last solution as `z0` for a warm start.
 
-    Call it inside `jax.jit` (over `nnx.split` state) or `nnx.jit`: an eager call compiles each time.
+    Call it inside `jax.jit` (over `nnx.split` state) or `nnx.jit`: an eager call traces the cell each time.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
