@@ -6,7 +6,7 @@ float arrays it reads (arguments and captured values alike) and `other` of all t
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ class Found(NamedTuple):
     memory: Any  # the solver's; None where another solver found z
 
 
+@runtime_checkable
 class Adjoint(Protocol):
     """`run` solves and returns a value whose derivative is this adjoint's."""
 

@@ -5,7 +5,7 @@ import enum
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,7 @@ class Stats(NamedTuple):
         return (self.status == Status.CONVERGED) | (self.status == Status.STALLED)
 
 
+@runtime_checkable
 class Solver(Protocol):
     """Frozen numbers and two pure functions, with optax's signature. A solver never calls f.
 
@@ -94,6 +95,7 @@ class Seen(NamedTuple):
     running: Bool[Array, "*batch"]  # problems that had not stopped before this evaluation
 
 
+@runtime_checkable
 class Fold(Protocol):
     """Accumulates over the evaluations of a solve inside its loop: no callback, no change to the solve."""
 
