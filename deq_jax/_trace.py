@@ -107,6 +107,12 @@ def vary(x: jax.Array, axes: tuple) -> jax.Array:
     return jax.lax.pvary(x, axes)  # before jax 0.9
 
 
+def varying_axes(aval: Any) -> frozenset:
+    """The axes of `shard_map` along which values of this type differ."""
+    manual = getattr(aval, "manual_axis_type", None)  # since jax 0.10
+    return frozenset(getattr(aval, "vma", None) or getattr(manual, "varying", ()))
+
+
 def is_array_like(leaf: Any) -> bool:
     """Whether JAX would take this for an array: one of its own or of NumPy's, or a number."""
     if isinstance(leaf, np.ndarray | np.generic):

@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 
 from deq_jax._checks import check_fold, check_found, check_memory
 from deq_jax._config import check_options, check_solver
-from deq_jax._trace import Bound, Traced, checked, hoist, is_array_like, run_compiled, vary
+from deq_jax._trace import Bound, Traced, checked, hoist, is_array_like, run_compiled, vary, varying_axes
 from deq_jax.adjoints import Adjoint, Found, Implicit, Probe
 from deq_jax.solvers import Anderson, Broyden, Fold, Seen, Solved, Solver, Stats
 from deq_jax.solvers import solve as _solve
@@ -255,7 +255,7 @@ def _typed_like(z: jax.Array, out: Any) -> jax.Array:
     sharding = getattr(out, "sharding", None)
     if sharding is not None and sharding != jax.typeof(z).sharding:
         z = jax.sharding.reshard(z, sharding)  # jnp.zeros_like drops it on jax 0.12
-    missing = getattr(out, "vma", frozenset()) - getattr(jax.typeof(z), "vma", frozenset())
+    missing = varying_axes(out) - varying_axes(jax.typeof(z))
     return vary(z, tuple(missing)) if missing else z
 
 
