@@ -36,6 +36,11 @@ class Stats(NamedTuple):
     def converged(self) -> Bool[Array, "*batch"]:
         return self.status == Status.CONVERGED
 
+    @property
+    def sound(self) -> Bool[Array, "*batch"]:
+        """Converged, or stopped where rounding hides all progress."""
+        return (self.status == Status.CONVERGED) | (self.status == Status.STALLED)
+
 
 class Solver(Protocol):
     """Frozen numbers and two pure functions, with optax's signature. A solver never calls f.
