@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import eval_jaxpr
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -80,11 +81,18 @@ def _transpose(cotangents, *args, jaxpr, transpose, count):
 
 
 def _batch(axis_data, args, dims, *, jaxpr, transpose, count):
+    dims = list(dims)
+    if all(dim is None for dim in dims):  # JAX asks all the same
+        if not any(getattr(effect, "name", None) == axis_data.name for effect in jaxpr.effects):
+            out = _linear_map_p.bind(*args, jaxpr=jaxpr, transpose=transpose, count=count)
+            return out, [None] * len(out)
+        args = [*args[:count], *(jnp.broadcast_to(x, (axis_data.size, *x.shape)) for x in args[count:])]
+        dims[count:] = [0] * (len(args) - count)
     # With the axis's name, so that a collective over it in f finds it.
     vmap = functools.partial(
         jax.vmap, axis_size=axis_data.size, axis_name=axis_data.name, spmd_axis_name=axis_data.spmd_name
     )
-    of_reads, of_dots = list(dims[:count]), list(dims[count:])
+    of_reads, of_dots = dims[:count], dims[count:]
 
     def forward(reads, dots):
         return vmap(
