@@ -25,7 +25,7 @@ from deq_jax.adjoints.base import (
 from deq_jax.solvers import Anderson, Solver
 from deq_jax.solvers.base import choose, norm, raveler, zeros_from
 
-FLOOR = 2  # of the default relative tolerance, in eps of the state's dtype
+FLOOR = 1  # of the default relative tolerance, in eps of the state's dtype
 LOOSEST = 0.1  # that an absolute tolerance may ask for, of a state near zero
 
 
@@ -107,7 +107,8 @@ def default_backward(forward: Solver, z: PyTree | None = None, batch_ndim: int =
     if z is None:
         return Anderson(rtol=0.1 * forward.rtol, **options)
     rtol: Any = 0.1 * _relative_tolerance(forward, jax.lax.stop_gradient(z), batch_ndim)
-    # More cannot be had where f rounds u: below, solves end as STALLED after twice the products, no nearer.
+    # f rounds u to the state's dtype. Measured in four dtypes: at 1 eps all solves converge, with an error of 1 to 3 eps;
+    # with no floor they end as STALLED after 1.3 to 4 times the products, hardly nearer; at 2 eps the error is double.
     floor = FLOOR * max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(z))
     return Anderson(rtol=max(rtol, floor) if isinstance(rtol, float) else jnp.maximum(rtol, floor), **options)
 
