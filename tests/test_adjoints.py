@@ -509,6 +509,7 @@ def test_the_default_backward_solve_converges_where_the_jacobian_expands(x64):
 
 # ---- what the backward solve is asked for ------------------------------------------------------------------
 
+
 def test_the_default_backward_tolerance_is_a_tenth_of_the_forward_one(x64):
     # Slow enough that a residual is close to the tolerance when it first meets it.
     n = 200

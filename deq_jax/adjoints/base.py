@@ -339,9 +339,15 @@ def _has_float16(tree: PyTree) -> bool:
 
 def _over_shards(top: Float[Array, ""], inputs: PyTree) -> Float[Array, ""]:
     """The maximum over the axes of a shard_map whose shards share some of the inputs: a pullback sums over them."""
-    varies = lambda x: frozenset(getattr(jax.typeof(x), "vma", ()))
-    axes = varies(top) - frozenset.intersection(varies(top), *map(varies, jax.tree.leaves(inputs)))
+    axes = _varies(top) - frozenset.intersection(_varies(top), *map(_varies, jax.tree.leaves(inputs)))
     return jax.lax.pmax(top, tuple(sorted(axes))) if axes else top
+
+
+def _varies(x: Array) -> frozenset:
+    """The axes of a shard_map over which x may differ."""
+    aval = jax.typeof(x)
+    # The attribute has another name from jax 0.10 on.
+    return frozenset(aval.vma if hasattr(aval, "vma") else getattr(getattr(aval, "mat", None), "varying", ()))
 
 
 def add(a: PyTree, b: PyTree) -> PyTree:
