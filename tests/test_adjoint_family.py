@@ -1,5 +1,6 @@
 """What each adjoint promises beyond a right gradient: modes, orders, counts, memory, failures and messages."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -502,7 +503,7 @@ FORWARD_MODE = {
 # Implicit in every mode, the others in those that take another way through JAX. (The Hessian of Reversible, forward
 # over reverse, is right: see above.)
 REFUSED = [(deq.Implicit(), mode) for mode in FORWARD_MODE]
-REFUSED += [(a, m) for a in (deq.Phantom(), deq.Neumann(), deq.JFB(), deq.Shine()) for m in ("jvp", "jit of hessian")]
+REFUSED += [(deq.Shine(), mode) for mode in ("jvp", "jit of hessian")]
 REFUSED += [(deq.Reversible(), mode) for mode in ("jvp", "jit of jacfwd", "linearize")]
 
 
@@ -513,6 +514,287 @@ def test_forward_mode_names_the_adjoint_that_has_it(params, x, adjoint, mode):
 
     with pytest.raises(TypeError, match=r"reverse mode \(grad, vjp, jacrev\) alone.*adjoint=ImplicitJVP\(\)"):
         FORWARD_MODE[mode](solve, x)
+
+
+# Shine's rule iterates, and so does Reversible's: JAX would say that a while_loop has no reverse mode.
+@pytest.mark.parametrize("adjoint", [deq.Shine(), deq.Reversible()], ids=repr)
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_second_derivative_names_the_adjoint_that_has_it(params, x, adjoint, jit):
+    solve = lambda x: root(params, x, solver=deq.Broyden(max_steps=11, rank=2), adjoint=adjoint)
+    twice = jax.grad(lambda x: jnp.sum(jax.grad(lambda x: jnp.sum(solve(x) ** 2))(x) ** 2))
+    name = type(adjoint).__name__
+    with pytest.raises(TypeError, match=rf"{name} has a first derivative only.*adjoint=Implicit\(\)"):
+        (jax.jit(twice) if jit else twice)(x)
+
+
+# ---- both modes of the inexact adjoints --------------------------------------------------------------------
+
+INEXACT = {  # what each differentiates: plain calls from a constant z*
+    "neumann": (deq.Neumann(4), lambda f, z: functools.reduce(lambda h, _: f(h), range(4), z)),
+    "jfb": (deq.JFB(), lambda f, z: f(z)),
+    "phantom": (deq.Phantom(3, 0.4), lambda f, z: functools.reduce(lambda h, _: 0.6 * h + 0.4 * f(h), range(3), z)),
+}
+
+
+@pytest.mark.parametrize("name", INEXACT)
+def test_inexact_derivatives_in_both_modes(params, x, name):
+    adjoint, calls = INEXACT[name]
+    z_star = root(params, x)
+    plain = lambda params, x: calls(lambda z: cell(z, params, x), z_star)
+    solve = functools.partial(root, adjoint=adjoint)
+    primals, tangents = (params, x), jax.tree.map(jnp.cos, (params, x))
+    z, z_dot = jax.jit(lambda p, t: jax.jvp(solve, p, t))(primals, tangents)
+    np.testing.assert_array_equal(z, jax.jit(solve)(*primals))
+    assert_close(z_dot, jax.jvp(plain, primals, tangents)[1], rtol=1e-9)
+    want = jax.jacrev(plain, argnums=(0, 1))(*primals)
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        assert_close(jax.jit(jacobian(solve, argnums=(0, 1)))(*primals), want, rtol=1e-9)
+    xs = jnp.stack([x, -x])
+    each = jax.vmap(jax.jacfwd(solve, argnums=1), in_axes=(None, 0))(params, xs)
+    np.testing.assert_allclose(each[0], want[1], rtol=1e-8)
+    assert_close(jax.linearize(lambda x: solve(params, x), x)[1](x), want[1] @ x, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", INEXACT)
+def test_inexact_hessians_agree_in_every_mode(params, x, name):
+    solve = functools.partial(root, adjoint=INEXACT[name][0])
+    loss = lambda x: energy(x, params, solve)
+    modes = [(jax.jacfwd, jax.jacfwd), (jax.jacfwd, jax.jacrev), (jax.jacrev, jax.jacfwd), (jax.jacrev, jax.jacrev)]
+    want, *others = (jax.jit(outer(inner(loss)))(x) for outer, inner in modes)
+    for hessian in others:
+        assert_close(hessian, want, rtol=1e-9)
+
+
+@pytest.mark.full_compile
+@pytest.mark.parametrize("adjoint", [deq.JFB(), deq.Neumann(5), JVP], ids=lambda a: type(a).__name__)
+def test_no_linearization_is_kept_from_the_forward_pass(params, x, adjoint):
+    # A caller's backward pass begins with all that the forward pass left it: the state and what f reads.
+    xs, w = jnp.tile(x, (64, 1)), jnp.ones((DIM, 512))
+    f = lambda z, w: 0.01 * jnp.tanh(jnp.tanh(z @ w) @ w.T) + xs
+    solve = lambda w: deq.fixed_point(f, 0 * xs, w, solver=deq.Picard(max_steps=5), adjoint=adjoint, batch_ndim=1).value
+    kept = jax.eval_shape(lambda w: jax.vjp(solve, w)[1], w)
+    assert max(leaf.size for leaf in jax.tree.leaves(kept)) <= max(w.size, xs.size)
+
+
+# ---- states of several leaves, inputs that drive some of them ----------------------------------------------
+
+
+def three_leaves(s, p, n):
+    """A nested state; p drives one leaf, another is handed on, and n is an integer."""
+    a, b, c = s["a"], s["more"]["b"], s["more"]["c"]
+    return {"a": 0.5 * a + 0.2 * b[0] + p, "more": {"b": 0.3 * jnp.sin(b) + 0.1 * a * c, "c": n * jnp.ones_like(c)}}
+
+
+@pytest.mark.parametrize("adjoint", [deq.ImplicitJVP(PRECISE), deq.Neumann(60), deq.Implicit(PRECISE)], ids=repr)
+def test_parameters_that_drive_some_leaves(x64, adjoint):
+    n, z0 = jnp.array(2), {"a": jnp.zeros(()), "more": {"b": jnp.zeros(2), "c": jnp.zeros(())}}
+
+    def value(p):
+        s = deq.fixed_point(three_leaves, z0, p, n, solver=PRECISE, adjoint=adjoint).value
+        return jnp.stack([s["a"], *s["more"]["b"], s["more"]["c"]])
+
+    def looped(p):
+        s = jax.lax.fori_loop(0, 200, lambda _, s: three_leaves(s, p, n), z0)
+        return jnp.stack([s["a"], *s["more"]["b"], s["more"]["c"]])
+
+    want = jax.jacfwd(looped)(0.7)
+    assert_close(jax.jacrev(value)(0.7), want, rtol=1e-9)
+    assert_close(jax.jit(jax.jacrev(value))(0.7), want, rtol=1e-9)
+    assert_close(jax.vmap(jax.grad(lambda p: value(p)[1]))(jnp.array([0.7, 0.7])), jnp.tile(want[1], 2), rtol=1e-9)
+    if not isinstance(adjoint, deq.Implicit):
+        assert_close(jax.jit(jax.jacfwd(value))(0.7), want, rtol=1e-9)
+    if not isinstance(adjoint, deq.Neumann):  # whose own second derivative is another
+        second = jax.jacfwd(jax.jacfwd(looped))(0.7)
+        assert_close(jax.jit(jax.jacrev(jax.jacrev(value)))(0.7), second, rtol=1e-8)
+    if isinstance(adjoint, deq.ImplicitJVP):
+        assert_close(jax.jit(jax.hessian(value))(0.7), second, rtol=1e-8)
+
+
+def test_an_f_that_has_a_forward_derivative_alone(x64):
+    def square_root(c):  # by Newton, a while_loop
+        return jax.lax.while_loop(lambda s: s[1] < 12, lambda s: (0.5 * (s[0] + c / s[0]), s[1] + 1), (c, 0))[0]
+
+    def repeated(z, a, n):
+        return jax.lax.fori_loop(0, n, lambda _, z: 0.3 * jnp.cos(z) + a, z)
+
+    # z² = a + z; and the fixed point of n steps is that of one
+    solve = lambda a: deq.fixed_point(lambda z: square_root(a + z), 1.0, solver=PRECISE, adjoint=JVP).value
+    np.testing.assert_allclose(jax.jit(jax.jacfwd(solve))(2.0), 1 / 3, rtol=1e-9)
+    np.testing.assert_allclose(jax.vmap(jax.jacfwd(solve))(jnp.array([2.0, 6.0])), [1 / 3, 1 / 5], rtol=1e-9)
+    np.testing.assert_allclose(jax.jacfwd(jax.jacfwd(solve))(2.0), -2 / 27, rtol=1e-8)
+    for adjoint in (JVP, deq.Neumann(200)):
+        steps = lambda a, n, adjoint=adjoint: (
+            deq.fixed_point(repeated, jnp.zeros(2), a, n, solver=PRECISE, adjoint=adjoint).value
+        )
+        a = jnp.array([0.2, 0.5])
+        want = np.diag(1 / (1 + 0.3 * np.sin(steps(a, 1))))
+        np.testing.assert_allclose(jax.jit(jax.jacfwd(steps))(a, 3), want, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        jax.grad(solve)(2.0)
+
+
+# ---- Probe of the adjoints that have both modes ------------------------------------------------------------
+
+
+def probed(adjoint, params, x, probe):
+    options = dict(solver=PRECISE, adjoint=adjoint, probe=probe)
+    return deq.fixed_point(cell, jnp.zeros(DIM), params, x, **options).value.sum()
+
+
+def test_the_probe_of_implicit_jvp_is_that_of_implicit(params, x):
+    few, able = deq.Picard(rtol=1e-9, max_steps=4), deq.Picard(rtol=1e-9)
+    for solver, status in ((able, Status.CONVERGED), (few, Status.MAX_STEPS)):
+        pull = lambda x, probe, adjoint: jax.grad(functools.partial(probed, adjoint, params), (0, 1))(x, probe)
+        want = jax.jit(pull, static_argnums=2)(x, deq.Probe.zeros(), deq.Implicit(solver))
+        got = jax.jit(pull, static_argnums=2)(x, deq.Probe.zeros(), deq.ImplicitJVP(solver))
+        assert_close(got, want, rtol=1e-12)
+        assert got[1].status == status and got[1].steps > 1
+        alone = jax.grad(lambda probe: probed(deq.ImplicitJVP(solver), params, x, probe))(deq.Probe.zeros())
+        assert alone.steps == got[1].steps
+        mapped = jax.vmap(pull, in_axes=(0, None, None))(jnp.stack([x, 2 * x]), deq.Probe.zeros(), JVP)
+        assert mapped[1].steps.shape == (2,) and bool(jnp.all(mapped[1].status == Status.CONVERGED))
+
+
+@pytest.mark.parametrize("adjoint", [JVP, deq.Phantom(3), deq.Neumann(3)], ids=repr)
+def test_a_probe_does_not_disturb_a_second_derivative(params, x, adjoint):
+    def squared(x, probe):
+        x_bar, probe_bar = jax.grad(functools.partial(probed, adjoint, params), (0, 1))(x, probe)
+        return jnp.sum(x_bar**2), probe_bar
+
+    with_probe, steps = jax.jit(jax.grad(squared, has_aux=True))(x, deq.Probe.zeros())
+    without = jax.jit(jax.grad(lambda x: jnp.sum(jax.grad(lambda x: root(params, x, adjoint=adjoint).sum())(x) ** 2)))
+    assert_close(with_probe, without(x), rtol=1e-12)
+    assert steps.steps > 1
+
+
+# ---- the range of a dtype ----------------------------------------------------------------------------------
+
+EVERY = [
+    deq.Implicit(), deq.Implicit(deq.Picard(rtol=1e-4, max_steps=1), OnFailure.ONE_STEP), deq.ImplicitJVP(),
+    deq.Shine(), deq.JFB(), deq.Neumann(4), deq.Phantom(3, 0.8)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("adjoint", EVERY, ids=lambda a: f"{type(a).__name__}{getattr(a, 'on_failure', '')}")
+@pytest.mark.parametrize("batch_ndim", [0, 1])
+def test_float16_gradients_are_those_of_float32(adjoint, batch_ndim):
+    n = 2048
+    gain, x = jnp.linspace(0.3, 0.7, n), jnp.sin(jnp.arange(float(n))).reshape(8, -1)
+    solver = deq.Broyden(rtol=5e-3, rank=5) if isinstance(adjoint, deq.Shine) else deq.Anderson(rtol=5e-3, history=3)
+
+    def pull(z_bar, dtype):
+        f = lambda z, gain, shift: jnp.tanh(gain.reshape(8, -1).astype(dtype) * z + x.astype(dtype) + shift)
+        solve = lambda gain, shift: (
+            deq.fixed_point(
+                f, jnp.zeros((8, n // 8), dtype), gain, shift, solver=solver, adjoint=adjoint, batch_ndim=batch_ndim
+            ).value
+        )
+        return jax.vjp(solve, gain, jnp.zeros((), dtype))[1](z_bar.astype(dtype))
+
+    pull = jax.jit(pull, static_argnums=1)
+    for size in (1e-7, 2**-17, 1.0, 6e4):  # the mean of 131,072 entries has 2^-17
+        z_bar = jnp.full((8, n // 8), size, jnp.float16)
+        (got, shift16), (want, shift32) = pull(z_bar, jnp.float16), pull(z_bar, jnp.float32)
+        assert got.dtype == jnp.float32 and shift16.dtype == jnp.float16
+        assert relative_error(got, want) < 4e-3
+        if abs(shift32) < 65504:
+            np.testing.assert_allclose(shift16, shift32, rtol=1e-2)
+
+
+def test_float64_cotangents_keep_their_digits(params, x):
+    z_bar = jnp.arange(1.0, DIM + 1)
+    for adjoint in (deq.Implicit(), deq.ImplicitJVP(), deq.Shine()):
+        solver = deq.Broyden(rtol=1e-9)
+        pull = jax.jit(jax.vjp(lambda x: root(params, x, solver=solver, adjoint=adjoint), x)[1])  # noqa: B023
+        for scale in (1e-300, 1e-200, 1e200, 1e300):
+            np.testing.assert_allclose(pull(scale * z_bar)[0] / scale, pull(z_bar)[0], rtol=1e-12)
+
+
+def test_scales_are_powers_of_two_over_the_whole_range(x64):
+    from deq_jax.adjoints.base import divide, multiply, power_of_two
+
+    for dtype, sizes in {
+        "float16": [6e-8, 1e-7, 6e-5, 1.0, 65504.0],
+        "bfloat16": [1e-37, 3e38],
+        "float32": [1e-37, 1.0, 3e38],
+        "float64": [1e-307, 1e-200, 1.7e308],
+    }.items():
+        z = {"a": jnp.asarray(sizes, dtype)[:, None] * jnp.asarray([1, -0.5], dtype)}
+        scale = power_of_two(z, 1)
+        assert scale.dtype == jnp.promote_types(dtype, "float32") and bool(jnp.all(jnp.frexp(scale)[0] == 0.5))
+        unit = divide(z, scale)
+        assert unit["a"].dtype == dtype and bool(jnp.all(jnp.abs(unit["a"][:, 0]) <= 8))
+        if dtype != "float16":
+            assert bool(jnp.all(jnp.abs(unit["a"][:, 0]) >= 0.125))
+        np.testing.assert_array_equal(multiply(unit, scale)["a"], z["a"])
+    odd = jnp.asarray([[0.0, 0.0], [jnp.inf, 1.0], [jnp.nan, 1.0]])
+    np.testing.assert_array_equal(power_of_two(odd, 1), 1)
+
+
+def test_float16_gradients_under_shard_map():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+    P = jax.sharding.PartitionSpec
+    z_bar = jnp.asarray([1e-6, 1e-3, 1.0, 3e4], jnp.float16)[:, None] * jnp.ones((4, 8), jnp.float16)
+
+    def pull(dtype, adjoint):
+        def local(gain, z_bar):
+            f = lambda z, gain: jnp.tanh(gain.astype(dtype) * z + jnp.asarray(1, dtype))
+            solve = lambda gain: (
+                deq.fixed_point(f, 0 * z_bar, gain, solver=deq.Anderson(rtol=5e-3), adjoint=adjoint, batch_ndim=1).value
+            )
+            return jax.vjp(solve, gain)[1](z_bar)[0]
+
+        over = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+        return jax.jit(over)(jnp.full((8,), 0.5), z_bar.astype(dtype))
+
+    for adjoint in (deq.Implicit(), deq.ImplicitJVP(), deq.JFB()):
+        assert relative_error(pull(jnp.float16, adjoint), pull(jnp.float32, adjoint)) < 4e-3
+
+
+# ---- derivatives of an unrolled solve that has converged ---------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpoint", [None, True])
+def test_a_stopping_unroll_from_a_warm_start_has_the_derivative(x64, checkpoint):
+    # z* = 10 a. At the solution nothing is left to see, near it the residual has a way to go, at zero it is as ever.
+    def solve(a, z0):
+        solver = deq.Picard(rtol=1e-4, max_steps=300)
+        adjoint = deq.Unroll(checkpoint, stop=True)
+        z, stats = deq.fixed_point(lambda z: 0.9 * z + a, z0, solver=solver, adjoint=adjoint)
+        return z, stats
+
+    steps = {}
+    for z0 in (10.0, 10.0 + 1e-9, 9.99, 9.0, 0.0):
+        dz, stats = jax.jit(jax.grad(solve, has_aux=True))(1.0, z0)
+        np.testing.assert_allclose(dz, 10.0, rtol=2e-3)
+        assert stats.converged
+        steps[z0] = int(stats.steps)
+    assert steps[10.0] == 301 and steps[10.0 + 1e-9] < 120
+    # 0.9^k ≤ 1e-4 · 10 (1 − 0.9^k): the test at the cold start, which is that of the value alone
+    assert steps[0.0] == 2 + next(k for k in range(300) if 0.9**k <= 1e-3 * (1 - 0.9 ** (k + 1)))
+    assert abs(steps[9.99] - steps[0.0]) <= 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "solver", [deq.Anderson(history=2), deq.Anderson(), deq.Anderson(type=1, history=5), deq.Broyden()], ids=str
+)
+def test_an_accelerated_unroll_past_convergence_has_a_bounded_derivative(x64, solver, dtype):
+    def jacobian(z0):
+        f = lambda z, a: jnp.array([0.5, -2.0], dtype) * z + a
+        solve = lambda a: (
+            deq.fixed_point(
+                f, jnp.asarray(z0, dtype), a, solver=dataclasses.replace(solver, max_steps=40), adjoint=deq.Unroll()
+            ).value
+        )
+        return jax.jit(jax.jacrev(solve))(jnp.array([1.0, 3.0], dtype))
+
+    exact, eps = np.diag([2.0, 1 / 3]), np.finfo(dtype).eps
+    for z0 in ([0.0, 0.0], [0.3, -0.7]):
+        np.testing.assert_allclose(jacobian(z0), exact, rtol=0, atol=100 * eps)
+    # The second entry starts at its solution and the solve never moves along it: its derivative is that of the two
+    # steps which the first one took, and no longer grows with the steps after them.
+    np.testing.assert_allclose(jacobian([0.0, 1.0]), np.diag([2.0, -3.0]), rtol=0, atol=1e3 * eps)
 
 
 def test_checkpoints_at_every_step_are_not_those_of_root_l():

@@ -505,3 +505,74 @@ def test_the_default_backward_solve_converges_where_the_jacobian_expands(x64):
     assert jnp.all(backward.status == deq.Status.CONVERGED)
     want = np.linalg.solve((np.eye(dim) - A).swapaxes(-1, -2), z_bar[..., None])[..., 0]
     np.testing.assert_allclose(b_bar, want, rtol=0, atol=1e-4 * np.abs(want).max())
+
+
+# ---- what the backward solve is asked for ------------------------------------------------------------------
+
+
+def test_the_default_backward_tolerance_is_a_tenth_of_the_forward_one(x64):
+    # Slow enough that a residual is close to the tolerance when it first meets it.
+    n = 200
+    A = 0.95 * np.linalg.qr(np.random.default_rng(0).standard_normal((n, n)))[0]
+    for rtol in (1e-2, 1e-3):
+        loss = lambda b, probe: deq.fixed_point(
+            lambda z: A @ z + b, jnp.zeros(n), solver=deq.Anderson(rtol=rtol), probe=probe
+        ).value.sum()
+        probe = jax.jit(jax.grad(loss, 1))(jnp.ones(n), deq.Probe.zeros())
+        assert probe.status == Status.CONVERGED and 0.02 * rtol < probe.residual <= 0.1 * rtol
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_an_absolute_tolerance_asks_the_same_of_the_backward_solve(x64, traced, scale):
+    n = 200
+    A = 0.95 * np.linalg.qr(np.random.default_rng(0).standard_normal((n, n)))[0]
+    b = scale * np.ones(n)
+    atol = float(1e-3 * np.linalg.norm(np.linalg.solve(np.eye(n) - A, b)))
+
+    def loss(b, probe, atol):
+        solver = deq.Anderson(rtol=0.0, atol=atol)
+        z, stats = deq.fixed_point(lambda z: A @ z + b, jnp.zeros(n), solver=solver, probe=probe)
+        return z.sum(), stats
+
+    pull = lambda b, probe, atol: jax.grad(loss, (0, 1), has_aux=True)(b, probe, atol)
+    jitted = jax.jit(pull) if traced else jax.jit(functools.partial(pull, atol=atol))
+    (b_bar, probe), stats = jitted(b, deq.Probe.zeros(), *([atol] if traced else []))
+    assert stats.converged and probe.status == Status.CONVERGED and 0.02e-3 < probe.residual <= 0.11e-3
+    want = np.linalg.solve(np.eye(n) - A.T, np.ones(n))
+    assert np.linalg.norm(b_bar - want) < 5e-3 * np.linalg.norm(want)
+
+
+def test_an_absolute_tolerance_does_not_fail_a_sound_backward_solve(rng):
+    # float32: asked for nothing, the backward solve ended as STALLED, and ZERO took that for a failure.
+    n = 60
+    A = np.asarray(jax.random.normal(rng, (n, n)), "float64")
+    A, b = 0.8 * A / np.abs(np.linalg.eigvals(A)).max(), np.ones(n)
+    want = np.linalg.solve(np.eye(n) - A.T, np.ones(n))
+    for solver in (deq.Anderson(rtol=0.0, atol=1e-3), deq.Anderson(rtol=3e-7), deq.Anderson(rtol=0.0, max_steps=300)):
+
+        def loss(b, probe, solver=solver):
+            f = lambda z: jnp.asarray(A, jnp.float32) @ z + b
+            adjoint = deq.Implicit(on_failure=deq.OnFailure.ZERO)
+            z, stats = deq.fixed_point(f, jnp.zeros(n), solver=solver, adjoint=adjoint, probe=probe)
+            return z.sum(), stats
+
+        (b_bar, probe), stats = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(
+            jnp.asarray(b, jnp.float32), deq.Probe.zeros()
+        )
+        assert stats.sound and probe.status == Status.CONVERGED and probe.steps < 60
+        np.testing.assert_allclose(b_bar, want, rtol=0, atol=1e-3 * np.abs(want).max())
+
+
+def test_the_strictest_leaf_sets_the_backward_tolerance(x64):
+    from deq_jax.adjoints.implicit import default_backward
+
+    z = {"big": jnp.full((2, 3), 1e3), "none": jnp.zeros((2, 1)), "small": jnp.array([[3.0, 4.0], [0.0, 0.5]])}
+    rtol = default_backward(deq.Picard(rtol=1e-3, atol=1e-2), z, batch_ndim=1).rtol
+    np.testing.assert_allclose(rtol, 0.1 * (1e-3 + 1e-2 / (1e3 * np.sqrt(3))), rtol=1e-12)
+    zero = jax.tree.map(lambda leaf: 0 * leaf, z)
+    np.testing.assert_allclose(default_backward(deq.Picard(rtol=0.0, atol=1.0), zero, batch_ndim=1).rtol, 0.01)
+    assert default_backward(deq.Picard(rtol=1e-3), z, 1).rtol == 0.1 * 1e-3
+    assert default_backward(deq.Picard(rtol=0.0), z, 1).rtol == np.finfo("float64").eps
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), z)
+    assert default_backward(deq.Picard(rtol=1e-3), half, 1).rtol == 2.0**-7

@@ -15,8 +15,11 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, PyTree
 
 from deq_jax._trace import Bound
+from deq_jax.adjoints.linear_map import linear_map
 from deq_jax.solvers import Solver, Stats, Status, solve
-from deq_jax.solvers.base import choose, zeros_from
+from deq_jax.solvers.base import choose, leading_power, zeros_from
+
+HEADROOM = 2.0**-6  # of a float16 cotangent: room for digits below, and for the sum of a million entries above
 
 
 class Probe(NamedTuple):
@@ -24,7 +27,7 @@ class Probe(NamedTuple):
 
     Pass zeros, differentiate with respect to them, and read. Calls that share one probe add up in it. An
     adjoint that solves no backward equation reports its vector-Jacobian products, and a residual of inf;
-    `ImplicitJVP`, `Unroll` and `Reversible` leave the zeros as they are.
+    `Unroll` and `Reversible` leave the zeros as they are, and forward mode has no cotangents to report in.
 
     >>> import jax, jax.numpy as jnp, deq_jax as deq
     >>> def loss(w, probe):
@@ -120,6 +123,43 @@ def _value_bwd(f, batch_ndim, saved, z_bar):
 _value.defvjp(_value_fwd, _value_bwd)
 
 
+# ---- the rule at an equilibrium, in every mode -------------------------------------------------------------
+
+
+def at_equilibrium_in_every_mode(
+    self, f: Callable, found: Found, inputs: list, other: list, solver: Solver, batch_ndim: int, probe: Probe
+) -> PyTree:
+    """`at` for adjoints that also have a `pushforward(f, found, inputs, inputs_dot, solver, batch_ndim)`."""
+    return _value_in_every_mode(f, batch_ndim, self, solver, found._replace(memory=None), inputs, other, probe)
+
+
+_value_in_every_mode: Any = jax.custom_jvp(_take_z, nondiff_argnums=(0, 1))
+
+
+@_value_in_every_mode.defjvp
+def _value_jvp(f, batch_ndim, primals, tangents):
+    adjoint, solver, found, inputs, other, probe = primals
+    *_, inputs_dot, _, probe_dot = tangents
+    # Through the rule itself: z* depends on the inputs, so derivatives of the rule are right as well.
+    z_star = _value_in_every_mode(f, batch_ndim, adjoint, solver, found, inputs, other, probe)
+
+    def push(saved, dots):
+        (adjoint, solver, found, inputs, other), (inputs_dot, _) = saved, dots
+        pure = lambda z, inputs: f(z, inputs, other)
+        return adjoint.pushforward(pure, found, inputs, inputs_dot, solver, batch_ndim)
+
+    def pull(saved, z_bar):
+        adjoint, solver, found, inputs, other = saved
+        pure = lambda z, inputs: f(z, inputs, other)
+        return adjoint.pullback(pure, found, inputs, z_bar, solver, batch_ndim)
+
+    saved = adjoint, solver, found._replace(z=z_star), inputs, other
+    return z_star, linear_map(push, pull, saved, (inputs_dot, probe_dot))
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------
+
+
 # A custom_vjp refuses forward mode with a message that cannot say what to do. The identity below has a
 # derivative that can be transposed but not evaluated or batched: reverse mode passes, forward mode meets our
 # message. (It is a primitive, for a custom_jvp would have its rule batched in grad(vmap(f)), which is right.)
@@ -156,6 +196,28 @@ def reverse_mode_only(tree: PyTree) -> PyTree:
     return jax.tree.map(_identity_p.bind, tree)
 
 
+# Where a backward rule iterates, JAX refuses to differentiate it in reverse mode, with a message about loops. This
+# identity stands behind the rule, so that its transpose is asked for first.
+_first_order_p = Primitive("first_order_in_reverse_mode")
+_first_order_p.def_impl(lambda x, **_: x)
+_first_order_p.def_abstract_eval(lambda x, **_: x)
+ad.deflinear2(_first_order_p, lambda cotangent, _, who: _refuse_twice(who))
+batching.defvectorized(_first_order_p)
+mlir.register_lowering(_first_order_p, lambda _, x, **__: [x])
+
+
+def _refuse_twice(who):
+    raise TypeError(
+        f"{who} has a first derivative only; for grad of grad use adjoint=Implicit(), for any mix of modes "
+        "adjoint=ImplicitJVP()"
+    )
+
+
+def first_order_only(tree: PyTree, who: str) -> PyTree:
+    """The tree itself, what a backward rule returns; reverse mode through it is a TypeError that names the remedy."""
+    return jax.tree.map(functools.partial(_first_order_p.bind, who=who), tree)
+
+
 # ---- after the backward solve ------------------------------------------------------------------------------
 
 
@@ -168,13 +230,14 @@ def held_back(z: PyTree, u: PyTree, stats: Stats) -> PyTree:
     return choose(stats.steps >= 0, z, u)
 
 
-def inputs_bar(f: Callable, z: PyTree, inputs: PyTree, u: PyTree, stats: Stats) -> PyTree:
-    """fₐᵀu at f(z, inputs), linearized after the backward solve that found u and stats.
+def inputs_bar(f: Callable, z: PyTree, inputs: PyTree, u: PyTree, stats: Stats, scale: Any = None) -> PyTree:
+    """fₐᵀ(scale · u) at f(z, inputs), linearized after the backward solve that found u and stats.
 
     For one evaluation of f, what this needs of f at z is not kept through the solve, beside its history.
     """
     z = held_back(z, u, stats)
-    return jax.vjp(lambda inputs: f(z, inputs), inputs)[1](u)[0]
+    pull = lambda u: jax.vjp(lambda inputs: f(z, inputs), inputs)[1](u)[0]
+    return pull_scaled(pull, inputs, u, scale)
 
 
 # ---- arithmetic on states ----------------------------------------------------------------------------------
@@ -189,28 +252,82 @@ def unmeasured(products: int, like: PyTree, batch_ndim: int) -> Probe:
     return Probe(zero.steps + products, zero.residual + jnp.inf, zero.status + Status.MAX_STEPS)
 
 
+def unfolded(z_bar: PyTree, z: PyTree, batch_ndim: int) -> PyTree:
+    """z̄ itself. XLA cannot know that: of a loss such as z.sum(), it would spend seconds on folding norms of ones."""
+    leaf = jax.tree.leaves(z)[0].real
+    corner = jax.lax.stop_gradient(leaf.reshape(*leaf.shape[:batch_ndim], -1)[..., 0])
+    return choose(~(corner > jnp.inf), z_bar, jax.tree.map(zeros_from, z_bar))
+
+
 def power_of_two(tree: PyTree, batch_ndim: int) -> Float[Array, "*batch"]:
-    """The power of two just above the largest entry of each problem; 1 for zero, no gradient."""
-    tops = [
-        jnp.max(jnp.abs(leaf.reshape(*leaf.shape[:batch_ndim], -1)), axis=-1).astype(jnp.float32)
-        for leaf in jax.tree.leaves(jax.lax.stop_gradient(tree))
-    ]
-    top = functools.reduce(jnp.maximum, tops)
+    """The power of two just above the largest entry of each problem; 1 for zero, Inf and NaN, no gradient."""
+    top = _top(tree, batch_ndim)
     usable = jnp.isfinite(top) & (top > 0)
-    _, exponent = jnp.frexp(jnp.where(usable, top, 1))
-    return jnp.ldexp(zeros_from(top) + 1, jnp.clip(exponent, -120, 120))
+    return jnp.where(usable, 2 * leading_power(jnp.where(usable, top, 1)), 1)
 
 
-def _broadcast(scale: Float[Array, "*batch"], leaf: Array) -> Array:
-    return scale.reshape(scale.shape + (1,) * (leaf.ndim - scale.ndim)).astype(leaf.real.dtype)
+def _top(tree: PyTree, batch_ndim: int) -> Float[Array, "*batch"]:
+    """The largest entry of each problem, in float32 or wider; no gradient."""
+    leaves = jax.tree.leaves(jax.lax.stop_gradient(tree))
+    wide = jnp.result_type(jnp.float32, *(leaf.real.dtype for leaf in leaves))
+    tops = [jnp.max(jnp.abs(leaf.reshape(*leaf.shape[:batch_ndim], -1)), axis=-1).astype(wide) for leaf in leaves]
+    return functools.reduce(jnp.maximum, tops)
 
 
 def multiply(tree: PyTree, scale: Float[Array, "*batch"]) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf * _broadcast(scale, leaf), tree)
+    return jax.tree.map(lambda leaf: _with_scale(jnp.multiply, leaf, scale), tree)
 
 
 def divide(tree: PyTree, scale: Float[Array, "*batch"]) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf / _broadcast(scale, leaf), tree)
+    return jax.tree.map(lambda leaf: _with_scale(jnp.divide, leaf, scale), tree)
+
+
+def _with_scale(operation: Callable, leaf: Array, scale: Float[Array, "*batch"]) -> Array:
+    """Computed in float32 or wider: neither a scale nor its reciprocal need be a number of float16."""
+    if jnp.iscomplexobj(leaf):
+        return jax.lax.complex(*(_with_scale(operation, part, scale) for part in (leaf.real, leaf.imag)))
+    wide = jnp.promote_types(leaf.dtype, scale.dtype)
+    scale = jax.lax.expand_dims(scale.astype(wide), range(scale.ndim, leaf.ndim))
+    return operation(leaf.astype(wide), scale).astype(leaf.dtype)
+
+
+def unit_in_float16(z_bar: PyTree, batch_ndim: int) -> tuple[PyTree, Any]:
+    """(z̄ / scale, scale) where float16 would lose z̄, else (z̄, None)."""
+    if not _has_float16(z_bar):
+        return z_bar, None
+    scale = power_of_two(z_bar, batch_ndim)
+    return divide(z_bar, scale), scale
+
+
+def pull_scaled(pull: Callable, inputs: PyTree, u: PyTree, scale: Any = None) -> PyTree:
+    """pull(scale · u), a pullback to inputs, also where scale · u leaves the range of a float16 state.
+
+    There all problems share the inputs, so one more power of two brings the largest of them to HEADROOM, and the
+    result is multiplied by it again, in the dtype of the inputs.
+    """
+    if scale is None or not _has_float16(u):
+        return pull(u if scale is None else multiply(u, scale))
+    tops = _top(u, scale.ndim).astype(scale.dtype) * scale
+    top = _over_shards(jnp.max(jnp.where(jnp.isfinite(tops), tops, 0)), inputs)
+    common = power_of_two(top, 0) / HEADROOM
+    return multiply(pull(multiply(u, scale / common)), common)
+
+
+def _has_float16(tree: PyTree) -> bool:
+    return any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(tree))
+
+
+def _over_shards(top: Float[Array, ""], inputs: PyTree) -> Float[Array, ""]:
+    """The maximum over the axes of a shard_map whose shards share some of the inputs: a pullback sums over them."""
+    axes = _varies(top) - frozenset.intersection(_varies(top), *map(_varies, jax.tree.leaves(inputs)))
+    return jax.lax.pmax(top, tuple(sorted(axes))) if axes else top
+
+
+def _varies(x: Array) -> frozenset:
+    """The axes of a shard_map over which x may differ."""
+    aval = jax.typeof(x)
+    # The attribute has another name from jax 0.10 on.
+    return frozenset(aval.vma if hasattr(aval, "vma") else getattr(getattr(aval, "mat", None), "varying", ()))
 
 
 def add(a: PyTree, b: PyTree) -> PyTree:

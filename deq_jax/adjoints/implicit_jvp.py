@@ -1,24 +1,33 @@
 """The exact derivative in every mode: forward, reverse and any mix of them."""
 
-import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from deq_jax._config import config
-from deq_jax.adjoints.base import divide, multiply, power_of_two, run_at_equilibrium
-from deq_jax.adjoints.implicit import check_backward_solver, default_backward
-from deq_jax.solvers import solve
+from deq_jax._trace import hoist
+from deq_jax.adjoints.base import (
+    Probe,
+    add,
+    at_equilibrium_in_every_mode,
+    divide,
+    multiply,
+    power_of_two,
+    run_at_equilibrium,
+)
+from deq_jax.adjoints.implicit import Implicit, OnFailure, backward_solver, check_backward_solver
 
 
 @config
 class ImplicitJVP:
-    """The derivative of `Implicit`, as a custom JVP: jvp, jacfwd, linearize, hessian, and reverse mode too.
+    """The derivative of `Implicit` in every mode: jvp, jacfwd, linearize, hessian, and reverse mode too.
 
-    The tangent equation (I − J) ż = fₐ ȧ is a `lax.custom_linear_solve`, whose transpose is the backward
-    equilibrium; both are solved by `solver`, or by `Implicit`'s default. The price: no `Probe` (its cotangent
-    stays zero), and no policy for a solve that failed.
+    Forward mode solves the tangent equation (I − J) ż = fₐ ȧ, reverse mode the backward equilibrium of `Implicit`;
+    both by `solver`, or by `Implicit`'s default. Each asks of f that mode alone: an f with a `while_loop` has a forward
+    derivative only, and that is enough for jvp and jacfwd.
+
+    In reverse mode `Probe` says how the backward solve ended. Forward mode has no cotangent to say it in: there, a
+    tangent solve that failed gives its best iterate without a flag. There is no policy for a solve that failed.
 
     >>> import jax, jax.numpy as jnp, deq_jax as deq
     >>> root = lambda a: deq.fixed_point(lambda z: jnp.cos(a * z), 0.0, adjoint=deq.ImplicitJVP()).value
@@ -35,33 +44,18 @@ class ImplicitJVP:
     run = run_at_equilibrium
 
     def at(self, f, found, inputs, other, solver, batch_ndim, probe):
-        linear_solver = default_backward(solver) if self.solver is None else self.solver
-        return _value(f, batch_ndim, linear_solver, found.z, inputs, other)
+        solver = backward_solver(self, solver, found.z, batch_ndim)
+        return at_equilibrium_in_every_mode(self, f, found, inputs, other, solver, batch_ndim, probe)
 
+    on_failure = OnFailure.KEEP  # no option yet, but what the pullback asks for
+    pullback = Implicit.pullback
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _value(f, batch_ndim, solver, z, inputs, other):
-    return z
-
-
-@_value.defjvp
-def _value_jvp(f, batch_ndim, primals, tangents):
-    solver, z, inputs, other = primals
-    _, _, inputs_dot, _ = tangents
-    # Through the rule itself: z* depends on the inputs, so derivatives of the rule are right as well.
-    z_star = _value(f, batch_ndim, solver, z, inputs, other)
-
-    # z = f(z, a)  ⇒  (I − J) ż = fₐ ȧ
-    _, along_inputs = jax.jvp(lambda inputs: f(z_star, inputs, other), (inputs,), (inputs_dot,))
-    _, along_z = jax.linearize(lambda z: f(z, inputs, other), z_star)
-    i_minus_j = lambda v: jax.tree.map(jnp.subtract, v, along_z(v))
-
-    def equilibrium(matvec, b):
-        # (I − J) v = b as the fixed point v = b + v − (I − J) v, on a right side of unit size
+    def pushforward(self, f, found, inputs, inputs_dot, solver, batch_ndim):
+        # z = f(z, a)  ⇒  ż = fₐ ȧ + J ż: a fixed point too, solved for ż / scale, a power of two a problem.
+        _, b = jax.jvp(lambda inputs: f(found.z, inputs), (inputs,), (inputs_dot,))
+        _, along_z = jax.linearize(lambda z: f(z, inputs), found.z)
         scale = power_of_two(b, batch_ndim)
         unit = divide(b, scale)
-        cell = lambda v: jax.tree.map(lambda b, v, mv: b + (v - mv), unit, v, matvec(v))
-        return multiply(solve(cell, unit, solver, batch_ndim).value, scale)
-
-    z_dot = jax.lax.custom_linear_solve(i_minus_j, along_inputs, equilibrium, transpose_solve=equilibrium)
-    return z_star, z_dot
+        fun, v_inputs, v_other = hoist(lambda v: add(unit, along_z(v)), unit)
+        v, _ = self.run(fun, unit, v_inputs, v_other, solver, batch_ndim, Probe.like(unit, batch_ndim))
+        return multiply(v, scale)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_jax._config import check_number, config
-from deq_jax.adjoints.base import conj, reverse_mode_only
+from deq_jax.adjoints.base import conj, first_order_only, reverse_mode_only
 from deq_jax.solvers.base import Stats, Status, judge, norm, raveler, within, zeros_from
 
 SPOILED = 1e-2  # relative error of a state walked back to z0 from which on we warn
@@ -143,7 +143,8 @@ def _solve_bwd(f, batch_ndim, saved, cotangents):
     z_bar = ravel(conj(z_bar)).astype(z.dtype)
     carry = y, z, zeros_from(z_bar), z_bar, jax.tree.map(zeros_from, inputs)
     *_, y_bar, z_bar, inputs_bar = jax.lax.fori_loop(0, jnp.max(steps), body, carry)
-    return None, conj(unravel(y_bar + z_bar)), inputs_bar, None
+    z0_bar, inputs_bar = first_order_only((conj(unravel(y_bar + z_bar)), inputs_bar), "Reversible")
+    return None, z0_bar, inputs_bar, None
 
 
 _solve.defvjp(_solve_fwd, _solve_bwd)

@@ -12,10 +12,11 @@ from deq_jax.adjoints.base import (
     at_equilibrium,
     conj,
     divide,
+    first_order_only,
     inputs_bar,
-    multiply,
     power_of_two,
     run_at_equilibrium,
+    unfolded,
 )
 from deq_jax.solvers import Broyden, solve
 from deq_jax.solvers.broyden import BroydenState
@@ -67,17 +68,19 @@ class Shine:
 
     def pullback(self, f, found, inputs, z_bar, solver, batch_ndim):
         _, along_z = jax.vjp(lambda z: f(z, inputs), found.z)
+        z_bar = unfolded(z_bar, found.z, batch_ndim)
         scale = power_of_two(z_bar, batch_ndim)
-        u0 = conj(divide(z_bar, scale))
+        unit = divide(z_bar, scale)
 
         def cell(u):
-            return conj(divide(add(z_bar, along_z(multiply(conj(u), scale))[0]), scale))
+            return conj(add(unit, along_z(conj(u))[0]))
 
         products = self.refine + 2
         memory = _transposed(found.memory, room=products + 1)
         backward = dataclasses.replace(solver, rtol=0.01 * solver.rtol, max_steps=products, damping=1.0)
-        u, stats, *_ = solve(cell, u0, backward, batch_ndim, memory=memory)
-        return inputs_bar(f, found.z, inputs, multiply(conj(u), scale), stats), as_probe(stats)
+        u, stats, *_ = solve(cell, conj(unit), backward, batch_ndim, memory=memory)
+        ended = first_order_only(inputs_bar(f, found.z, inputs, conj(u), stats, scale), "Shine")
+        return ended, as_probe(stats)
 
 
 def _transposed(state: BroydenState, room: int) -> BroydenState:

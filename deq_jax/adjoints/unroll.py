@@ -6,18 +6,23 @@ import jax
 import jax.numpy as jnp
 
 from deq_jax._config import check_number, check_sees_all, config
-from deq_jax.solvers.base import measure, norm, raveler, within, zeros_from
+from deq_jax.solvers.base import choose, measure, norm, ratio, raveler, within, zeros_from
+
+ROUNDING = 8  # a relative residual of so many eps: it tells an acceleration no more of z, nor of its derivative
 
 
 @config
 class Unroll:
     """Backpropagation through the iterations of the solver: for `Picard`, the weight-tied network of that depth.
 
-    All `max_steps` iterations are run, and the last iterate is the value; with `stop=True` a problem keeps the
-    first iterate that meets the tolerances, and f is not called once all have. Of a solver that may take a step
-    back (`Broyden` with its line search, `NewtonKrylov`, `Robust`) the value is the best iterate it has seen, and
-    which steps it took and how far a trust region let them go are constants. Stats.steps counts the one
-    evaluation more that measures the value (XLA drops it where the stats are not used). The derivative reaches
+    All `max_steps` iterations are run, and the last iterate is the value. With `stop=True` a problem keeps the first
+    iterate that meets the tolerances, and f is not called once all have. A value that has converged says nothing of
+    its derivative, so the residual must also meet the tolerance relative to the way from z0: from a start near the
+    solution a problem goes on, and from one at the solution to the end of the budget. A start at zero changes nothing.
+    A solver with a memory stands still once the residual is rounding: the derivative is that of the steps before. Of a
+    solver that may take a step back (`Broyden` with its line search, `NewtonKrylov`, `Robust`) the value is the best
+    iterate it has seen, and which steps it took and how far a trust region let them go are constants. Stats.steps counts
+    the one evaluation more that measures the value (XLA drops it where the stats are not used). The derivative reaches
     z0 too, in forward and in reverse mode.
 
     Memory of the backward pass for L iterations, in linearizations of f: L with `checkpoint=None`; with
@@ -48,21 +53,31 @@ class Unroll:
             )
         ravel, unravel = raveler(z0, batch_ndim)
         recovers, asks = getattr(solver, "recovers", False), getattr(solver, "asks", None)
+        accelerated = bool(jax.tree.leaves(jax.eval_shape(lambda: solver.init(ravel(z0)))))
+        if accelerated:  # without memory, rarer tests change no iterate
+            check_sees_all(solver, "Unroll")
+        eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(z0))
+        start = jax.lax.stop_gradient(ravel(z0))
 
         def iterate(carry):
             z, state, running, steps, best, least = carry
-            g = ravel(f(unravel(z), inputs, other)) - z
-            step, state = solver.update(g, state, z)
-            new_z, steps = ravel(unravel(z + step if asks is None else asks(state))), steps + running
-            g, fz = jax.lax.stop_gradient((g, g + z))
-            residual = norm(g)  # XLA drops it where nothing below reads it
+            g, steps = ravel(f(unravel(z), inputs, other)) - z, steps + running
+            frozen_g, fz = jax.lax.stop_gradient((g, g + z))
+            residual, scale = norm(frozen_g), norm(fz)  # XLA drops what nothing below reads
             if recovers:
                 better = running & (residual < least)
                 best, least = jnp.where(better[..., None], z, best), jnp.where(better, residual, least)
             if self.stop:
-                running = running & ~within(residual, norm(fz), solver)
-                new_z = jnp.where(running[..., None], new_z, z)
-            return new_z, state, running, steps, best, least
+                running = running & ~self._ended(residual, scale, norm(fz - start), solver, eps)
+            rounding = (residual <= ROUNDING * eps * scale) & accelerated
+            if not self.stop and not accelerated:
+                return ravel(unravel(z + solver.update(g, state, z)[0])), state, running, steps, best, least
+            held = rounding | ~running if self.stop else rounding
+            # No step is taken where a problem is held, and the derivative of one that is not taken may be infinite.
+            step, new_state = solver.update(*choose(held, jax.lax.stop_gradient((g, state, z)), (g, state, z)))
+            new_z = ravel(unravel(z + step if asks is None else asks(new_state)))
+            new_z, new_state = choose(held, (z, state), (new_z, new_state))
+            return new_z, new_state, running, steps, best, least
 
         def body(carry, _):
             if not self.stop:
@@ -72,8 +87,6 @@ class Unroll:
 
         z, length = ravel(z0), solver.max_steps
         state = solver.init(z)
-        if jax.tree.leaves(state):  # without memory, rarer tests change no iterate
-            check_sees_all(solver, "Unroll")
         zero = zeros_from(jax.lax.stop_gradient(z[..., 0]))
         carry = z, state, zero == 0, zero.astype(jnp.int32), z, zero + jnp.inf
         every = math.isqrt(length - 1) + 1 if self.checkpoint is True and length else self.checkpoint
@@ -90,3 +103,11 @@ class Unroll:
         z = unravel(best if recovers else last)
         z_frozen, frozen, solver = jax.lax.stop_gradient((z, inputs, solver))
         return z, measure(lambda z: f(z, frozen, other), z_frozen, solver, steps, batch_ndim)
+
+    def _ended(self, residual, scale, travelled, solver, eps):
+        """Within the tolerance of the value, and of how far the start was: that many times smaller is Jᵏ too."""
+        # What rounding hides is no contraction.
+        least = jnp.minimum(eps * scale, solver.atol + solver.rtol * scale)
+        seen = jnp.maximum(residual, least)
+        asked = (solver.atol + solver.rtol * scale) * ratio(travelled, scale)
+        return within(residual, scale, solver) & (seen <= asked)
