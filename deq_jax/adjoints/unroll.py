@@ -49,13 +49,13 @@ class Unroll:
                 f"{solver.max_steps}. Use Implicit, Phantom, Neumann or JFB to sweep a traced step budget."
             )
         ravel, unravel = raveler(z0, batch_ndim)
-        recovers, asks = getattr(solver, "recovers", False), getattr(solver, "asks", None)
+        recovers, next_point = getattr(solver, "recovers", False), getattr(solver, "next_point", lambda state, z: z)
 
         def iterate(carry):
             z, state, running, steps, best, least = carry
             g = ravel(f(unravel(z), inputs, other)) - z
             step, state = solver.update(g, state, z)
-            new_z, steps = ravel(unravel(z + step if asks is None else asks(state))), steps + running
+            new_z, steps = ravel(unravel(next_point(state, z + step))), steps + running
             g, fz = jax.lax.stop_gradient((g, g + z))
             residual = norm(g)  # XLA drops it where nothing below reads it
             if recovers:

@@ -43,8 +43,10 @@ class Solver(Protocol):
     A problem that has stopped is evaluated at its best z again while others run: where z did not move, `update`
     keeps what the state remembers. Optional are
     - `resume(state) -> state`: prepares the memory of an earlier solve for this one;
-    - `recovers = True`: an evaluation that is huge or not finite, after one that was, is not the end;
-    - `asks(state) -> z`: the next point itself, which z + step would round;
+    - `can_backtrack(state) -> Bool[*batch]`: whether an evaluation that is not finite, of the point which the state has
+      asked for, is not the end, since `update` answers it with another point;
+    - `recovers = True`: nor is one that is huge, and only the best iterate is worth returning (`Unroll`);
+    - `next_point(state, z) -> z`: the next point itself, which z + step, given as `z`, would round;
     - `patience`: evaluations that may pass without a better residual before a solve counts as stalled;
     - `test_every`: evaluations for one that is tested and shown to `update`; those before it are steps of
       `damping`·(f(z) − z).
@@ -153,7 +155,7 @@ def evaluation(
     ravel, unravel = raveler(z0, batch_ndim)
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(z0))
     floor = min(64 * eps, 0.05)  # relative residual at which rounding in f may hide all progress
-    recovers, asks = getattr(solver, "recovers", False), getattr(solver, "asks", None)
+    recovers, next_point = getattr(solver, "recovers", False), getattr(solver, "next_point", lambda state, z: z)
     patience = max(STALE_EVALUATIONS, getattr(solver, "patience", 0))
 
     def body(loop: Loop) -> Loop:
@@ -183,7 +185,7 @@ def evaluation(
         status = jnp.where(steps >= solver.max_steps, Status.MAX_STEPS, RUNNING)
         status = jnp.where(stalled, Status.STALLED, status)
         status = jnp.where(escaped & (not recovers), Status.DIVERGED, status)
-        status = jnp.where(finite | (recovers & ~first), status, Status.NONFINITE)
+        status = jnp.where(finite | (can_backtrack(solver, loop.solver, first) & ~first), status, Status.NONFINITE)
         status = jnp.where(converged, Status.CONVERGED, status)
         status = jnp.where(running, status, loop.status)
 
@@ -191,7 +193,7 @@ def evaluation(
         better = running & finite & ~lost & (converged | (residual < loop.best_residual))
         best = jnp.where(better[..., None], loop.z, loop.best)
         step, state = solver.update(g, loop.solver, loop.z)
-        z = loop.z + step if asks is None else asks(state)
+        z = next_point(state, loop.z + step)
         z = jnp.where((status == RUNNING)[..., None], ravel(unravel(z)), best)
         seen = Seen(loop.evaluation, z_tree, fz_tree, residual, ratio(residual, scale), running)
         return Loop(
@@ -345,6 +347,11 @@ def leading_power(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     mask = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, x.dtype), bits)
     power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, bits) & mask, x.dtype)
     return jnp.clip(power, 2.0 ** (info.minexp + 2), 2.0 ** (info.maxexp - 3))
+
+
+def can_backtrack(solver: Solver, state: Any, like: Bool[Array, "*batch"]) -> Bool[Array, "*batch"]:
+    """Where the point that the state asks for may turn out not finite: nowhere, for a solver that does not say."""
+    return solver.can_backtrack(state) if hasattr(solver, "can_backtrack") else like & False
 
 
 def ratio(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

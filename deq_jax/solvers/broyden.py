@@ -72,6 +72,9 @@ class Broyden:
         """Whether a step to where f is huge or not finite is cut rather than the end."""
         return self.line_search > 0
 
+    def can_backtrack(self, state: BroydenState) -> Bool[Array, "*batch"]:
+        return (state.cuts >= 0) & (self.line_search > 0)
+
     def init(self, z: Float[Array, "*batch dim"]) -> BroydenState:
         zero, slots = zeros_from(z), min(self.rank, 2 * z.shape[-1]) + 1
         steps, none = jnp.stack([zero] * slots, axis=-2), zero[..., 0]
@@ -79,7 +82,7 @@ class Broyden:
         count = jnp.zeros((), jnp.int32)
         return BroydenState(count, zero, zero, none, none > 0, steps, middle, none + 1, cuts, z)
 
-    def asks(self, state: BroydenState) -> Float[Array, "*batch dim"]:
+    def next_point(self, state: BroydenState, z: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
         return state.ask
 
     def resume(self, state: BroydenState) -> BroydenState:

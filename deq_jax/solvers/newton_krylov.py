@@ -83,7 +83,10 @@ class NewtonKrylov:
         """Nothing of an earlier solve is a start for this one."""
         return self.init(zeros_from(state.base))
 
-    def asks(self, state: NewtonKrylovState) -> Float[Array, "*batch dim"]:
+    def can_backtrack(self, state: NewtonKrylovState) -> Bool[Array, "*batch"]:
+        return state.known | True
+
+    def next_point(self, state: NewtonKrylovState, z: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
         return state.ask
 
     def update(
