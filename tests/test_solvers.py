@@ -182,7 +182,8 @@ def test_the_best_iterate_survives_a_later_nan(x64, Solver):
     elif steps_back:
         assert jnp.all((z > 0.9) & (z <= 1))  # as near the edge as it can get
     else:
-        np.testing.assert_allclose(z, 0.5, rtol=1e-12)  # the secant step lands on 5/3
+        # The secant step lands on 5/3, and plain steps take its place until one is undefined as well.
+        np.testing.assert_allclose(z, 0.85, rtol=1e-12)
 
 
 def test_the_best_iterate_is_returned_not_the_last(x64):
@@ -504,8 +505,8 @@ def test_anderson_knows_the_products_of_its_residual_with_the_history(x64, rng, 
         step, state = solver.update(g * (jnp.nan if k == 5 else 1.0), state, z)
         if k != 5:
             in_use = state.lengths[-1] > 0
-            # NaN ends a history; the problem's change gives no pair.
-            assert in_use.sum() == {6: 0, 7: 1, 8: 1, 9: 2, 10: 2}.get(k, min(k, 3))
+            # NaN ends a history, but is no part of the next pair; the problem's change gives none.
+            assert in_use.sum() == {6: 1, 7: 2, 8: 2, 9: 2, 10: 2}.get(k, min(k, 3))
             direct = (state.dg if type == 2 else state.dw) @ g
             np.testing.assert_allclose(state.target[in_use], direct[in_use], rtol=1e-10, atol=1e-13)
             z = z + step
@@ -524,6 +525,143 @@ def test_anderson_ridge_is_relative(x64, rng):
 
     for scale in (2.0**-20, 2.0**20):
         np.testing.assert_allclose(steps(scale), steps(1.0), rtol=1e-12)
+
+
+LOG = np.array([2.0, 3.75, 5.0, 8.0])[:, None]
+
+
+def log_cell(n, c):
+    """Defined for n > 1. Plain iteration stays there; an extrapolated iterate may not."""
+    return 1 + jnp.log(3 / n) / jnp.log(c * n / (n - 1))
+
+
+def plain_iteration(f, z, count, *args):
+    for _ in range(count):
+        z = f(z, *args)
+    return z
+
+
+@pytest.mark.parametrize("type", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_anderson_takes_back_a_step_out_of_the_domain_of_f(x64, type, dtype):
+    c, rtol = jnp.asarray(LOG, dtype), {"float32": 1e-5, "float64": 1e-10}[dtype]
+    want = plain_iteration(log_cell, jnp.full((4, 1), 1.3), 200, LOG)
+    run = jax.jit(lambda c, z0, solver: solve(lambda z: log_cell(z, c), z0, solver, 1))
+    for start in (1.001, 1.01, 1.4):
+        for damping in (0.7, 1.0):
+            solver = deq.Anderson(rtol=rtol, damping=damping, history=3, type=type)
+            n, stats = run(c, jnp.full((4, 1), start, dtype), solver)
+            assert stats.converged.all(), (start, damping, stats)
+            np.testing.assert_allclose(n, want, rtol=20 * rtol)
+
+
+def over_devices(f):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    return jax.shard_map(f, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.vmap, over_devices], ids=["batch", "vmap", "shard_map"])
+def test_the_step_back_under_transforms(x64, transform):
+    run = lambda z0, c: solve(lambda z: log_cell(z, c), z0, deq.Anderson(rtol=1e-9, history=3), z0.ndim - 1)
+    n, stats = jax.jit(transform(run))(jnp.full((4, 1), 1.001), LOG)
+    assert stats.converged.all()
+    np.testing.assert_allclose(n, plain_iteration(log_cell, jnp.full((4, 1), 1.3), 200, LOG), rtol=1e-7)
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_anderson_steps_back_from_an_iterate_that_plain_steps_made_nan(x64, every):
+    solver = deq.Anderson(rtol=1e-9, history=3, test_every=every)
+    n, stats = solve_jit(lambda n: log_cell(n, LOG), jnp.full((4, 1), 1.001), solver, 1)
+    assert stats.converged.all()
+    np.testing.assert_allclose(n, plain_iteration(log_cell, jnp.full((4, 1), 1.3), 200, LOG), rtol=1e-7)
+
+
+def test_a_problem_that_leaves_its_domain_changes_no_bit_of_the_others():
+    c = jnp.asarray(LOG, jnp.float32)
+    run = jax.jit(lambda z0: deq_solvers.solve(lambda n: log_cell(n, c), z0, deq.Anderson(rtol=1e-5, history=3), 1))
+    near = jnp.full((4, 1), 1.4)
+    stays, leaves = run(near), run(near.at[2].set(1.001))
+    assert leaves.stats.converged.all() and leaves.stats.steps[2] > stays.stats.steps[2]
+    others = np.arange(4) != 2
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(leaves))
+    for before, after in zip((stays.value, *stays.stats), (leaves.value, *leaves.stats), strict=True):
+        np.testing.assert_array_equal(before[others], after[others])
+
+
+@pytest.mark.parametrize("type", [1, 2])
+@pytest.mark.parametrize("bad", ["NaN", "Inf", "Inf at Inf", "huge"])
+def test_what_is_not_finite_leaves_no_trace_in_the_history(x64, rng, type, bad):
+    f = lambda z: jnp.cos(jnp.arange(1.0, 9) * z[::-1])
+    solver = deq.Anderson(history=3, damping=0.7, type=type)
+    z = jax.random.normal(rng, (8,))
+    state = solver.init(z)
+    for _ in range(4):
+        last, g = z, f(z) - z
+        step, state = solver.update(g, state, z)
+        z = z + step
+    assert solver.can_backtrack(state)
+    where = {"NaN": z, "Inf": z, "Inf at Inf": z.at[1].set(jnp.inf), "huge": 1e200 * z}[bad]
+    worst = jnp.zeros(8).at[3].set(jnp.nan if bad == "NaN" else jnp.inf)
+    step, after = solver.update(worst, state, where)
+    np.testing.assert_allclose(solver.next_point(after, where + step), last + 0.7 * g, rtol=1e-15)
+    assert not solver.can_backtrack(after)  # from a plain step there is no way back
+    for name, old, new in zip(state._fields, state, after, strict=True):
+        assert jnp.all(jnp.isfinite(new))
+        if name in ("w", "g", "dw", "dg", "gram", "target", "least", "mark"):
+            np.testing.assert_array_equal(old, new, err_msg=name)
+    # The next pair is that of the two iterates on either side of it.
+    z = solver.next_point(after, where + step)
+    _, then = solver.update(f(z) - z, after, z)
+    np.testing.assert_allclose(then.dg[(after.count - 1) % 3], f(z) - z - g, rtol=1e-12)
+    assert jnp.sum(then.lengths[-1] > 0) == 1
+
+
+def test_nan_at_a_plain_step_is_final(x64, count_calls):
+    for limit, calls in ((0.4, 2), (0.6, 4)):  # z1 = .5 is beyond; z2 is, and so is .975 in its place
+        f = count_calls(lambda z, limit=limit: jnp.where(z > limit, jnp.nan, 0.95 * z + 0.5))
+        z, stats = solve_jit(f, jnp.zeros(()), deq.Anderson(), 0)
+        assert (stats.status, stats.steps, f.calls) == (Status.NONFINITE, calls, calls)
+        assert z == (0.0 if limit < 0.5 else 0.5)
+
+
+def test_robust_lets_anderson_step_back(x64):
+    stages = deq.Anderson(history=3), deq.NewtonKrylov(krylov=1)
+    solver = deq.Robust(rtol=1e-9, stages=stages)
+    solved = jax.jit(lambda z0: deq_solvers.solve(lambda n: log_cell(n, LOG), z0, solver, 1))(jnp.full((4, 1), 1.001))
+    assert solved.stats.converged.all() and jnp.all(solved.memory.stage == 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_anderson_does_not_stand_still_where_plain_iteration_goes_on(x64, dtype):
+    # Job search: in units of wages that are declined, f is the same number, and the history has no step to offer.
+    wage, beta = jnp.linspace(10, 20, 11, dtype=dtype), jnp.linspace(0.5, 0.97, 200, dtype=dtype)[:, None]
+    p = jnp.exp(-0.5 * ((wage - 15) / 2) ** 2)
+    p, rtol = p / p.sum(), {"float32": 1e-5, "float64": 1e-9}[dtype]
+    f = lambda v: jnp.maximum(wage / (1 - beta), 12 + beta * (v @ p)[:, None])
+    z0 = wage / (1 - beta)
+    v, plain = solve_jit(f, z0, deq.Picard(rtol=rtol, max_steps=400), 1)
+    got, stats = solve_jit(f, z0, deq.Anderson(rtol=rtol, max_steps=400, history=4), 1)
+    assert plain.converged.all() and stats.converged.all(), stats.steps.max()
+    assert jnp.all(stats.steps <= 1.2 * plain.steps)
+    np.testing.assert_allclose(got, v, rtol=40 * rtol)
+
+
+def test_anderson_leaves_a_cycle_by_plain_steps(x64):
+    # On a line Anderson is the secant method, which cycles about kinks; the median of contractions is one.
+    draws = np.random.default_rng(1)
+    slope, at = 0.95 * draws.choice([-1.0, 1.0], (400, 5, 1)), draws.standard_normal((400, 5, 1))
+    f = lambda z: jnp.sort(slope * z[:, None] + at, axis=1)[:, 2]
+    z0 = jnp.asarray(3 * draws.standard_normal((400, 1)))
+    want, plain = solve_jit(f, z0, deq.Picard(rtol=1e-9, max_steps=1000), 1)
+    assert plain.converged.all()
+    for scale in (1.0, 2.0**60, 2.0**-60):
+        scaled = lambda z, scale=scale: scale * f(z / scale)
+        z, stats = solve_jit(scaled, scale * z0, deq.Anderson(rtol=1e-9, max_steps=500, history=2), 1)
+        assert stats.converged.all(), stats.status
+        np.testing.assert_allclose(z / scale, want, rtol=1e-6, atol=1e-9)
+        steps = stats.steps if scale == 1 else steps
+        np.testing.assert_array_equal(stats.steps, steps)
 
 
 def test_picard_step():
@@ -813,6 +951,14 @@ def test_the_first_pair_after_a_resume_does_not_mix_two_problems(x64, Solver):
     for name, old, new in zip(state._fields, state, after, strict=True):
         if name in ("middle", "dw", "dg", "gram", "lengths"):  # what is remembered of pairs
             np.testing.assert_array_equal(old, new, err_msg=name)
+
+
+@with_memory
+def test_a_healthy_solve_remembers_no_inf(Solver):
+    solver, f = Solver(), lambda z: 0.5 * jnp.cos(z) + jnp.array([0.1, 0.2])
+    memory = deq_solvers.solve(f, jnp.zeros(2), solver).memory
+    for state in (solver.init(jnp.zeros(2)), memory, solver.resume(memory)):
+        assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 
 
 @with_memory

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deq_jax._config import check_number, config
+from deq_jax._config import cast_options, check_number, config
 from deq_jax.adjoints.base import conj, first_order_only, reverse_mode_only
-from deq_jax.solvers.base import Stats, Status, judge, norm, raveler, within, zeros_from
+from deq_jax.solvers.base import Stats, Status, eps_of, judge, leaf_norms, per_problem, raveler, within, zeros_from
 
 SPOILED = 1e-2  # relative error of a state walked back to z0 from which on we warn
 
@@ -65,18 +65,20 @@ class Reversible:
 
 
 def _wide(dtype):
-    return jnp.promote_types(dtype, jnp.float64) if jax.config.read("jax_enable_x64") else dtype
+    return jnp.dtype(jnp.float64) if jax.config.read("jax_enable_x64") else dtype
 
 
 def _walk(f, batch_ndim, rules, z0, inputs, other):
     """(y, z) after the steps taken, the number of them for each problem, and the statistics of z."""
-    damping, solver = rules
     ravel, unravel = raveler(z0, batch_ndim)
     start = ravel(z0)
     start = start.astype(_wide(start.dtype))
+    damping, solver = cast_options(rules, start.dtype)
+    damping = per_problem(damping)
     call = lambda z: ravel(f(unravel(z), inputs, other)).astype(start.dtype)
 
-    norms = lambda z, fz: (norm(fz - ravel(unravel(z))), norm(fz))
+    leaves, eps = leaf_norms(z0, batch_ndim), eps_of(z0)
+    norms = lambda z, fz: (leaves(fz - ravel(unravel(z)).astype(fz.dtype)), leaves(fz))
 
     def body(carry):
         y, z, fz, running, steps = carry
@@ -84,15 +86,15 @@ def _walk(f, batch_ndim, rules, z0, inputs, other):
         # y ← (1 − β) y + β f(z), then z ← (1 − β) z + β f(y)
         y = move(y, (1 - damping) * y + damping * fz)
         z = move(z, (1 - damping) * z + damping * call(y))
-        fz, steps = call(z), steps + running
-        return y, z, fz, running & ~within(*norms(z, fz), solver) & (2 * steps + 3 <= solver.max_steps), steps
+        fz, steps = call(z), steps + running.astype(jnp.int32)
+        return y, z, fz, running & ~within(*norms(z, fz), solver, eps) & (2 * steps + 3 <= solver.max_steps), steps
 
     fz = call(start)
-    running = ~within(*norms(start, fz), solver) & (solver.max_steps >= 3)
+    running = ~within(*norms(start, fz), solver, eps) & (solver.max_steps >= 3)
     carry = start, start, fz, running, zeros_from(start[..., 0]).astype(jnp.int32)
     y, z, fz, _, steps = jax.lax.while_loop(lambda carry: jnp.any(carry[3]), body, carry)
 
-    stats = judge(*norms(z, fz), solver, 2 * steps + 1)
+    stats = judge(*norms(z, fz), solver, 2 * steps + 1, eps)
     nothing = 0, jnp.inf, jnp.inf, Status.MAX_STEPS  # what is known where no evaluation was allowed
     stats = Stats(*(jnp.where(solver.max_steps > 0, known, none) for known, none in zip(stats, nothing, strict=True)))
     return y, z, steps, stats
@@ -114,6 +116,7 @@ def _solve_bwd(f, batch_ndim, saved, cotangents):
     (damping, _), y, z, steps, inputs, other = saved
     z_bar, _ = cotangents
     ravel, unravel = raveler(z_bar, batch_ndim)
+    damping = per_problem(cast_options((damping,), y.dtype)[0])
     keep = 1 - damping
 
     def pull(at, weight):

@@ -5,8 +5,21 @@ import math
 import jax
 import jax.numpy as jnp
 
-from deq_jax._config import check_number, check_sees_all, config
-from deq_jax.solvers.base import choose, measure, norm, ratio, raveler, within, zeros_from
+from deq_jax._config import cast_options, check_number, check_sees_all, config
+from deq_jax.solvers.base import (
+    choose,
+    comparable,
+    eps_of,
+    leaf_norms,
+    measure,
+    per_problem,
+    ratio,
+    raveler,
+    whole,
+    wide_dtype,
+    within,
+    zeros_from,
+)
 
 ROUNDING = 8  # a relative residual of so many eps: it tells an acceleration no more of z, nor of its derivative
 
@@ -21,9 +34,9 @@ class Unroll:
     solution a problem goes on, and from one at the solution to the end of the budget. A start at zero changes nothing.
     A solver with a memory stands still once the residual is rounding: the derivative is that of the steps before. Of a
     solver that may take a step back (`Broyden` with its line search, `NewtonKrylov`, `Robust`) the value is the best
-    iterate it has seen, and which steps it took and how far a trust region let them go are constants. Stats.steps counts
-    the one evaluation more that measures the value (XLA drops it where the stats are not used). The derivative reaches
-    z0 too, in forward and in reverse mode.
+    iterate it has seen, and which steps it took and how far a trust region let them go are constants. Stats.steps
+    counts the one evaluation more that measures the value (XLA drops it where the stats are not used). The derivative
+    reaches z0 too, in forward and in reverse mode.
 
     Memory of the backward pass for L iterations, in linearizations of f: L with `checkpoint=None`; with
     `checkpoint=k`, L/k states and k linearizations, for one more forward pass. So 1 keeps every state and one
@@ -52,30 +65,32 @@ class Unroll:
                 f"{solver.max_steps}. Use Implicit, Phantom, Neumann or JFB to sweep a traced step budget."
             )
         ravel, unravel = raveler(z0, batch_ndim)
-        recovers, asks = getattr(solver, "recovers", False), getattr(solver, "asks", None)
+        solver = cast_options(solver, wide_dtype(z0))
+        recovers, next_point = getattr(solver, "recovers", False), getattr(solver, "next_point", lambda state, z: z)
         accelerated = bool(jax.tree.leaves(jax.eval_shape(lambda: solver.init(ravel(z0)))))
         if accelerated:  # without memory, rarer tests change no iterate
             check_sees_all(solver, "Unroll")
-        eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(z0))
+        norms, eps = leaf_norms(z0, batch_ndim), eps_of(z0)
         start = jax.lax.stop_gradient(ravel(z0))
 
         def iterate(carry):
             z, state, running, steps, best, least = carry
-            g, steps = ravel(f(unravel(z), inputs, other)) - z, steps + running
+            g, steps = ravel(f(unravel(z), inputs, other)) - z, steps + running.astype(jnp.int32)
             frozen_g, fz = jax.lax.stop_gradient((g, g + z))
-            residual, scale = norm(frozen_g), norm(fz)  # XLA drops what nothing below reads
+            residuals, scales = norms(frozen_g), norms(fz)  # XLA drops what nothing below reads
+            residual, scale = whole(residuals), whole(scales)
             if recovers:
                 better = running & (residual < least)
                 best, least = jnp.where(better[..., None], z, best), jnp.where(better, residual, least)
             if self.stop:
-                running = running & ~self._ended(residual, scale, norm(fz - start), solver, eps)
+                running = running & ~self._ended(residuals, scales, norms(fz - start), solver, eps)
             rounding = (residual <= ROUNDING * eps * scale) & accelerated
             if not self.stop and not accelerated:
                 return ravel(unravel(z + solver.update(g, state, z)[0])), state, running, steps, best, least
             held = rounding | ~running if self.stop else rounding
             # No step is taken where a problem is held, and the derivative of one that is not taken may be infinite.
             step, new_state = solver.update(*choose(held, jax.lax.stop_gradient((g, state, z)), (g, state, z)))
-            new_z = ravel(unravel(z + step if asks is None else asks(new_state)))
+            new_z = ravel(unravel(next_point(new_state, z + step)))
             new_z, new_state = choose(held, (z, state), (new_z, new_state))
             return new_z, new_state, running, steps, best, least
 
@@ -95,8 +110,8 @@ class Unroll:
         else:
             segment = lambda carry, n: jax.lax.scan(body, carry, length=n)[0]
             segment = jax.checkpoint(segment, static_argnums=1, prevent_cse=False)
-            whole, rest = divmod(length, every)
-            carry, _ = jax.lax.scan(lambda c, _: (segment(c, every), None), carry, length=whole)
+            segments, rest = divmod(length, every)
+            carry, _ = jax.lax.scan(lambda c, _: (segment(c, every), None), carry, length=segments)
             carry = segment(carry, rest) if rest else carry
 
         last, _, _, steps, best, _ = carry
@@ -104,10 +119,11 @@ class Unroll:
         z_frozen, frozen, solver = jax.lax.stop_gradient((z, inputs, solver))
         return z, measure(lambda z: f(z, frozen, other), z_frozen, solver, steps, batch_ndim)
 
-    def _ended(self, residual, scale, travelled, solver, eps):
+    def _ended(self, residuals, scales, travelled, solver, eps):
         """Within the tolerance of the value, and of how far the start was: that many times smaller is Jᵏ too."""
+        sizes = comparable(residuals, scales, eps)
+        tolerance = per_problem(solver.atol) + per_problem(solver.rtol) * sizes
         # What rounding hides is no contraction.
-        least = jnp.minimum(eps * scale, solver.atol + solver.rtol * scale)
-        seen = jnp.maximum(residual, least)
-        asked = (solver.atol + solver.rtol * scale) * ratio(travelled, scale)
-        return within(residual, scale, solver) & (seen <= asked)
+        seen = jnp.maximum(residuals, jnp.minimum(eps * sizes, tolerance))
+        contracted = jnp.all(seen <= tolerance * ratio(travelled, sizes), axis=-1)
+        return within(residuals, scales, solver, eps) & contracted

@@ -56,12 +56,13 @@ class Solver(Protocol):
     A problem that has stopped is evaluated at its best z again while others run: where z did not move, `update`
     keeps what the state remembers. Optional are
     - `resume(state) -> state`: prepares the memory of an earlier solve for this one;
-    - `can_backtrack(state) -> Bool[*batch]`: whether an evaluation that is huge or not finite is not the end, because
-      `update` will go back to an earlier iterate;
+    - `can_backtrack(state) -> Bool[*batch]`: whether an evaluation that is not finite, of the point that the state has
+      asked for, is not the end, because `update` will go back to an earlier iterate;
+    - `recovers = True`: nor is one that is huge, and only the best iterate is worth returning (`Unroll`);
     - `scale_free = True`: `update` sees residual and z divided by a power of two, one for each problem, that keeps
       products of two of them within the range of the dtype (and `atol` divided by the same); such a solver has
       `forget(state, where) -> state`, which keeps what it learned, and not where it is, in the problems of `where`;
-    - `asks(state) -> z`: the next point itself, which z + step would round;
+    - `next_point(state, z) -> z`: the next point itself, which z + step, given as `z`, would round;
     - `patience`: evaluations that may pass without a better residual before a solve counts as stalled;
     - `test_every`: evaluations for one that is tested and shown to `update`; those before it are steps of
       `damping`·(f(z) − z).
@@ -198,7 +199,7 @@ def evaluation(
     ravel, unravel = raveler(z0, batch_ndim)
     rounded_to_state, norms, eps = rounder(z0, batch_ndim), leaf_norms(z0, batch_ndim), eps_of(z0)
     floor = min(64 * eps, 0.05)  # relative residual at which rounding in f may hide all progress
-    patience = max(STALE_EVALUATIONS, getattr(solver, "patience", 0))
+    patience, recovers = max(STALE_EVALUATIONS, getattr(solver, "patience", 0)), getattr(solver, "recovers", False)
     one_leaf = len(jax.tree.leaves(z0)) == 1
     everywhere, anywhere, most = over_axes(getattr(f, "axes", ()))
 
@@ -243,7 +244,7 @@ def evaluation(
         backtracks = can_backtrack(solver, loop.solver, running)
         spent = steps >= solver.max_steps
         bound = jnp.where(spent, DIVERGED_GROWTH * first_scale, jnp.maximum(HOPELESS_GROWTH * first_scale, 1))
-        diverged = (lost | anywhere(residual > bound)) & ~backtracks & ~entering
+        diverged = (lost | anywhere(residual > bound)) & ~entering & (not recovers)
         status = jnp.select(
             [  # in order of priority
                 ~running,
@@ -285,22 +286,19 @@ def advance(solver: Solver, state: Any, fz: Array, z: Array, unit: Array, enteri
     # Where z0 was not finite, the solve goes on from f(z0): the solver is shown a point at rest, and forgets it again.
     z = jnp.where(entering[..., None], fz, z)
     residual = fz - z
-    asks = getattr(solver, "asks", None)
+    next_point = getattr(solver, "next_point", lambda state, z: z)
     if getattr(solver, "scale_free", False):
         scale, inverse = unit[..., None], (1 / unit)[..., None]
         solver = dataclasses.replace(solver, atol=solver.atol / unit)
         step, state = solver.update(residual * inverse, state, z * inverse)
-        moved = z + scale * step if asks is None else scale * asks(state)
-        return moved, solver.forget(state, entering)
+        return scale * next_point(state, z * inverse + step), solver.forget(state, entering)
     step, state = solver.update(residual, state, z)
-    return z + step if asks is None else asks(state), state
+    return next_point(state, z + step), state
 
 
 def can_backtrack(solver: Solver, state: Any, like: Bool[Array, "*batch"]) -> Bool[Array, "*batch"]:
-    answer = getattr(solver, "can_backtrack", None)
-    if getattr(solver, "recovers", False):
-        return like | True
-    return like & False if answer is None else answer(state)
+    """Where the point that the state asks for may turn out not finite: nowhere, for a solver that does not say."""
+    return solver.can_backtrack(state) if hasattr(solver, "can_backtrack") else like & False
 
 
 def grown(growth: Growth, residuals: Array, scales: Array, finite: Array) -> Growth:

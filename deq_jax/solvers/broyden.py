@@ -69,9 +69,13 @@ class Broyden:
             check_number(self, "keep", at_least=0, at_most=self.rank - 1)
         check_number(self, "line_search", at_least=0)
 
-    def can_backtrack(self, state: BroydenState) -> Bool[Array, "*batch"]:
+    @property
+    def recovers(self) -> bool:
         """Whether a step to where f is huge or not finite is cut rather than the end."""
-        return state.known | True if self.line_search else state.known & False
+        return self.line_search > 0
+
+    def can_backtrack(self, state: BroydenState) -> Bool[Array, "*batch"]:
+        return (state.cuts >= 0) & (self.line_search > 0)
 
     def init(self, z: Float[Array, "*batch dim"]) -> BroydenState:
         zero, slots = zeros_from(z), at_most(self.rank, 2 * z.shape[-1]) + 1
@@ -80,7 +84,7 @@ class Broyden:
         count = jnp.zeros((), jnp.int32)
         return BroydenState(count, zero, zero, none, none > 0, steps, middle, none + 1, cuts, z)
 
-    def asks(self, state: BroydenState) -> Float[Array, "*batch dim"]:
+    def next_point(self, state: BroydenState, z: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
         return state.ask
 
     def resume(self, state: BroydenState) -> BroydenState:

@@ -88,7 +88,10 @@ class NewtonKrylov:
     def forget(self, state: NewtonKrylovState, where: Bool[Array, "*batch"]) -> NewtonKrylovState:
         return state._replace(known=state.known & ~where, trial=state.trial & ~where)
 
-    def asks(self, state: NewtonKrylovState) -> Float[Array, "*batch dim"]:
+    def can_backtrack(self, state: NewtonKrylovState) -> Bool[Array, "*batch"]:
+        return state.known | True
+
+    def next_point(self, state: NewtonKrylovState, z: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
         return state.ask
 
     def update(

@@ -1,6 +1,7 @@
 """Robust: several solvers in turn, each problem moving on to the next when the present one fails."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax._config import Budget, check_sees_all, check_solver, check_stopping, config
-from deq_jax.solvers.base import choose, norm, zeros_from
+from deq_jax.solvers.base import can_backtrack, choose, norm, zeros_from
 from deq_jax.solvers.broyden import Broyden
 from deq_jax.solvers.newton_krylov import NewtonKrylov
 
@@ -96,7 +97,10 @@ class Robust:
         first, least, mark = (jnp.where(where, jnp.inf, x) for x in (state.first, state.least, state.mark))
         return state._replace(first=first, least=least, mark=mark, inner=(forget(entered, where), *others))
 
-    def asks(self, state: RobustState) -> Float[Array, "*batch dim"]:
+    def can_backtrack(self, state: RobustState) -> Bool[Array, "*batch"]:
+        return state.stage >= 0
+
+    def next_point(self, state: RobustState, z: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
         return state.ask
 
     def update(
@@ -115,7 +119,12 @@ class Robust:
 
         limit = jnp.asarray((*self.stall[:last], 0), jnp.int32)[state.stage]
         safe = jnp.asarray([getattr(stage, "recovers", False) for stage in self.stages])[state.stage]
-        blown = (lost | ~(g_norm <= BLOWN_UP * least)) & ~safe
+        backs = [
+            can_backtrack(stage, old, new) & (state.stage == i)
+            for i, (stage, old) in enumerate(zip(self.stages, state.inner, strict=True))
+        ]
+        ended = jnp.where(jnp.isfinite(g_norm), g_norm > BLOWN_UP * least, ~functools.reduce(jnp.logical_or, backs))
+        blown = (lost | ended) & ~safe
         switch = ((since >= limit) | blown) & (state.stage < last) & (least < jnp.inf)
         stage = state.stage + switch.astype(jnp.int32)
         since = jnp.where(switch, 0, since)
@@ -134,8 +143,7 @@ class Robust:
                 fresh = lambda: choose(enters, solver.init(here), old)
                 new = jax.lax.cond(jnp.any(enters), fresh, lambda: old)
                 step, new = solver.update(g, new, here)
-                asks = getattr(solver, "asks", None)
-                return here + step if asks is None else asks(new), new
+                return getattr(solver, "next_point", lambda state, z: z)(new, here + step), new
 
             point, new = jax.lax.cond(jnp.any(mine), run, lambda old: (here, old), old)
             ask = jnp.where(mine[..., None], point, ask)
