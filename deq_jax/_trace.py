@@ -235,3 +235,114 @@ def is_staged() -> bool:
 
 # These hold Python functions, new at each trace.
 RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "linear_map")
+
+
+class _Same:
+    """An object as a key: equal to itself alone, and kept alive, so that its id is nobody else's."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def program_key(jaxpr: Jaxpr) -> tuple:
+    """All that decides what the jaxpr computes, as a hashable value; variables are numbered as they appear.
+
+    Functions inside (a callback's) are compared by identity. The derivative rules of `jax.custom_jvp` and
+    `jax.custom_vjp` are left out: they have no part in the value, and `_key` compares what they compute.
+    """
+    numbers: dict[Any, int] = {}
+
+    def atom(v):
+        if isinstance(v, Literal):
+            return _value_key(np.asarray(v.val)), v.aval
+        return numbers.setdefault(v, len(numbers))
+
+    inputs = tuple((atom(v), v.aval) for v in (*jaxpr.constvars, *jaxpr.invars))
+    constants = tuple(map(_value_key, getattr(jaxpr, "consts", ())))  # on jax 0.12, where all jaxprs are closed
+    equations = tuple(
+        (
+            eqn.primitive,
+            tuple(map(atom, eqn.invars)),
+            _params_key(eqn.primitive.name, eqn.params),
+            tuple((atom(v), v.aval) for v in eqn.outvars),
+            _context_key(eqn),
+        )
+        for eqn in jaxpr.eqns
+    )
+    return len(jaxpr.constvars), inputs, constants, equations, tuple(map(atom, jaxpr.outvars))
+
+
+def _params_key(primitive: str, params: dict) -> tuple:
+    compared = params.items()
+    if primitive in RULES:
+        compared = [(name, value) for name, value in compared if isinstance(value, ClosedJaxpr | Jaxpr | int)]
+    return tuple((name, _value_key(value)) for name, value in sorted(compared))
+
+
+def _context_key(eqn: Any) -> tuple:
+    """What surrounded the operation when it was traced: a mesh, `compute_on`, metadata."""
+    public = [name for name in getattr(type(eqn.ctx), "__slots__", ()) if not name.startswith("_")]
+    return tuple((name, _value_key(getattr(eqn.ctx, name, None))) for name in public)
+
+
+def _value_key(value: Any) -> Hashable:
+    if isinstance(value, ClosedJaxpr):
+        return program_key(value.jaxpr), tuple(map(_value_key, value.consts))
+    if isinstance(value, Jaxpr):
+        return program_key(value)
+    if isinstance(value, jax.Array):
+        return _Same(value)  # an array of JAX does not change
+    if isinstance(value, np.ndarray | np.generic):
+        return "array", str(value.dtype), value.shape, value.tobytes()
+    if isinstance(value, tuple | list):
+        return type(value), tuple(map(_value_key, value))
+    if isinstance(value, dict):
+        return dict, tuple((_value_key(k), _value_key(v)) for k, v in value.items())
+    if isinstance(value, float | complex):
+        return type(value), repr(value)  # NaN is NaN, and −0.0 is not 0.0
+    try:
+        hash(value)
+    except TypeError:
+        return _Same(value)
+    return type(value), value  # 1, True and 1.0 are equal, and are not the same
+
+
+def _key(static: Any, differentiable: bool) -> Hashable:
+    """Of a call that may be differentiated, what custom derivatives compute is compared as well."""
+    if not isinstance(static, Traced):
+        return static
+    rules = differentiable and _has_rules(static.jaxpr)
+    return static.key, _derivative_key(static.jaxpr) if rules else None
+
+
+def _has_rules(jaxpr: Jaxpr) -> bool:
+    return any(eqn.primitive.name in RULES or any(map(_has_rules, sub_jaxprs(eqn))) for eqn in jaxpr.eqns)
+
+
+def _derivative_key(jaxpr: Jaxpr) -> Hashable:
+    """The first derivative's program, in reverse mode or in forward mode where there is no other."""
+    shape = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=getattr(v.aval, "weak_type", False))
+    is_float = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in jaxpr.invars]
+    floats = [shape(v) for v, yes in zip(jaxpr.invars, is_float, strict=True) if yes]
+    rest = [shape(v) for v, yes in zip(jaxpr.invars, is_float, strict=True) if not yes]
+
+    def run(floats, rest):
+        floats, rest = iter(floats), iter(rest)
+        values = [next(floats) if yes else next(rest) for yes in is_float]
+        out = eval_jaxpr(jaxpr, (), *values)
+        return [jnp.asarray(x) for x in out if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+
+    pull = lambda floats, rest: (lambda out, vjp: vjp(out))(*jax.vjp(lambda floats: run(floats, rest), floats))
+    push = lambda floats, rest: jax.jvp(lambda floats: run(floats, rest), (floats,), (floats,))
+    for derivative in (pull, push):
+        try:
+            return _value_key(jax.make_jaxpr(derivative)(floats, rest))
+        except Exception:  # a rule of the user's may raise anything: then no two traces are taken for equal
+            continue
+    return _Same(object())
