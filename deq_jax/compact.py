@@ -6,8 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Int, PyTree
 
 from deq_jax._config import cast_options, check_solver
@@ -17,10 +15,11 @@ from deq_jax.adjoints.base import (
     add,
     as_probe,
     divide,
+    first_order_only,
     inputs_bar,
-    multiply,
     power_of_two,
     reverse_mode_only,
+    unfolded,
 )
 from deq_jax.adjoints.implicit import default_backward
 from deq_jax.fixed_point import Solution, check_arguments
@@ -79,7 +78,6 @@ def compact(
     if any(not 0 < small < large for small, large in zip(sizes, (count, *sizes), strict=False)):
         raise ValueError(f"sizes must decrease from below the batch of {count} to 1 at the least, got {sizes}")
     cells, reads = _cells(f, z0, args, axes, (count, *sizes))
-    backward = default_backward(solver) if backward is None else backward
     probe = Probe.like(z0, 1) if probe is None else probe
     z0, solver, backward = jax.lax.stop_gradient((z0, solver, backward))
     try:
@@ -98,7 +96,17 @@ def _run(axes, sizes, *cells_and_arrays):
         i = (jax.tree.leaves(z0)[0].shape[0], *sizes).index(jax.tree.leaves(z)[0].shape[0])
         return cells[i](z, args, *reads[i])
 
-    return _compact(f, axes, sizes, solver, backward, z0, reads, _reverse_mode_only(args), probe)
+    return _compact(
+        f,
+        axes,
+        sizes,
+        solver,
+        backward,
+        z0,
+        reads,
+        _where_inexact(reverse_mode_only, jax.tree.map(jnp.asarray, args)),
+        probe,
+    )
 
 
 def _solve(f, axes, sizes, solver, backward, z0, reads, args, probe):
@@ -111,6 +119,7 @@ _compact: Any = jax.custom_vjp(_solve, nondiff_argnums=(0, 1, 2))
 
 def _compact_fwd(f, axes, sizes, solver, backward, z0, reads, args, probe):
     value, stats = _compact(f, axes, sizes, solver, backward, z0, reads, args, probe)
+    backward = default_backward(solver, value, 1) if backward is None else backward
     return (value, stats), (backward, value, reads, args)
 
 
@@ -118,57 +127,28 @@ def _compact_bwd(f, axes, sizes, saved, cotangents):
     # z = f(z, a)  ⇒  ā = fₐᵀu with u = z̄ + Jᵀu, as in `Implicit`. The problems are independent, so that each may
     # have its own scale, a power of two: u / scale = z̄ / scale + Jᵀ(u / scale).
     (backward, z, reads, args), (z_bar, _) = saved, cotangents
-    z, args, z_bar = _first_order_only((z, args, z_bar))
+    z_bar = unfolded(z_bar, z, 1)
     scale = power_of_two(z_bar, 1)
     unit = divide(z_bar, scale)
 
     def bind(gathered):
         unit, z, *args = gathered
-        _, vjp = jax.vjp(
-            lambda z: f(z, tuple(args), reads), z
-        )  # here, outside the loop: once for each size of the batch
+        # Here, outside the loop: once for each size of the batch.
+        _, vjp = jax.vjp(lambda z: f(z, tuple(args), reads), z)
         return lambda u: add(unit, vjp(u)[0])
 
     u, stats, *_ = staged(bind, unit, (unit, z, *args), (0, 0, *axes), backward, sizes)
-    args_bar = inputs_bar(lambda z, args: f(z, args, reads), z, args, multiply(u, scale), stats)
+    args_bar = inputs_bar(lambda z, args: f(z, args, reads), z, args, u, stats, scale)
+    args_bar = _where_inexact(lambda x: first_order_only(x, "compact", "use fixed_point(..., batch_ndim=1)"), args_bar)
     return None, None, None, None, args_bar, as_probe(stats)
 
 
 _compact.defvjp(_compact_fwd, _compact_bwd)
 
 
-# The loop of the backward pass has no derivative in reverse mode, and JAX's message would not say what to do. This
-# identity stands before it and has none in any mode.
-SECOND_ORDER = (
-    "compact has first derivatives only; for second ones use fixed_point(..., batch_ndim=1), which has them in reverse "
-    "mode, and with adjoint=ImplicitJVP() in every mode"
-)
-
-
-def _refuse(*_):
-    raise TypeError(SECOND_ORDER)
-
-
-_first_order_p = Primitive("first_order_only")
-_first_order_p.def_impl(lambda x: x)
-_first_order_p.def_abstract_eval(lambda x: x)
-ad.primitive_jvps[_first_order_p] = _refuse
-batching.defvectorized(_first_order_p)
-mlir.register_lowering(_first_order_p, lambda _, x: [x])
-
-
-def _first_order_only(tree: PyTree) -> PyTree:
-    return _where_inexact(_first_order_p.bind, tree)
-
-
-def _reverse_mode_only(tree: PyTree) -> PyTree:
-    return _where_inexact(reverse_mode_only, tree)
-
-
 def _where_inexact(identity: Callable, tree: PyTree) -> PyTree:
     """The tree, with what can have a derivative passed through an identity: counts, masks and keys cannot."""
-    leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, tree))
-    return treedef.unflatten([identity(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf for leaf in leaves])
+    return jax.tree.map(lambda leaf: identity(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf, tree)
 
 
 def staged(

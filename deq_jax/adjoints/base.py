@@ -201,21 +201,19 @@ def reverse_mode_only(tree: PyTree) -> PyTree:
 _first_order_p = Primitive("first_order_in_reverse_mode")
 _first_order_p.def_impl(lambda x, **_: x)
 _first_order_p.def_abstract_eval(lambda x, **_: x)
-ad.deflinear2(_first_order_p, lambda cotangent, _, who: _refuse_twice(who))
+ad.deflinear2(_first_order_p, lambda cotangent, _, message: _refuse_twice(message))
 batching.defvectorized(_first_order_p)
 mlir.register_lowering(_first_order_p, lambda _, x, **__: [x])
 
 
-def _refuse_twice(who):
-    raise TypeError(
-        f"{who} has a first derivative only; for grad of grad use adjoint=Implicit(), for any mix of modes "
-        "adjoint=ImplicitJVP()"
-    )
+def _refuse_twice(message):
+    raise TypeError(message)
 
 
-def first_order_only(tree: PyTree, who: str) -> PyTree:
+def first_order_only(tree: PyTree, who: str, remedy: str = "use adjoint=Implicit()") -> PyTree:
     """The tree itself, what a backward rule returns; reverse mode through it is a TypeError that names the remedy."""
-    return jax.tree.map(functools.partial(_first_order_p.bind, who=who), tree)
+    message = f"{who} has first derivatives only; for grad of grad {remedy}, for any mix of modes adjoint=ImplicitJVP()"
+    return jax.tree.map(functools.partial(_first_order_p.bind, message=message), tree)
 
 
 # ---- after the backward solve ------------------------------------------------------------------------------

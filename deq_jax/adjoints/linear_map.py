@@ -22,8 +22,7 @@ from deq_jax._trace import without_constants
 def linear_map(forward: Callable, transpose: Callable, residuals: PyTree, linear: PyTree) -> PyTree:
     """forward(residuals, linear), linear in `linear`; reverse mode applies transpose(residuals, cotangent) instead.
 
-    `transpose` returns cotangents in the structure of `linear`. Both functions read arrays through their arguments
-    alone.
+    `transpose` returns cotangents in the structure of `linear`. Both functions read arrays as arguments alone.
 
     >>> import jax, jax.numpy as jnp
     >>> double = lambda x: linear_map(lambda _, x: 2 * x, lambda _, ct: 2 * ct + 100, (), x)

@@ -21,7 +21,7 @@ from deq_jax.solvers.base import (
     zeros_from,
 )
 
-ROUNDING = 8  # a relative residual of so many eps: it tells an acceleration no more of z, nor of its derivative
+ROUNDING = 8  # a relative residual of so many eps, of the solver's dtype, tells an acceleration nothing more
 
 
 @config
@@ -30,13 +30,15 @@ class Unroll:
 
     All `max_steps` iterations are run, and the last iterate is the value. With `stop=True` a problem keeps the first
     iterate that meets the tolerances, and f is not called once all have. A value that has converged says nothing of
-    its derivative, so the residual must also meet the tolerance relative to the way from z0: from a start near the
-    solution a problem goes on, and from one at the solution to the end of the budget. A start at zero changes nothing.
-    A solver with a memory stands still once the residual is rounding: the derivative is that of the steps before. Of a
-    solver that may take a step back (`Broyden` with its line search, `NewtonKrylov`, `Robust`) the value is the best
-    iterate it has seen, and which steps it took and how far a trust region let them go are constants. Stats.steps
-    counts the one evaluation more that measures the value (XLA drops it where the stats are not used). The derivative
-    reaches z0 too, in forward and in reverse mode.
+    its derivative, so the residual must also meet the tolerance relative to the distance from z0: from a start near
+    the solution a problem goes on, and from one at the solution to the end of the budget. A start at zero changes
+    nothing. A solver with a memory stands still once the residual is rounding, and the derivative is that of the
+    steps before: in a direction along which the solve never moved it may be far from that of the fixed point.
+
+    Of a solver that may take a step back (`Broyden` with its line search, `NewtonKrylov`, `Robust`) the value is the
+    best iterate it has seen, and which steps it took and how far a trust region let them go are constants.
+    Stats.steps counts the one evaluation more that measures the value (XLA drops it where the stats are not used).
+    The derivative reaches z0 too, in forward and in reverse mode.
 
     Memory of the backward pass for L iterations, in linearizations of f: L with `checkpoint=None`; with
     `checkpoint=k`, L/k states and k linearizations, for one more forward pass. So 1 keeps every state and one
@@ -84,7 +86,7 @@ class Unroll:
                 best, least = jnp.where(better[..., None], z, best), jnp.where(better, residual, least)
             if self.stop:
                 running = running & ~self._ended(residuals, scales, norms(fz - start), solver, eps)
-            rounding = (residual <= ROUNDING * eps * scale) & accelerated
+            rounding = (residual <= ROUNDING * float(jnp.finfo(z.dtype).eps) * scale) & accelerated
             if not self.stop and not accelerated:
                 return ravel(unravel(z + solver.update(g, state, z)[0])), state, running, steps, best, least
             held = rounding | ~running if self.stop else rounding
