@@ -91,6 +91,7 @@ def compact(
 
 def _run(axes, sizes, *cells_and_arrays):
     cells, (reads, solver, backward, z0, args, probe) = cells_and_arrays[:-6], cells_and_arrays[-6:]
+    args = _where_inexact(reverse_mode_only, jax.tree.map(jnp.asarray, args))
 
     def f(z, args, reads):  # on a batch of one of the sizes
         i = (jax.tree.leaves(z0)[0].shape[0], *sizes).index(jax.tree.leaves(z)[0].shape[0])

@@ -60,8 +60,8 @@ class Solver(Protocol):
       asked for, is not the end, because `update` will go back to an earlier iterate;
     - `recovers = True`: nor is one that is huge, and only the best iterate is worth returning (`Unroll`);
     - `scale_free = True`: `update` sees residual and z divided by a power of two, one for each problem, that keeps
-      products of two of them within the range of the dtype (and `atol` divided by the same); such a solver has
-      `forget(state, where) -> state`, which keeps what it learned, and not where it is, in the problems of `where`;
+      products of two of them within the range of the dtype (and `atol` divided by the same);
+    - `forget(state, where) -> state`: what it learned without where it is, in the problems of `where`;
     - `next_point(state, z) -> z`: the next point itself, which z + step, given as `z`, would round;
     - `patience`: evaluations that may pass without a better residual before a solve counts as stalled;
     - `test_every`: evaluations for one that is tested and shown to `update`; those before it are steps of
@@ -208,7 +208,8 @@ def evaluation(
         z_tree = unravel(loop.z)
         fz_tree = f(z_tree)
         fz = ravel(fz_tree)
-        residuals, scales = norms(fz - loop.z), norms(fz)
+        g = fz - loop.z
+        residuals, scales = norms(g), norms(fz)
         residual, scale = whole(residuals), whole(scales)
         steps = loop.steps + running.astype(jnp.int32)
 
@@ -259,7 +260,10 @@ def evaluation(
         ).astype(jnp.int32)
 
         unit = jnp.where(first, half_power(first_scale), loop.unit)
-        z, state = advance(solver, loop.solver, fz, loop.z, unit, entering)
+        # Where the solve begins at f(z0), the solver is shown that as a point at rest, and forgets it again.
+        here, g = jnp.where(entering[..., None], fz, loop.z), jnp.where(entering[..., None], 0, g)
+        z, state = advance(solver, loop.solver, g, here, unit)
+        state = solver.forget(state, entering) if hasattr(solver, "forget") else state
         z = jnp.where((status == RUNNING)[..., None], rounded_to_state(z), best)
         seen = Seen(loop.evaluation, z_tree, fz_tree, residual, largest_ratio(residuals, scales, eps), running)
         return Loop(
@@ -281,19 +285,16 @@ def evaluation(
     return body
 
 
-def advance(solver: Solver, state: Any, fz: Array, z: Array, unit: Array, entering: Array) -> tuple[Array, Any]:
+def advance(solver: Solver, state: Any, residual: Array, z: Array, unit: Array) -> tuple[Array, Any]:
     """The next iterate, and the solver's state."""
-    # Where z0 was not finite, the solve goes on from f(z0): the solver is shown a point at rest, and forgets it again.
-    z = jnp.where(entering[..., None], fz, z)
-    residual = fz - z
     next_point = getattr(solver, "next_point", lambda state, z: z)
-    if getattr(solver, "scale_free", False):
-        scale, inverse = unit[..., None], (1 / unit)[..., None]
-        solver = dataclasses.replace(solver, atol=solver.atol / unit)
-        step, state = solver.update(residual * inverse, state, z * inverse)
-        return scale * next_point(state, z * inverse + step), solver.forget(state, entering)
-    step, state = solver.update(residual, state, z)
-    return next_point(state, z + step), state
+    if not getattr(solver, "scale_free", False):
+        step, state = solver.update(residual, state, z)
+        return next_point(state, z + step), state
+    scale, inverse = unit[..., None], (1 / unit)[..., None]
+    solver = dataclasses.replace(solver, atol=solver.atol / unit)
+    step, state = solver.update(residual * inverse, state, z * inverse)
+    return scale * next_point(state, z * inverse + step), state
 
 
 def can_backtrack(solver: Solver, state: Any, like: Bool[Array, "*batch"]) -> Bool[Array, "*batch"]:
