@@ -14,10 +14,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, PyTree
 
-from deq_jax._trace import Bound
+from deq_jax._trace import Bound, varying_axes
 from deq_jax.adjoints.linear_map import linear_map
 from deq_jax.solvers import Solver, Stats, Status, solve
-from deq_jax.solvers.base import choose, leading_power, zeros_from
+from deq_jax.solvers.base import choose, leading_power, wide_dtype, zeros_from
 
 HEADROOM = 2.0**-6  # of a float16 cotangent: room for digits below, and for the sum of a million entries above
 
@@ -267,7 +267,7 @@ def power_of_two(tree: PyTree, batch_ndim: int) -> Float[Array, "*batch"]:
 def _top(tree: PyTree, batch_ndim: int) -> Float[Array, "*batch"]:
     """The largest entry of each problem, in float32 or wider; no gradient."""
     leaves = jax.tree.leaves(jax.lax.stop_gradient(tree))
-    wide = jnp.result_type(jnp.float32, *(leaf.real.dtype for leaf in leaves))
+    wide = wide_dtype(leaves)
     tops = [jnp.max(jnp.abs(leaf.reshape(*leaf.shape[:batch_ndim], -1)), axis=-1).astype(wide) for leaf in leaves]
     return functools.reduce(jnp.maximum, tops)
 
@@ -284,7 +284,7 @@ def _with_scale(operation: Callable, leaf: Array, scale: Float[Array, "*batch"])
     """Computed in float32 or wider: neither a scale nor its reciprocal need be a number of float16."""
     if jnp.iscomplexobj(leaf):
         return jax.lax.complex(*(_with_scale(operation, part, scale) for part in (leaf.real, leaf.imag)))
-    wide = jnp.promote_types(leaf.dtype, scale.dtype)
+    wide = wide_dtype((leaf, scale))
     scale = jax.lax.expand_dims(scale.astype(wide), range(scale.ndim, leaf.ndim))
     return operation(leaf.astype(wide), scale).astype(leaf.dtype)
 
@@ -317,15 +317,9 @@ def _has_float16(tree: PyTree) -> bool:
 
 def _over_shards(top: Float[Array, ""], inputs: PyTree) -> Float[Array, ""]:
     """The maximum over the axes of a shard_map whose shards share some of the inputs: a pullback sums over them."""
-    axes = _varies(top) - frozenset.intersection(_varies(top), *map(_varies, jax.tree.leaves(inputs)))
+    varies = lambda x: varying_axes(jax.typeof(x))
+    axes = varies(top) - frozenset.intersection(varies(top), *map(varies, jax.tree.leaves(inputs)))
     return jax.lax.pmax(top, tuple(sorted(axes))) if axes else top
-
-
-def _varies(x: Array) -> frozenset:
-    """The axes of a shard_map over which x may differ."""
-    aval = jax.typeof(x)
-    # The attribute has another name from jax 0.10 on.
-    return frozenset(aval.vma if hasattr(aval, "vma") else getattr(getattr(aval, "mat", None), "varying", ()))
 
 
 def add(a: PyTree, b: PyTree) -> PyTree:
@@ -338,4 +332,12 @@ def conj(tree: PyTree) -> PyTree:
 
 
 def lerp(a: PyTree, b: PyTree, weight: Any) -> PyTree:
-    return jax.tree.map(lambda a, b: (a + weight * (b - a)).astype(a.dtype), a, b)
+    """a + weight (b − a), with one weight for all or one for each problem."""
+
+    def mix(a, b):
+        fraction = (
+            jax.lax.expand_dims(jnp.asarray(weight), range(jnp.ndim(weight), a.ndim)) if jnp.ndim(weight) else weight
+        )
+        return (a + jnp.asarray(fraction).astype(a.real.dtype) * (b - a)).astype(a.dtype)
+
+    return jax.tree.map(mix, a, b)
