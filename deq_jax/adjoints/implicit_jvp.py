@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from deq_jax._config import config
+from deq_jax._trace import Bound
 from deq_jax.adjoints.base import divide, multiply, power_of_two, run_at_equilibrium
 from deq_jax.adjoints.implicit import check_backward_solver, default_backward
 from deq_jax.solvers import solve
+from deq_jax.solvers.base import over_axes
 
 
 @config
@@ -57,11 +59,13 @@ def _value_jvp(f, batch_ndim, primals, tangents):
     i_minus_j = lambda v: jax.tree.map(jnp.subtract, v, along_z(v))
 
     def equilibrium(matvec, b):
-        # (I − J) v = b as the fixed point v = b + v − (I − J) v, on a right side of unit size
-        scale = power_of_two(b, batch_ndim)
+        # (I − J) v = b as the fixed point v = b + v − (I − J) v, on a right side of unit size. What f couples along
+        # named axes is one system, and has one scale.
+        axes = getattr(f, "axes", ())
+        scale = over_axes(axes)[2](power_of_two(b, batch_ndim))
         unit = divide(b, scale)
         cell = lambda v: jax.tree.map(lambda b, v, mv: b + (v - mv), unit, v, matvec(v))
-        return multiply(solve(cell, unit, solver, batch_ndim).value, scale)
+        return multiply(solve(Bound(cell, axes=axes), unit, solver, batch_ndim).value, scale)
 
     z_dot = jax.lax.custom_linear_solve(i_minus_j, along_inputs, equilibrium, transpose_solve=equilibrium)
     return z_star, z_dot
