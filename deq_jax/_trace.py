@@ -54,7 +54,7 @@ class Traced:
 
     @functools.cached_property
     def key(self) -> Hashable:
-        return program_key(self.jaxpr), self.out_tree, self.order
+        return program_key(self.jaxpr), _tree_key(self.out_tree), self.order
 
 
 def hoist(f: Callable, *example: PyTree, args: tuple = ()) -> tuple[Traced, list, list]:
@@ -75,13 +75,15 @@ def hoist(f: Callable, *example: PyTree, args: tuple = ()) -> tuple[Traced, list
         return checked(f(*example, *jax.tree.unflatten(treedef, merged)))
 
     closed, out_shape = jax.make_jaxpr(flat, return_shape=True)(arrays, example)
+    staged = is_staged()
+    closed = closed if staged else _with_arrays_at_the_top(closed)
     # Copied, for NumPy's arrays may change while a program still reads them.
     constants = [value if isinstance(value, jax.Array) else jnp.array(value) for value in closed.consts]
     jaxpr = without_constants(closed)
-    jaxpr, numbers = (jaxpr, []) if is_staged() else _with_numbers_lifted(jaxpr)
+    jaxpr, numbers = (jaxpr, []) if staged else _with_numbers_lifted(jaxpr)
     inputs, other, order = [], [], []
-    for value in (*numbers, *constants, *arrays):
-        is_input = jnp.issubdtype(value.dtype, jnp.inexact) and not any(value is number for number in numbers)
+    for i, value in enumerate((*numbers, *constants, *arrays)):
+        is_input = jnp.issubdtype(value.dtype, jnp.inexact) and i >= len(numbers)
         place = inputs if is_input else other
         order.append((is_input, len(place)))
         place.append(value)
@@ -134,21 +136,32 @@ def checked(out: PyTree) -> PyTree:
     return out
 
 
-COLLECTIVES = ("psum", "pmax", "pmin", "ppermute", "all_gather", "all_to_all", "reduce_scatter", "pgather")
+COLLECTIVES = (
+    "psum", "pmax", "pmin", "pbroadcast", "ppermute", "pgather", "psend", "precv", "preduced",
+    "all_gather", "all_to_all", "reduce_scatter",
+)  # fmt: skip
 
 
 def communicating_axes(jaxpr: Jaxpr) -> set:
     """The named axes of the collectives in a jaxpr, less those that a `shard_map` or `pmap` in it binds itself."""
     found = set()
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name.startswith(COLLECTIVES):
+        # Their variants have something before or after: psum_invariant, ragged_all_to_all.
+        if any(name in eqn.primitive.name for name in COLLECTIVES):
             names = eqn.params.get("axes", eqn.params.get("axis_name", ()))
             names = names if isinstance(names, tuple | list | set | frozenset) else (names,)
             found |= {name for name in names if not isinstance(name, int)}  # an int is an axis of the array
         inner = set().union(*(communicating_axes(sub) for sub in sub_jaxprs(eqn)))
-        mesh, own = eqn.params.get("mesh"), eqn.params.get("axis_name")
-        found |= inner - set(getattr(mesh, "axis_names", ())) - ({own} if "pmap" in eqn.primitive.name else set())
+        found |= inner - _own_axes(eqn)
     return found
+
+
+def _own_axes(eqn: Any) -> set:
+    if "pmap" in eqn.primitive.name:
+        return {eqn.params["axis_name"]}
+    # A shard_map may bind some axes of its mesh, while one around f binds others.
+    names = "newly_manual_axes", "manual_axes"  # the second before jax 0.10
+    return set().union(*(eqn.params.get(name, ()) for name in names))
 
 
 def sub_jaxprs(eqn: Any) -> list[Jaxpr]:
@@ -177,39 +190,59 @@ def _with_numbers_lifted(jaxpr: Jaxpr) -> tuple[Jaxpr, list[jax.Array]]:
     numbers = [v for eqn in jaxpr.eqns for v in eqn.invars if may_lift(eqn, v)]
     if not numbers:
         return jaxpr, []
-    types = [jax.ShapeDtypeStruct((), v.aval.dtype, weak_type=v.aval.weak_type) for v in numbers]
-    variables = jax.make_jaxpr(lambda *xs: xs)(*types).jaxpr.invars
+    variables = jax.make_jaxpr(lambda *xs: xs)(*[v.aval for v in numbers]).jaxpr.invars
     fresh = iter(variables)
     lift = lambda eqn: eqn.replace(invars=[next(fresh) if may_lift(eqn, v) else v for v in eqn.invars])
     lifted = jaxpr.replace(invars=[*variables, *jaxpr.invars], eqns=[lift(eqn) for eqn in jaxpr.eqns])
-    values = [jnp.asarray(v.val, v.aval.dtype) for v in numbers]
     key, as_bytes = program_key(lifted), [np.asarray(v.val).tobytes() for v in numbers]
     with _lock:
         first = _seen.setdefault(key, as_bytes)
         _seen.move_to_end(key)
         while len(_seen) > PROGRAMS:
             _seen.popitem(last=False)
-    return (jaxpr, []) if first == as_bytes else (lifted, values)
+    if first == as_bytes:
+        return jaxpr, []
+    return lifted, [jnp.asarray(v.val, v.aval.dtype) for v in numbers]
+
+
+INLINE = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True  # of jax.jit; an enumeration since jax 0.12
+
+
+def _with_arrays_at_the_top(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """The same program, where what a `jit` in it captures is a constant of the whole, and so an argument later."""
+    captures = lambda jaxpr: bool(jaxpr.consts) or any(map(opens, jaxpr.jaxpr.eqns))
+    opens = lambda eqn: eqn.primitive.name in ("jit", "pjit") and captures(eqn.params["jaxpr"])
+    if not any(map(opens, closed.jaxpr.eqns)):
+        return closed
+
+    def inline(eqn):
+        if not opens(eqn):
+            return eqn
+        inner = _with_arrays_at_the_top(eqn.params["jaxpr"])
+        return eqn.replace(params=eqn.params | {"jaxpr": inner, "inline": INLINE})
+
+    jaxpr = closed.jaxpr.replace(eqns=list(map(inline, closed.jaxpr.eqns)))
+    return jax.make_jaxpr(lambda *args: eval_jaxpr(jaxpr, closed.consts, *args))(*[v.aval for v in jaxpr.invars])
 
 
 _programs: OrderedDict[Hashable, Callable] = OrderedDict()
 _lock = threading.Lock()
 
 
-def run_compiled(run: Callable, static: tuple, *arrays: PyTree) -> PyTree:
+def run_compiled(run: Callable, static: tuple, *arrays: PyTree, differentiates: bool = False) -> PyTree:
     """run(*static, *arrays), as a compiled program where the call is eager; equal `static` share their program.
 
     `static` holds `Traced` functions and hashable options, `arrays` all values. Under a trace of the user's own (jit,
-    scan) the call is simply part of it.
+    scan) the call is simply part of it. `differentiates`: whether run itself takes derivatives of what is `Traced`.
     """
     values = jax.tree.leaves(arrays)
     # A solver or adjoint of the user's own that is no pytree cannot be compared: its methods may read anything.
     if jax.config.jax_disable_jit or is_staged() or not all(map(is_array_like, values)):
         return run(*static, *arrays)
-    traced = any(isinstance(leaf, Tracer) for leaf in values)
+    differentiable = differentiates or any(isinstance(leaf, Tracer) for leaf in values)
     # Folds read these flags while they are traced, and JAX's own caches do not tell them apart.
     flags = jax.config.jax_debug_nans, jax.config.jax_debug_infs
-    key = run, flags, tuple(_key(item, traced) for item in static)
+    key = run, flags, tuple(_key(item, differentiable) for item in static)
     with _lock:
         program = _programs.pop(key, None) or jax.jit(lambda *arrays: run(*static, *arrays))
         _programs[key] = program
@@ -235,6 +268,9 @@ def is_staged() -> bool:
 
 # These hold Python functions, new at each trace.
 RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "linear_map")
+
+
+ORDERS = 2  # of derivatives that are compared; logaddexp has a rule that calls logaddexp, and so has no last one
 
 
 class _Same:
@@ -276,6 +312,11 @@ def program_key(jaxpr: Jaxpr) -> tuple:
         for eqn in jaxpr.eqns
     )
     return len(jaxpr.constvars), inputs, constants, equations, tuple(map(atom, jaxpr.outvars))
+
+
+def _tree_key(treedef: Any) -> Hashable:
+    """A PyTreeDef in which 1 and True, as static parts of the user's own nodes, are not the same."""
+    return _value_key(treedef.node_data()), tuple(map(_tree_key, treedef.children()))
 
 
 def _params_key(primitive: str, params: dict) -> tuple:
@@ -325,12 +366,14 @@ def _has_rules(jaxpr: Jaxpr) -> bool:
     return any(eqn.primitive.name in RULES or any(map(_has_rules, sub_jaxprs(eqn))) for eqn in jaxpr.eqns)
 
 
-def _derivative_key(jaxpr: Jaxpr) -> Hashable:
-    """The first derivative's program, in reverse mode or in forward mode where there is no other."""
-    shape = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=getattr(v.aval, "weak_type", False))
+def _derivative_key(jaxpr: Jaxpr, order: int = ORDERS) -> Hashable:
+    """The first derivative's program, in reverse mode or in forward mode where there is no other.
+
+    Where that calls functions with derivative rules in turn, the second derivative's too, up to `order`.
+    """
     is_float = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in jaxpr.invars]
-    floats = [shape(v) for v, yes in zip(jaxpr.invars, is_float, strict=True) if yes]
-    rest = [shape(v) for v, yes in zip(jaxpr.invars, is_float, strict=True) if not yes]
+    floats = [v.aval for v, yes in zip(jaxpr.invars, is_float, strict=True) if yes]
+    rest = [v.aval for v, yes in zip(jaxpr.invars, is_float, strict=True) if not yes]
 
     def run(floats, rest):
         floats, rest = iter(floats), iter(rest)
@@ -342,7 +385,10 @@ def _derivative_key(jaxpr: Jaxpr) -> Hashable:
     push = lambda floats, rest: jax.jvp(lambda floats: run(floats, rest), (floats,), (floats,))
     for derivative in (pull, push):
         try:
-            return _value_key(jax.make_jaxpr(derivative)(floats, rest))
+            closed = jax.make_jaxpr(derivative)(floats, rest)
         except Exception:  # a rule of the user's may raise anything: then no two traces are taken for equal
             continue
+        bare = closed.jaxpr.replace(constvars=[], invars=[*closed.jaxpr.constvars, *closed.jaxpr.invars])
+        further = _derivative_key(bare, order - 1) if order > 1 and _has_rules(bare) else None
+        return _value_key(closed), further
     return _Same(object())

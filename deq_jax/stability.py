@@ -39,7 +39,8 @@ def spectral_radius(
     z = jax.tree.map(jnp.asarray, z)
     key = jax.random.key(0) if key is None else key
     cell, inputs, other = hoist(f, z, args=args)
-    return run_compiled(_spectral_radius, (cell, batch_ndim, iterations), z, inputs, other, key)
+    static = cell, batch_ndim, iterations
+    return run_compiled(_spectral_radius, static, z, inputs, other, key, differentiates=True)
 
 
 def _spectral_radius(cell, batch_ndim, iterations, z, inputs, other, key):

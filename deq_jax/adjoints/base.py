@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 from deq_jax._trace import Bound, varying_axes
 from deq_jax.adjoints.linear_map import linear_map
 from deq_jax.solvers import Solver, Stats, Status, solve
-from deq_jax.solvers.base import choose, leading_power, wide_dtype, zeros_from
+from deq_jax.solvers.base import choose, leading_power, over_axes, wide_dtype, zeros_from
 
 HEADROOM = 2.0**-6  # of a float16 cotangent: room for digits below, and for the sum of a million entries above
 
@@ -115,7 +115,7 @@ def _value_fwd(f, batch_ndim, adjoint, solver, found, inputs, other, probe):
 
 def _value_bwd(f, batch_ndim, saved, z_bar):
     adjoint, solver, found, inputs, other = saved
-    pure = lambda z, inputs: f(z, inputs, other)
+    pure = Bound(f, other)
     inputs_bar, probe_bar = adjoint.pullback(pure, found, inputs, z_bar, solver, batch_ndim)
     return None, None, None, inputs_bar, None, probe_bar
 
@@ -145,12 +145,12 @@ def _value_jvp(f, batch_ndim, primals, tangents):
 
     def push(saved, dots):
         (adjoint, solver, found, inputs, other), (inputs_dot, _) = saved, dots
-        pure = lambda z, inputs: f(z, inputs, other)
+        pure = Bound(f, other)
         return adjoint.pushforward(pure, found, inputs, inputs_dot, solver, batch_ndim)
 
     def pull(saved, z_bar):
         adjoint, solver, found, inputs, other = saved
-        pure = lambda z, inputs: f(z, inputs, other)
+        pure = Bound(f, other)
         return adjoint.pullback(pure, found, inputs, z_bar, solver, batch_ndim)
 
     saved = adjoint, solver, found._replace(z=z_star), inputs, other
@@ -257,9 +257,13 @@ def unfolded(z_bar: PyTree, z: PyTree, batch_ndim: int) -> PyTree:
     return choose(~(corner > jnp.inf), z_bar, jax.tree.map(zeros_from, z_bar))
 
 
-def power_of_two(tree: PyTree, batch_ndim: int) -> Float[Array, "*batch"]:
-    """The power of two just above the largest entry of each problem; 1 for zero, Inf and NaN, no gradient."""
-    top = _top(tree, batch_ndim)
+def power_of_two(tree: PyTree, batch_ndim: int, f: Callable | None = None) -> Float[Array, "*batch"]:
+    """The power of two just above the largest entry of each problem; 1 for zero, Inf and NaN, no gradient.
+
+    Problems that f couples, along named axes, share one.
+    """
+    *_, most = over_axes(getattr(f, "axes", ()))
+    top = most(_top(tree, batch_ndim))
     usable = jnp.isfinite(top) & (top > 0)
     return jnp.where(usable, 2 * leading_power(jnp.where(usable, top, 1)), 1)
 
@@ -289,11 +293,11 @@ def _with_scale(operation: Callable, leaf: Array, scale: Float[Array, "*batch"])
     return operation(leaf.astype(wide), scale).astype(leaf.dtype)
 
 
-def unit_in_float16(z_bar: PyTree, batch_ndim: int) -> tuple[PyTree, Any]:
+def unit_in_float16(z_bar: PyTree, batch_ndim: int, f: Callable) -> tuple[PyTree, Any]:
     """(z̄ / scale, scale) where float16 would lose z̄, else (z̄, None)."""
     if not _has_float16(z_bar):
         return z_bar, None
-    scale = power_of_two(z_bar, batch_ndim)
+    scale = power_of_two(z_bar, batch_ndim, f)
     return divide(z_bar, scale), scale
 
 

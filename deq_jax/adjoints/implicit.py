@@ -83,7 +83,7 @@ class Implicit:
         _, along_z = jax.vjp(lambda z: f(z, inputs), found.z)
         z_bar = unfolded(z_bar, found.z, batch_ndim)
         # The equation is linear: solved for u / scale, a power of two a problem, it keeps the digits of any cotangent.
-        scale = power_of_two(z_bar, batch_ndim)
+        scale = power_of_two(z_bar, batch_ndim, f)
         unit = divide(z_bar, scale)
         fun, u_inputs, u_other = hoist(lambda u: add(unit, along_z(u)[0]), unit)
         u, stats = self.run(fun, unit, u_inputs, u_other, solver, batch_ndim, Probe.like(unit, batch_ndim))

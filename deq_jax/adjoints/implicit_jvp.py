@@ -54,7 +54,7 @@ class ImplicitJVP:
         # z = f(z, a)  ⇒  ż = fₐ ȧ + J ż: a fixed point too, solved for ż / scale, a power of two a problem.
         _, b = jax.jvp(lambda inputs: f(found.z, inputs), (inputs,), (inputs_dot,))
         _, along_z = jax.linearize(lambda z: f(z, inputs), found.z)
-        scale = power_of_two(b, batch_ndim)
+        scale = power_of_two(b, batch_ndim, f)
         unit = divide(b, scale)
         fun, v_inputs, v_other = hoist(lambda v: add(unit, along_z(v)), unit)
         v, _ = self.run(fun, unit, v_inputs, v_other, solver, batch_ndim, Probe.like(unit, batch_ndim))

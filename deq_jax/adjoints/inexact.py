@@ -38,7 +38,7 @@ class Neumann:
     at = at_equilibrium_in_every_mode
 
     def pullback(self, f, found, inputs, z_bar, solver, batch_ndim):
-        z_bar, scale = unit_in_float16(z_bar, batch_ndim)
+        z_bar, scale = unit_in_float16(z_bar, batch_ndim, f)
         _, vjp = jax.vjp(f, found.z, inputs)
         # u_{k+1} = z̄ + Jᵀuₖ from u₁ = z̄
         u = jax.lax.fori_loop(1, self.terms, lambda k, u: add(z_bar, vjp(u)[0]), z_bar)
@@ -95,7 +95,7 @@ class Phantom:
     at = at_equilibrium_in_every_mode
 
     def pullback(self, f, found, inputs, z_bar, solver, batch_ndim):
-        z_bar, scale = unit_in_float16(z_bar, batch_ndim)
+        z_bar, scale = unit_in_float16(z_bar, batch_ndim, f)
         _, vjp = jax.vjp(lambda inputs: self._unroll(f, found.z, inputs), inputs)
         return pull_scaled(lambda u: vjp(u)[0], inputs, z_bar, scale), unmeasured(self.steps, z_bar, batch_ndim)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_jax._config import check_number, config
+from deq_jax._trace import Bound
 from deq_jax.adjoints.base import (
     add,
     as_probe,
@@ -69,7 +70,7 @@ class Shine:
     def pullback(self, f, found, inputs, z_bar, solver, batch_ndim):
         _, along_z = jax.vjp(lambda z: f(z, inputs), found.z)
         z_bar = unfolded(z_bar, found.z, batch_ndim)
-        scale = power_of_two(z_bar, batch_ndim)
+        scale = power_of_two(z_bar, batch_ndim, f)
         unit = divide(z_bar, scale)
 
         def cell(u):
@@ -78,7 +79,7 @@ class Shine:
         products = self.refine + 2
         memory = _transposed(found.memory, room=products + 1)
         backward = dataclasses.replace(solver, rtol=0.01 * solver.rtol, max_steps=products, damping=1.0)
-        u, stats, *_ = solve(cell, conj(unit), backward, batch_ndim, memory=memory)
+        u, stats, *_ = solve(Bound(cell, axes=f.axes), conj(unit), backward, batch_ndim, memory=memory)
         ended = first_order_only(inputs_bar(f, found.z, inputs, conj(u), stats, scale), "Shine")
         return ended, as_probe(stats)
 
