@@ -432,7 +432,10 @@ def test_the_rule_of_a_rule_is_never_stale_in_second_derivatives(monkeypatch):
 
     for slope in (1.0, 2.0, 1.0):
         monkeypatch.setattr(here, "SLOPE", slope)
-        close(jax.grad(jax.grad(value))(1.0), -2 * slope * np.sin(1.0))
+        want = -2 * slope * np.sin(1.0)
+        close(jax.grad(jax.grad(value))(1.0), want)
+        close(jax.hessian(value)(1.0), want)
+        close(jax.vmap(jax.grad(jax.grad(value)))(jnp.ones(2)), np.full(2, want))
 
 
 def test_the_rule_of_custom_vmap_is_never_stale(monkeypatch):
