@@ -239,10 +239,10 @@ def run_compiled(run: Callable, static: tuple, *arrays: PyTree, differentiates: 
     # A solver or adjoint of the user's own that is no pytree cannot be compared: its methods may read anything.
     if jax.config.jax_disable_jit or is_staged() or not all(map(is_array_like, values)):
         return run(*static, *arrays)
-    differentiable = differentiates or any(isinstance(leaf, Tracer) for leaf in values)
+    order = max(map(_derivatives, values), default=0) + differentiates
     # Folds read these flags while they are traced, and JAX's own caches do not tell them apart.
     flags = jax.config.jax_debug_nans, jax.config.jax_debug_infs
-    key = run, flags, tuple(_key(item, differentiable) for item in static)
+    key = run, flags, tuple(_key(item, order) for item in static)
     with _lock:
         program = _programs.pop(key, None) or jax.jit(lambda *arrays: run(*static, *arrays))
         _programs[key] = program
@@ -268,9 +268,6 @@ def is_staged() -> bool:
 
 # These hold Python functions, new at each trace.
 RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "linear_map")
-
-
-ORDERS = 2  # of derivatives that are compared; logaddexp has a rule that calls logaddexp, and so has no last one
 
 
 class _Same:
@@ -354,22 +351,31 @@ def _value_key(value: Any) -> Hashable:
     return type(value), value  # 1, True and 1.0 are equal, and are not the same
 
 
-def _key(static: Any, differentiable: bool) -> Hashable:
-    """Of a call that may be differentiated, what custom derivatives compute is compared as well."""
+def _derivatives(x: Any) -> int:
+    """How many derivatives are being taken with respect to x: two inside grad(grad(...)), none under vmap."""
+    if not isinstance(x, Tracer):
+        return 0
+    if hasattr(x, "primal"):  # of JVP and of linearize
+        return 1 + _derivatives(x.primal)
+    return _derivatives(x.val) if hasattr(x, "val") else 1  # vmap's, or unknown
+
+
+def _key(static: Any, order: int) -> Hashable:
+    """Of a call that is differentiated so many times, what custom derivatives compute is compared as well."""
     if not isinstance(static, Traced):
         return static
-    rules = differentiable and _has_rules(static.jaxpr)
-    return static.key, _derivative_key(static.jaxpr) if rules else None
+    rules = order and _has_rules(static.jaxpr)
+    return static.key, _derivative_key(static.jaxpr, order) if rules else None
 
 
 def _has_rules(jaxpr: Jaxpr) -> bool:
     return any(eqn.primitive.name in RULES or any(map(_has_rules, sub_jaxprs(eqn))) for eqn in jaxpr.eqns)
 
 
-def _derivative_key(jaxpr: Jaxpr, order: int = ORDERS) -> Hashable:
+def _derivative_key(jaxpr: Jaxpr, order: int) -> Hashable:
     """The first derivative's program, in reverse mode or in forward mode where there is no other.
 
-    Where that calls functions with derivative rules in turn, the second derivative's too, up to `order`.
+    Where that calls functions with derivative rules in turn, as relu's does, those of the next ones up to `order`.
     """
     is_float = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in jaxpr.invars]
     floats = [v.aval for v, yes in zip(jaxpr.invars, is_float, strict=True) if yes]

@@ -40,6 +40,8 @@ def no_programs():
 
 
 def cell(c, z, x):
+    """c may be of any dtype."""
+    c = jnp.asarray(c).astype(z.dtype) if hasattr(c, "dtype") else c
     return 0.25 * c * jnp.sin(z) + x
 
 
@@ -117,7 +119,7 @@ def flags():
 
 
 def a_sign_of_zero():
-    f = lambda z, x: cell(1.0 + jnp.signbit(TUPLE[0]), z, x)
+    f = lambda z, x: cell(1.0 + jnp.signbit(TUPLE[0]).astype(float), z, x)
     for here.TUPLE in ((0.0,), (-0.0,), (0.0,)):
         yield f, 1.0 + np.signbit(TUPLE[0])
 
@@ -432,7 +434,10 @@ def test_the_rule_of_a_rule_is_never_stale_in_second_derivatives(monkeypatch):
 
     for slope in (1.0, 2.0, 1.0):
         monkeypatch.setattr(here, "SLOPE", slope)
-        close(jax.grad(jax.grad(value))(1.0), -2 * slope * np.sin(1.0))
+        want = -2 * slope * np.sin(1.0)
+        close(jax.grad(jax.grad(value))(1.0), want)
+        close(jax.hessian(value)(1.0), want)
+        close(jax.vmap(jax.grad(jax.grad(value)))(jnp.ones(2)), np.full(2, want))
 
 
 def test_the_rule_of_custom_vmap_is_never_stale(monkeypatch):
@@ -535,7 +540,7 @@ HITS = {
     "a partial": lambda c: run(functools.partial(cell, c), Z0, X),
     "another tolerance": lambda c: run(add, Z0, X, solver=deq.Picard(rtol=1e-3 * c, max_steps=60)),
     "a pair": lambda c: run(lambda z: (add(z, c * X), {"z": z, "n": 1}), Z0, has_aux=True),
-    "a batch": lambda c: run(lambda z: add(z, c * X), jnp.zeros((3, 2)), batch_ndim=1),
+    "a batch": lambda c: run(lambda z: add(z, c * X[None]), jnp.zeros((3, 2)), batch_ndim=1),
     "grad": lambda c: jax.grad(lambda x: run(lambda z: 0.5 * jax.nn.relu(z) + x, Z0).value.sum())(c * X),
     "grad of a custom_jvp": lambda c: jax.grad(lambda x: run(lambda z: 0.5 * squash(z) + x, Z0).value.sum())(c * X),
     "vmap": lambda c: jax.vmap(lambda x: run(lambda z: add(z, x), jnp.zeros(())).value)(c * X),
@@ -618,7 +623,7 @@ def test_equal_programs_have_equal_keys():
         (lambda z: z**2.5, lambda z: z**3.5),
         (lambda z: jnp.where(z > 0, z, 0.0), lambda z: jnp.where(z > 0, z, -0.0)),
         (lambda z: z + jnp.inf, lambda z: z + jnp.nan),
-        (lambda z: z + jnp.ones(2), lambda z: z + jnp.ones(2, int)),
+        (lambda z: z + jnp.ones(2), lambda z: z + jnp.ones(2, int).astype(z.dtype)),
         (lambda z: z + jnp.ones(2), lambda z: z + jnp.ones(1)),
         (lambda z: jax.lax.scan(lambda c, _: (c + 1, None), z, length=2)[0],
          lambda z: jax.lax.scan(lambda c, _: (c + 1, None), z, length=3)[0]),
@@ -748,7 +753,7 @@ def test_hoist_gives_all_that_f_reads():
     key, ints, mask = jax.random.key(0), np.arange(2), jnp.array([True, False])
 
     def f(z, x, activation):
-        return activation(z * x + ints * mask + jax.random.uniform(key, (2,)))
+        return activation(z * x + (ints * mask.astype(int)).astype(z.dtype) + jax.random.uniform(key, (2,)))
 
     pure, inputs, other = _trace.hoist(f, Z0, args=(X, jnp.tanh))
     assert [leaf.shape for leaf in inputs] == [(2,)]
@@ -925,7 +930,7 @@ def test_which_axes_are_counted():
     loop = lambda body: lambda z: jax.lax.fori_loop(0, 3, lambda _, z: body(z), z)
     psum = lambda z: jax.lax.psum(z, "i")
     assert axes_of(jnp.sin) == ()
-    assert axes_of(lambda z: z + jax.lax.axis_index("i")) == ()
+    assert axes_of(lambda z: z + jax.lax.axis_index("i").astype(z.dtype)) == ()
     assert axes_of(lambda z: z + jax.lax.axis_size("i")) == ()
     assert axes_of(inner_map("j")) == axes_of(inner_map("i")) == ()
     assert axes_of(own) == ()
