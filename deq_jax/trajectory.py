@@ -13,7 +13,7 @@ from deq_jax._config import check_sees_all
 from deq_jax.adjoints import Adjoint, Implicit, Phantom, Probe
 from deq_jax.fixed_point import attach, solve
 from deq_jax.solvers import Anderson, Seen, Solver, Stats, Status
-from deq_jax.solvers.base import choose, raveler, zeros_from
+from deq_jax.solvers.base import choose, one_hot, raveler, zeros_from
 
 
 class Trajectory(NamedTuple):
@@ -160,7 +160,7 @@ class ResidualTrace:
     def update(self, folded: Float[Array, "*batch size"], seen: Seen) -> Float[Array, "*batch size"]:
         inf = _unseen(folded.dtype, jnp.inf)
         now = jnp.where(jnp.isfinite(seen.residual), seen.relative_residual, inf)[..., None]
-        here = seen.running[..., None] & (jnp.arange(self.size) == seen.step)
+        here = seen.running[..., None] & (one_hot(seen.step, self.size, folded) > 0)
         return jnp.where(here, now, folded)
 
 

@@ -90,7 +90,7 @@ PER_PROBLEM = {
     "a NumPy rtol": lambda: deq.Anderson(rtol=RTOL, history=4),
     "atol": lambda: deq.Broyden(rtol=0.0, atol=jnp.asarray(RTOL), rank=10),
     "max_steps": lambda: deq.Picard(rtol=1e-9, max_steps=jnp.asarray(2 + 2 * SHUFFLED)),
-    "damping": lambda: deq.Anderson(rtol=1e-8, damping=jnp.asarray(0.4 + SHUFFLED / 50)[:, None], history=4),
+    "damping": lambda: deq.Anderson(rtol=1e-8, damping=jnp.asarray(0.4 + SHUFFLED / 50), history=4),
     "rtol of stages": lambda: deq.Robust(rtol=jnp.asarray(RTOL)),
 }
 
@@ -195,7 +195,7 @@ def test_first_derivatives_pass_every_transform():
 
 def test_integers_and_keys_among_the_args(problems):
     gain, w, x = problems
-    cell = lambda z, gain, shift, key: jnp.tanh(gain * z) + shift * 0.1 + 0 * jax.random.uniform(key[0])
+    cell = lambda z, gain, shift, key: jnp.tanh(gain * z) + 0.1 * shift.astype(z.dtype) + 0 * jax.random.uniform(key[0])
     shift, keys = jnp.arange(BATCH)[:, None], jax.random.split(jax.random.key(0), BATCH)
     solve = lambda gain: deq.compact(cell, 0 * x, gain, shift, keys, axes=(0, 0, 0)).value
     grad = jax.jit(jax.grad(lambda gain: solve(gain).sum()))(gain)

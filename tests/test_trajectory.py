@@ -152,7 +152,7 @@ class Visited:
     def update(self, folded, seen):
         total, count = folded
         running = seen.running[..., None]
-        return total + jnp.where(running, seen.z, 0), count + running
+        return total + jnp.where(running, seen.z, 0), count + running.astype(count.dtype)
 
 
 @pytest.mark.full_compile
