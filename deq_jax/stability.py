@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PyTree
 
 from deq_jax._trace import hoist, run_compiled
 from deq_jax.solvers import arnoldi
-from deq_jax.solvers.base import at_most, norm, ratio, raveler, zeros_from
+from deq_jax.solvers.base import at_most, norm, ratio, raveler, wide_dtype, zeros_from
 
 KRYLOV = 16  # dimension of the space that the leading eigenvalues are looked for in
 INVARIANT = 0.01  # a Krylov space is called invariant when f's Jacobian leads out of it by less, relatively
@@ -73,7 +73,7 @@ def spectral_normalize(
     >>> round(float(jnp.linalg.norm(w, 2)), 2)
     0.9
     """
-    wide = jnp.promote_types(weight.dtype, jnp.float32)
+    wide = wide_dtype(weight)
     W = weight.reshape(-1, weight.shape[-1]).astype(wide)
     W = W if W.shape[0] >= W.shape[1] else W.T  # the space is that of the shorter side
     frozen = jax.lax.stop_gradient(W)

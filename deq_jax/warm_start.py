@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from deq_jax.solvers.base import choose
+from deq_jax.solvers.base import choose, raveler, wide_dtype
 
 
 class FixedPointCache(NamedTuple):
@@ -104,7 +104,8 @@ def first_guess_loss(z_star: PyTree, z0: PyTree) -> Float[Array, ""]:
     >>> float(first_guess_loss(jnp.array([1.0, 2.0]), jnp.array([1.0, 4.0])))
     2.0
     """
-    wide = lambda leaf: jnp.promote_types(jnp.result_type(leaf), jnp.float32)
-    square = lambda z, z0: jnp.sum(jnp.abs(z0.astype(wide(z0)) - jax.lax.stop_gradient(z).astype(wide(z))) ** 2)
+    wide = wide_dtype((z_star, z0))
+    reals = lambda leaf: raveler(leaf, 0)[0](leaf).astype(wide)
+    square = lambda z, z0: jnp.sum((reals(z0) - reals(jax.lax.stop_gradient(z))) ** 2)
     sums = jax.tree.leaves(jax.tree.map(square, z_star, z0))
     return jnp.asarray(sum(sums) / sum(leaf.size for leaf in jax.tree.leaves(z0)))

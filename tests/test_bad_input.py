@@ -58,7 +58,7 @@ CALLS = {
         ["f(z)['b']", "shape of z0, (2,)", "got (1,)"],
     ),
     "broadcasting f(z)": (
-        lambda: deq.fixed_point(lambda z: z[:, None] + z, z0()),
+        lambda: deq.fixed_point(lambda z: z[:, None] + z[None], z0()),
         ValueError,
         ["f(z)", "(3,)", "got (3, 3)"],
     ),

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import deq_jax as deq
 from deq_jax import Status
+from deq_jax.solvers.base import aligned
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -46,7 +47,8 @@ def xs(x64):
 
 
 def cell(z, params, x):
-    return jnp.tanh(z @ params["w"] + params["b"]) + x
+    product = z @ params["w"]
+    return jnp.tanh(product + aligned(params["b"], product)) + x
 
 
 def loss(params, x, solver=PICARD, adjoint=ADJOINTS["implicit"], batch_ndim=0):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 from deq_jax._trace import Bound
 from deq_jax.adjoints.linear_map import linear_map
 from deq_jax.solvers import Solver, Stats, Status, solve
-from deq_jax.solvers.base import choose, leading_power, zeros_from
+from deq_jax.solvers.base import choose, leading_power, wide_dtype, zeros_from
 
 HEADROOM = 2.0**-6  # of a float16 cotangent: room for digits below, and for the sum of a million entries above
 
@@ -267,7 +267,7 @@ def power_of_two(tree: PyTree, batch_ndim: int) -> Float[Array, "*batch"]:
 def _top(tree: PyTree, batch_ndim: int) -> Float[Array, "*batch"]:
     """The largest entry of each problem, in float32 or wider; no gradient."""
     leaves = jax.tree.leaves(jax.lax.stop_gradient(tree))
-    wide = jnp.result_type(jnp.float32, *(leaf.real.dtype for leaf in leaves))
+    wide = wide_dtype(leaves)
     tops = [jnp.max(jnp.abs(leaf.reshape(*leaf.shape[:batch_ndim], -1)), axis=-1).astype(wide) for leaf in leaves]
     return functools.reduce(jnp.maximum, tops)
 
@@ -284,7 +284,7 @@ def _with_scale(operation: Callable, leaf: Array, scale: Float[Array, "*batch"])
     """Computed in float32 or wider: neither a scale nor its reciprocal need be a number of float16."""
     if jnp.iscomplexobj(leaf):
         return jax.lax.complex(*(_with_scale(operation, part, scale) for part in (leaf.real, leaf.imag)))
-    wide = jnp.promote_types(leaf.dtype, scale.dtype)
+    wide = wide_dtype([leaf, scale])
     scale = jax.lax.expand_dims(scale.astype(wide), range(scale.ndim, leaf.ndim))
     return operation(leaf.astype(wide), scale).astype(leaf.dtype)
 

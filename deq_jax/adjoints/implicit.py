@@ -23,7 +23,7 @@ from deq_jax.adjoints.base import (
     unfolded,
 )
 from deq_jax.solvers import Anderson, Solver
-from deq_jax.solvers.base import choose, norm, raveler, zeros_from
+from deq_jax.solvers.base import choose, norm, raveler, wide_dtype, zeros_from
 
 FLOOR = 1  # of the default relative tolerance, in eps of the state's dtype
 LOOSEST = 0.1  # that an absolute tolerance may ask for, of a state near zero
@@ -121,10 +121,10 @@ def _relative_tolerance(solver: Solver, z: PyTree, batch_ndim: int) -> Any:
     """‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ as a relative tolerance; of several leaves the strictest, if it is not zero."""
     if isinstance(solver.atol, int | float) and solver.atol == 0:
         return float(solver.rtol) if isinstance(solver.rtol, int | float) else solver.rtol
-    norms = [norm(raveler(leaf, batch_ndim)[0](leaf)) for leaf in jax.tree.leaves(z)]
-    wide = jnp.result_type(*norms)
+    wide = wide_dtype(z)
+    norms = [norm(raveler(leaf, batch_ndim)[0](leaf)).astype(wide) for leaf in jax.tree.leaves(z)]
     cast = lambda number: jnp.asarray(number).astype(wide)
-    asked = [jnp.where(n > 0, cast(solver.atol) / jnp.where(n > 0, n, 1), jnp.inf).astype(wide) for n in norms]
+    asked = [jnp.where(n > 0, cast(solver.atol) / jnp.where(n > 0, n, 1), jnp.inf) for n in norms]
     return cast(solver.rtol) + jnp.minimum(functools.reduce(jnp.minimum, asked), LOOSEST)
 
 
