@@ -246,18 +246,16 @@ def evaluation(
         spent = steps >= solver.max_steps
         bound = jnp.where(spent, DIVERGED_GROWTH * first_scale, jnp.maximum(HOPELESS_GROWTH * first_scale, 1))
         diverged = (lost | anywhere(residual > bound)) & ~entering & (not recovers)
-        status = jnp.select(
-            [  # in order of priority
-                ~running,
-                converged,
-                ~finite & ~entering & ~(backtracks & ~first),
-                diverged,
-                stalled,
-                spent,
-            ],
-            [loop.status, Status.CONVERGED, Status.NONFINITE, Status.DIVERGED, Status.STALLED, Status.MAX_STEPS],
-            RUNNING,
-        ).astype(jnp.int32)
+        verdicts = {  # by priority
+            Status.CONVERGED: converged,
+            Status.NONFINITE: ~finite & ~entering & ~(backtracks & ~first),
+            Status.DIVERGED: diverged,
+            Status.STALLED: stalled,
+            Status.MAX_STEPS: spent,
+        }
+        status = loop.status
+        for verdict, holds in reversed(verdicts.items()):
+            status = jnp.where(running & holds, jnp.int32(verdict), status)
 
         unit = jnp.where(first, half_power(first_scale), loop.unit)
         # Where the solve begins at f(z0), the solver is shown that as a point at rest, and forgets it again.
