@@ -53,6 +53,8 @@ class Config:
     parts: tuple[str, ...] = ("bits", "gradients", "programs", "times")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of each family of cells
     families: tuple[str, ...] = tuple(FAMILIES)
+    rtol: float = RTOL  # of the cells; with 0 they run to the floor of the dtype
+    dtype: str = "float32"  # of the cells, which are drawn in float32; float64 needs JAX_ENABLE_X64=1
     solvers: tuple[str, ...] = ()  # names in `solvers()`; all of them where none is given
     problems: tuple[str, ...] = ("P1", "P2", "P3", "P4", "P5", "P6")
     pairs: tuple[str, ...] = ("Anderson", "Picard")  # forward and backward solvers of programs and times
@@ -81,7 +83,7 @@ def pair(name: str) -> dict[str, Any]:
 
 
 def main(config: Config) -> dict[str, Any]:
-    results: dict[str, Any] = lm.environment() | {"dtype": "float32", "seeds": config.seeds}
+    results: dict[str, Any] = lm.environment() | {"dtype": config.dtype, "rtol": config.rtol, "seeds": config.seeds}
     asked = {"bits": bits, "gradients": gradients, "programs": programs, "times": times}
     with worker(config.other.resolve()) as old, worker(ROOT) as new:
         for part in config.parts:
@@ -152,14 +154,15 @@ def names_of(cells: robustness_study.Problems) -> list[str]:
     return [name for group in cells.families for name in group]
 
 
-def solve_cells(solver: str, families: list[str], seeds: list[int], path: str) -> list[str]:
+def solve_cells(solver: str, rtol: float, dtype: str, families: list[str], seeds: list[int], path: str) -> list[str]:
     """Leaves `NUMBERS` in a file, an entry per problem; returns the families in their order."""
     cells = drawn(tuple(families), tuple(seeds))
-    posed = dataclasses.replace(solvers()[solver], rtol=RTOL, atol=0.0, max_steps=BUDGET)
-    z0 = jnp.zeros((len(names_of(cells)) * len(seeds), DIM), jnp.float32)
+    posed = dataclasses.replace(solvers()[solver], rtol=rtol, atol=0.0, max_steps=BUDGET)
+    z0 = jnp.zeros((len(names_of(cells)) * len(seeds), DIM), dtype)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), cells.params)
     solve = jax.jit(lambda params: deq.solve(cells.f, z0, params, solver=posed, batch_ndim=1)[:2])
-    z, stats = solve(cells.params)
-    np.savez(path, z=z, **{name: getattr(stats, name) for name in NUMBERS[1:]})
+    z, stats = solve(params)
+    np.savez(path, z=z.astype(stats.residual.dtype), **{name: getattr(stats, name) for name in NUMBERS[1:]})
     return names_of(cells)
 
 
@@ -183,7 +186,8 @@ def bits(config: Config, old: Callable, new: Callable) -> dict[str, Any]:
     """By solver: how many problems have the same bits, steps and statuses, and which do not."""
     results = {}
     for solver in config.solvers or solvers():
-        options = {"solver": solver, "families": config.families, "seeds": config.seeds}
+        options = {"solver": solver, "rtol": config.rtol, "dtype": config.dtype}
+        options |= {"families": config.families, "seeds": config.seeds}
         names, before, after = both("solve", options, old, new)
         results[solver] = compare_solves(names, config.seeds, before, after)
     keys = list(next(iter(results.values())))[:-1]
