@@ -242,18 +242,13 @@ def evaluation(
         spent = steps >= solver.max_steps
         bound = jnp.where(spent, DIVERGED_GROWTH * first_scale, jnp.maximum(HOPELESS_GROWTH * first_scale, 1))
         diverged = (lost | anywhere(residual > bound)) & ~backtracks & ~entering
-        status = jnp.select(
-            [  # in order of priority
-                ~running,
-                converged,
-                ~finite & ~entering & ~(backtracks & ~first),
-                diverged,
-                stalled,
-                spent,
-            ],
-            [loop.status, Status.CONVERGED, Status.NONFINITE, Status.DIVERGED, Status.STALLED, Status.MAX_STEPS],
-            RUNNING,
-        ).astype(jnp.int32)
+        # In order of priority, the last line first. Not `jnp.select`: it compiles to an argmax over the conditions.
+        status = jnp.where(spent, Status.MAX_STEPS, RUNNING)
+        status = jnp.where(stalled, Status.STALLED, status)
+        status = jnp.where(diverged, Status.DIVERGED, status)
+        status = jnp.where(finite | entering | (backtracks & ~first), status, Status.NONFINITE)
+        status = jnp.where(converged, Status.CONVERGED, status)
+        status = jnp.where(running, status, loop.status).astype(jnp.int32)
 
         unit = jnp.where(first, half_power(first_scale), loop.unit)
         z, state = advance(solver, loop.solver, fz, loop.z, unit, entering)
