@@ -1,22 +1,26 @@
 """The core's own figures: memory of the compiled training step, cost of an eager call, of a dispatch, of a compile.
 
     python -m experiments.bench_core
+    python -m experiments.bench_core --leaves 8 64 1000  # a state of 1000 leaves takes minutes to compile
 
-One minute on two CPU cores. Bytes come from the compiled program and do not depend on the machine's load;
+Two minutes on two CPU cores. Bytes come from the compiled program and do not depend on the machine's load;
 times are medians in this process, so compare them with each other only.
 """
 
 import dataclasses
 import functools
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import tyro
 from flax import nnx
 
 import deq_jax as deq
@@ -26,11 +30,31 @@ from experiments import lm
 CONFIG = TransformerConfig(vocab_size=65, dim=128, heads=4, inner_dim=512, mem_len=64)
 
 
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Bytes, milliseconds and compile times of the core; nothing is written."""
+
+    leaves: tuple[int, ...] = (8, 64)  # sizes of a state, of which the compile time is told
+    closures: int = 1000  # fresh ones, called eagerly one after the other, while the process's memory is watched
+
+
 def tanh_cell(z, w, x):
     return jnp.tanh(z @ w + x)
 
 
-def main() -> None:
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["w", "x"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A pytree that is a function, as a module of Equinox is."""
+
+    w: jax.Array
+    x: jax.Array
+
+    def __call__(self, z):
+        return tanh_cell(z, self.w, self.x)
+
+
+def main(config: Config = Config()) -> None:  # noqa: B008
     device = jax.devices()[0]
     print(f"deq_jax {deq.__version__}, jax {jax.__version__}, {device.platform}: {device.device_kind}, float32, seed 0")
 
@@ -53,6 +77,8 @@ def main() -> None:
     print(f"  first {milliseconds(call, repeats=1):9.2f} ms")
     print(f"  again {milliseconds(call):9.3f} ms; with another tolerance {milliseconds(lambda: call(1e-3)):.3f} ms")
 
+    report_fresh_calls(config)
+
     print("\ncompile time of value and gradient of the same cell, side by side")
     loss = lambda w, **options: deq.fixed_point(tanh_cell, x, w, x, batch_ndim=1, **options).value.sum()
     once = lambda w: tanh_cell(x, w, x).sum()
@@ -70,6 +96,8 @@ def main() -> None:
     ):
         lowered = lower_gradient(solver, adjoint)
         print(f"  {name:20} {milliseconds(lowered.compile, repeats=1):8.0f} ms")
+
+    report_compile_times(config)
 
     print("\none step of a solver in a compiled loop, with an f of one multiplication (µs, the least of 15 runs)")
     for solver, batch, dim in (
@@ -108,6 +136,64 @@ def main() -> None:
     print(f"  {1e3 * statistics.median(float(run.stdout) for run in runs):.0f} ms")
 
 
+def report_fresh_calls(config: Config) -> None:
+    """Eager calls of functions that are new objects each time, and compute what was compiled before."""
+    w, x = 0.5 * jax.random.normal(jax.random.key(0), (512, 512)) / 512**0.5, jnp.ones((8, 512))
+    solve = lambda f, *args: deq.fixed_point(f, x, *args, batch_ndim=1).value
+    closure = lambda w: solve(lambda z: tanh_cell(z, w, x))
+    trace = lambda: jax.make_jaxpr(lambda z, w, x: tanh_cell(z, w, x))(x, w, x).jaxpr and ()
+    inside = jax.jit(lambda w: solve(tanh_cell, w, x))
+    forms: dict[str, Callable[[], Any]] = {
+        "a function of the module, with arguments": lambda: solve(tanh_cell, w, x),
+        "a fresh closure over 1 MB": lambda: closure(w),
+        "a callable dataclass": lambda: solve(Cell(w, x)),
+        "its bound method": lambda: solve(Cell(w, x).__call__),
+        "a functools.partial": lambda: solve(functools.partial(tanh_cell, w=w, x=x)),
+        "the gradient of a fresh closure": lambda: jax.grad(lambda w: closure(w).sum())(w),
+    }
+    print("\nlater eager calls of fixed_point (8 × 512, all defaults)")
+    for name, call in {"(a trace of f alone)": trace, "(the compiled solve alone)": lambda: inside(w)}.items():
+        call()
+        print(f"  {name:42} {milliseconds(call):8.2f} ms")
+    for name, call in forms.items():
+        first = milliseconds(call, repeats=1)
+        print(f"  {name:42} {milliseconds(call):8.2f} ms; the first {first:.0f} ms")
+
+    jax.block_until_ready(closure(w))
+    before = resident()
+    for i in range(config.closures):
+        jax.block_until_ready(closure(w + 1e-6 * i))
+    grown = (resident() - before) / 1e6
+    print(f"  {config.closures} fresh closures over 1 MB each: from {before / 1e6:.0f} MB, {grown:+.1f} MB")
+
+
+def resident() -> int:
+    """Bytes that this process holds now."""
+    held = re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())
+    return 1024 * int(held.group(1)) if held else 0
+
+
+def report_compile_times(config: Config) -> None:
+    """Of value and gradient: where the cotangent of z is a constant, and where z has many leaves."""
+    print("  and where the cotangent is a constant, or not (8 × 262,144)")
+    x = jnp.ones((8, 262_144))
+    solve = lambda a: deq.fixed_point(lambda z: jnp.tanh(0.5 * z + a * x), x, batch_ndim=1).value
+    for name, loss in {"(z * z).sum()": lambda z: (z * z).sum(), "z.sum()": lambda z: z.sum()}.items():
+        lowered = jax.jit(jax.value_and_grad(lambda a, loss=loss: loss(solve(a)))).lower(jnp.ones(()))
+        print(f"  {name:20} {milliseconds(lowered.compile, repeats=1):8.0f} ms")
+
+    print("  and of a state of many leaves (8 × 16 each): traced, compiled")
+    for count in config.leaves:
+        z0 = {f"leaf {i}": jnp.ones((8, 16)) for i in range(count)}
+        cell = lambda a, z: jax.tree.map(lambda z: jnp.tanh(0.5 * z + a), z)
+        value = lambda a, z0=z0: deq.fixed_point(lambda z: cell(a, z), z0, batch_ndim=1).value
+        loss = lambda a, value=value: sum((leaf**2).sum() for leaf in jax.tree.leaves(value(a)))
+        began = time.perf_counter()
+        lowered = jax.jit(jax.value_and_grad(loss)).lower(jnp.ones(()))
+        traced = 1e3 * (time.perf_counter() - began)
+        print(f"  {count:4} leaves          {traced:8.0f} ms {milliseconds(lowered.compile, repeats=1):8.0f} ms")
+
+
 def gradient_bytes(solver: Any, adjoint: Any) -> int:
     """Temporary bytes of one compiled gradient; nothing is run."""
     return lm.temp_bytes(lower_gradient(solver, adjoint).compile())
@@ -142,4 +228,4 @@ def milliseconds(f: Callable[[], Any], repeats: int = 20) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config))

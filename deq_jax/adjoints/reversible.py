@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from deq_jax._config import cast_options, check_number, config
 from deq_jax.adjoints.base import conj, first_order_only, reverse_mode_only
-from deq_jax.solvers.base import Stats, Status, eps_of, judge, leaf_norms, per_problem, raveler, within, zeros_from
+from deq_jax.solvers.base import Stats, Status, judge, leaf_norms, leaves_of, per_problem, raveler, within, zeros_from
 
 SPOILED = 1e-2  # relative error of a state walked back to z0 from which on we warn
 
@@ -77,8 +77,8 @@ def _walk(f, batch_ndim, rules, z0, inputs, other):
     damping = per_problem(damping)
     call = lambda z: ravel(f(unravel(z), inputs, other)).astype(start.dtype)
 
-    leaves, eps = leaf_norms(z0, batch_ndim), eps_of(z0)
-    norms = lambda z, fz: (leaves(fz - ravel(unravel(z)).astype(fz.dtype)), leaves(fz))
+    leaves, of_leaves = leaves_of(z0), leaf_norms(z0, batch_ndim)
+    norms = lambda z, fz: (of_leaves(fz - ravel(unravel(z)).astype(fz.dtype)), of_leaves(fz))
 
     def body(carry):
         y, z, fz, running, steps = carry
@@ -87,14 +87,14 @@ def _walk(f, batch_ndim, rules, z0, inputs, other):
         y = move(y, (1 - damping) * y + damping * fz)
         z = move(z, (1 - damping) * z + damping * call(y))
         fz, steps = call(z), steps + running.astype(jnp.int32)
-        return y, z, fz, running & ~within(*norms(z, fz), solver, eps) & (2 * steps + 3 <= solver.max_steps), steps
+        return y, z, fz, running & ~within(*norms(z, fz), solver, leaves) & (2 * steps + 3 <= solver.max_steps), steps
 
     fz = call(start)
-    running = ~within(*norms(start, fz), solver, eps) & (solver.max_steps >= 3)
+    running = ~within(*norms(start, fz), solver, leaves) & (solver.max_steps >= 3)
     carry = start, start, fz, running, zeros_from(start[..., 0]).astype(jnp.int32)
     y, z, fz, _, steps = jax.lax.while_loop(lambda carry: jnp.any(carry[3]), body, carry)
 
-    stats = judge(*norms(z, fz), solver, 2 * steps + 1, eps)
+    stats = judge(*norms(z, fz), solver, 2 * steps + 1, leaves)
     nothing = 0, jnp.inf, jnp.inf, Status.MAX_STEPS  # what is known where no evaluation was allowed
     stats = Stats(*(jnp.where(solver.max_steps > 0, known, none) for known, none in zip(stats, nothing, strict=True)))
     return y, z, steps, stats

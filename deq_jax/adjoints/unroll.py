@@ -9,10 +9,9 @@ from deq_jax._config import cast_options, check_number, check_sees_all, config
 from deq_jax.solvers.base import (
     choose,
     comparable,
-    eps_of,
     leaf_norms,
+    leaves_of,
     measure,
-    per_problem,
     ratio,
     raveler,
     whole,
@@ -72,7 +71,7 @@ class Unroll:
         accelerated = bool(jax.tree.leaves(jax.eval_shape(lambda: solver.init(ravel(z0)))))
         if accelerated:  # without memory, rarer tests change no iterate
             check_sees_all(solver, "Unroll")
-        norms, eps = leaf_norms(z0, batch_ndim), eps_of(z0)
+        norms, leaves = leaf_norms(z0, batch_ndim), leaves_of(z0)
         start = jax.lax.stop_gradient(ravel(z0))
 
         def iterate(carry):
@@ -80,12 +79,12 @@ class Unroll:
             g, steps = ravel(f(unravel(z), inputs, other)) - z, steps + running.astype(jnp.int32)
             frozen_g, fz = jax.lax.stop_gradient((g, g + z))
             residuals, scales = norms(frozen_g), norms(fz)  # XLA drops what nothing below reads
-            residual, scale = whole(residuals), whole(scales)
+            residual, scale = whole(residuals, leaves), whole(scales, leaves)
             if recovers:
                 better = running & (residual < least)
                 best, least = jnp.where(better[..., None], z, best), jnp.where(better, residual, least)
             if self.stop:
-                running = running & ~self._ended(residuals, scales, norms(fz - start), solver, eps)
+                running = running & ~self._ended(residuals, scales, norms(fz - start), solver, leaves)
             rounding = (residual <= ROUNDING * float(jnp.finfo(z.dtype).eps) * scale) & accelerated
             if not self.stop and not accelerated:
                 return ravel(unravel(z + solver.update(g, state, z)[0])), state, running, steps, best, least
@@ -121,11 +120,11 @@ class Unroll:
         z_frozen, frozen, solver = jax.lax.stop_gradient((z, inputs, solver))
         return z, measure(lambda z: f(z, frozen, other), z_frozen, solver, steps, batch_ndim)
 
-    def _ended(self, residuals, scales, travelled, solver, eps):
+    def _ended(self, residuals, scales, travelled, solver, leaves):
         """Within the tolerance of the value, and of how far the start was: that many times smaller is Jᵏ too."""
-        sizes = comparable(residuals, scales, eps)
-        tolerance = per_problem(solver.atol) + per_problem(solver.rtol) * sizes
+        sizes = comparable(residuals, scales, leaves)
+        tolerance = leaves.each(solver.atol) + leaves.each(solver.rtol) * sizes
         # What rounding hides is no contraction.
-        seen = jnp.maximum(residuals, jnp.minimum(eps * sizes, tolerance))
-        contracted = jnp.all(seen <= tolerance * ratio(travelled, sizes), axis=-1)
-        return within(residuals, scales, solver, eps) & contracted
+        seen = jnp.maximum(residuals, jnp.minimum(leaves.eps * sizes, tolerance))
+        contracted = leaves.over(jnp.all, seen <= tolerance * ratio(travelled, sizes))
+        return within(residuals, scales, solver, leaves) & contracted

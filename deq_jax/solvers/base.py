@@ -114,20 +114,35 @@ class Solved(NamedTuple):
     folded: Any  # the fold's result, or None
 
 
+class Leaves(NamedTuple):
+    """What the norms of a state's leaves, `"*norms"`, are to be read with: shape `*batch` where there is one leaf, else
+    `*batch leaves`. An axis of one entry would keep the compiler from vectorizing over problems."""
+
+    several: bool
+    eps: float  # the machine epsilon of the coarsest leaf
+
+    def over(self, reduce: Callable, norms: Array) -> Array:
+        return reduce(norms, axis=-1) if self.several else norms
+
+    def each(self, x: Any) -> Any:
+        """What is given for each problem, beside norms."""
+        return jnp.asarray(x)[..., None] if self.several and jnp.ndim(x) else x
+
+
 class Growth(NamedTuple):
     """How far the iterates have come, leaf by leaf; a new stretch begins where ‖f(z)‖ is 10 times what it was."""
 
-    scale: Float[Array, "*batch leaves"]  # ‖f(z)‖ where the present stretch began
-    worst: Float[Array, "*batch leaves"]  # the largest residual of the present stretch
-    before: Float[Array, "*batch leaves"]  # that of the stretch before; inf in the first one
-    largest: Float[Array, "*batch leaves"]  # the largest ‖f(z)‖ of all
+    scale: Float[Array, "*norms"]  # ‖f(z)‖ where the present stretch began
+    worst: Float[Array, "*norms"]  # the largest residual of the present stretch
+    before: Float[Array, "*norms"]  # that of the stretch before; inf in the first one
+    largest: Float[Array, "*norms"]  # the largest ‖f(z)‖ of all
 
 
 class Loop(NamedTuple):
     z: Float[Array, "*batch dim"]
     best: Float[Array, "*batch dim"]
-    best_residuals: Float[Array, "*batch leaves"]
-    best_scales: Float[Array, "*batch leaves"]  # ‖f(z)‖ at the best z
+    best_residuals: Float[Array, "*norms"]
+    best_scales: Float[Array, "*norms"]  # ‖f(z)‖ at the best z
     first_scale: Float[Array, "*batch"]  # max(‖f(z0)‖, ‖f(z0) − z0‖)
     unit: Float[Array, "*batch"]  # the power of two by which a scale-free solver's vectors are divided
     growth: Growth
@@ -162,7 +177,7 @@ def beginning(z0: PyTree, solver: Solver, batch_ndim: int, memory: Any = None, f
     z = raveler(z0, batch_ndim)[0](z0)
     # Carries are made from the data, never from a bare constant: under sharding they inherit its type.
     zero = zeros_from(z[..., 0])
-    leaves = jnp.stack([zero] * len(jax.tree.leaves(z0)), axis=-1)
+    leaves = jnp.stack([zero] * len(jax.tree.leaves(z0)), axis=-1) if leaves_of(z0).several else zero
     count = zero.astype(jnp.int32)
     status = jnp.where(jnp.asarray(solver.max_steps) > 0, RUNNING, Status.MAX_STEPS).astype(jnp.int32) + count
     # The previous z and residual of another problem's memory must not be paired with this f: see `Solver`.
@@ -187,8 +202,9 @@ def beginning(z0: PyTree, solver: Solver, batch_ndim: int, memory: Any = None, f
 
 def ending(end: Loop, z0: PyTree, batch_ndim: int) -> Solved:
     """What came of a loop, with values in the structure of z0."""
-    relative = largest_ratio(end.best_residuals, end.best_scales, eps_of(z0))
-    stats = Stats(end.steps, whole(end.best_residuals), relative, end.status)
+    leaves = leaves_of(z0)
+    relative = largest_ratio(end.best_residuals, end.best_scales, leaves)
+    stats = Stats(end.steps, whole(end.best_residuals, leaves), relative, end.status)
     return Solved(raveler(z0, batch_ndim)[1](end.best), stats, end.solver, end.folded)
 
 
@@ -197,10 +213,10 @@ def evaluation(
 ) -> Callable[[Loop], Loop]:
     """The body of the loop: one evaluation of f, what it says of each problem, and the next iterate."""
     ravel, unravel = raveler(z0, batch_ndim)
-    rounded_to_state, norms, eps = rounder(z0, batch_ndim), leaf_norms(z0, batch_ndim), eps_of(z0)
+    rounded_to_state, norms, leaves = rounder(z0, batch_ndim), leaf_norms(z0, batch_ndim), leaves_of(z0)
+    eps = leaves.eps
     floor = min(64 * eps, 0.05)  # relative residual at which rounding in f may hide all progress
     patience, recovers = max(STALE_EVALUATIONS, getattr(solver, "patience", 0)), getattr(solver, "recovers", False)
-    one_leaf = len(jax.tree.leaves(z0)) == 1
     everywhere, anywhere, most = over_axes(getattr(f, "axes", ()))
 
     def body(loop: Loop) -> Loop:
@@ -210,32 +226,32 @@ def evaluation(
         fz = ravel(fz_tree)
         g = fz - loop.z
         residuals, scales = norms(g), norms(fz)
-        residual, scale = whole(residuals), whole(scales)
+        residual, scale = whole(residuals, leaves), whole(scales, leaves)
         steps = loop.steps + running.astype(jnp.int32)
 
         # z0 may hold what is not finite (a best cost so far), if f(z0) does not: then the solve begins at f(z0).
         entering = everywhere(first & jnp.isfinite(scale)) & anywhere(~jnp.isfinite(residual))
         first_scale = jnp.where(first, jnp.where(entering, scale, jnp.maximum(residual, scale)), loop.first_scale)
         finite = everywhere(jnp.isfinite(residual) & jnp.isfinite(scale))
-        growth = grown(loop.growth, residuals, scales, finite)
+        growth = grown(loop.growth, residuals, scales, leaves.each(finite))
         # z ↦ z + 1 has no fixed point, and yet its relative residual 1/‖z‖ falls below any rtol as z runs away.
         # Where the iterate has outgrown a scale, the residual itself must have fallen since; and where all residuals
         # since are less than a unit in the last place of z, they are rounding.
         worst = jnp.maximum(growth.worst, growth.before)
-        lost = anywhere(jnp.any(eps * scales > worst, axis=-1))
-        fallen = everywhere(jnp.all(residuals <= worst / OUTGROWN, axis=-1))
-        converged = everywhere(within(residuals, scales, solver, eps)) & finite & ~lost & fallen
+        lost = anywhere(leaves.over(jnp.any, eps * scales > worst))
+        fallen = everywhere(leaves.over(jnp.all, residuals <= worst / OUTGROWN))
+        converged = everywhere(within(residuals, scales, solver, leaves)) & finite & ~lost & fallen
 
         # A sum of leaves in their units means nothing: progress is that of the leaf that is the furthest from its goal.
-        error = lambda residuals: whole(residuals) if one_leaf else largest_ratio(residuals, growth.largest, eps)
+        error = lambda residuals: largest_ratio(residuals, growth.largest, leaves) if leaves.several else residuals
         now, least = most(error(residuals)), most(error(loop.best_residuals))
-        relative = most(largest_ratio(residuals, scales, eps))
-        best_relative = most(largest_ratio(loop.best_residuals, loop.best_scales, eps))
+        relative = most(largest_ratio(residuals, scales, leaves))
+        best_relative = most(largest_ratio(loop.best_residuals, loop.best_scales, leaves))
         # Below the rounding of the largest f(z) of the solve, a residual that falls as z itself does is no progress.
-        rounded = lambda residuals: everywhere(jnp.all(residuals <= eps * growth.largest, axis=-1))
+        rounded = lambda residuals: everywhere(leaves.over(jnp.all, residuals <= eps * growth.largest))
         progress = finite & (now < 0.99 * least) & (~rounded(residuals) | (relative < 0.99 * best_relative))
         stale = jnp.where(progress, 0, loop.stale + 1)
-        resolved = everywhere(whole(loop.best_residuals) <= floor * whole(loop.best_scales))
+        resolved = everywhere(whole(loop.best_residuals, leaves) <= floor * whole(loop.best_scales, leaves))
         stalled = (stale >= patience) & (resolved | rounded(residuals))
 
         # An iterate so far out that its residual is all rounding is not a better one.
@@ -246,16 +262,13 @@ def evaluation(
         spent = steps >= solver.max_steps
         bound = jnp.where(spent, DIVERGED_GROWTH * first_scale, jnp.maximum(HOPELESS_GROWTH * first_scale, 1))
         diverged = (lost | anywhere(residual > bound)) & ~entering & (not recovers)
-        verdicts = {  # by priority
-            Status.CONVERGED: converged,
-            Status.NONFINITE: ~finite & ~entering & ~(backtracks & ~first),
-            Status.DIVERGED: diverged,
-            Status.STALLED: stalled,
-            Status.MAX_STEPS: spent,
-        }
-        status = loop.status
-        for verdict, holds in reversed(verdicts.items()):
-            status = jnp.where(running & holds, jnp.int32(verdict), status)
+        # In order of priority, the last line first. Not `jnp.select`: it compiles to an argmax over the conditions.
+        status = jnp.where(spent, Status.MAX_STEPS, RUNNING)
+        status = jnp.where(stalled, Status.STALLED, status)
+        status = jnp.where(diverged, Status.DIVERGED, status)
+        status = jnp.where(finite | entering | (backtracks & ~first), status, Status.NONFINITE)
+        status = jnp.where(converged, Status.CONVERGED, status)
+        status = jnp.where(running, status, loop.status).astype(jnp.int32)
 
         unit = jnp.where(first, half_power(first_scale), loop.unit)
         # Where the solve begins at f(z0), the solver is shown that as a point at rest, and forgets it again.
@@ -263,12 +276,12 @@ def evaluation(
         z, state = advance(solver, loop.solver, g, here, unit)
         state = solver.forget(state, entering) if hasattr(solver, "forget") else state
         z = jnp.where((status == RUNNING)[..., None], rounded_to_state(z), best)
-        seen = Seen(loop.evaluation, z_tree, fz_tree, residual, largest_ratio(residuals, scales, eps), running)
+        seen = Seen(loop.evaluation, z_tree, fz_tree, residual, largest_ratio(residuals, scales, leaves), running)
         return Loop(
             z=z,
             best=best,
-            best_residuals=jnp.where(better[..., None], residuals, loop.best_residuals),
-            best_scales=jnp.where(better[..., None], scales, loop.best_scales),
+            best_residuals=jnp.where(leaves.each(better), residuals, loop.best_residuals),
+            best_scales=jnp.where(leaves.each(better), scales, loop.best_scales),
             first_scale=first_scale,
             unit=unit,
             growth=growth,
@@ -302,7 +315,7 @@ def can_backtrack(solver: Solver, state: Any, like: Bool[Array, "*batch"]) -> Bo
 
 def grown(growth: Growth, residuals: Array, scales: Array, finite: Array) -> Growth:
     """What is known of the growth after one more evaluation; one that is not finite tells nothing."""
-    first, finite = growth.largest == 0, finite[..., None]
+    first = growth.largest == 0
     opens = first | (scales > OUTGROWN * growth.scale)
     new = Growth(
         jnp.where(opens, jnp.where(first, jnp.maximum(residuals, scales), scales), growth.scale),
@@ -345,21 +358,21 @@ def measure(f: Callable, z: PyTree, solver: Solver, steps: Any, batch_ndim: int)
     """Stats of a z that is returned as it is, after `steps` evaluations and the one made here."""
     ravel, _ = raveler(z, batch_ndim)
     norms, fz = leaf_norms(z, batch_ndim), ravel(f(z))
-    return judge(norms(fz - ravel(z)), norms(fz), solver, steps + 1, eps_of(z))
+    return judge(norms(fz - ravel(z)), norms(fz), solver, steps + 1, leaves_of(z))
 
 
 def judge(
-    residuals: Float[Array, "*batch leaves"],
-    scales: Float[Array, "*batch leaves"],
+    residuals: Float[Array, "*norms"],
+    scales: Float[Array, "*norms"],
     solver: Solver,
     steps: Any,
-    eps: float,
+    leaves: Leaves,
 ) -> Stats:
     """Stats of a z whose leaves have these norms of f(z) − z and of f(z), known after `steps` evaluations."""
-    residual, relative = whole(residuals), largest_ratio(residuals, scales, eps)
-    finite = jnp.isfinite(residual) & jnp.isfinite(whole(scales))
+    residual, relative = whole(residuals, leaves), largest_ratio(residuals, scales, leaves)
+    finite = jnp.isfinite(residual) & jnp.isfinite(whole(scales, leaves))
     count = zeros_from(residual).astype(jnp.int32)
-    met = jnp.where(within(residuals, scales, solver, eps), count + Status.CONVERGED, count + Status.MAX_STEPS)
+    met = jnp.where(within(residuals, scales, solver, leaves), count + Status.CONVERGED, count + Status.MAX_STEPS)
     status = jnp.where(finite, met, count + Status.NONFINITE)
     return Stats(count + steps, jnp.where(finite, residual, jnp.inf), jnp.where(finite, relative, jnp.inf), status)
 
@@ -368,53 +381,51 @@ def judge(
 
 
 def within(
-    residuals: Float[Array, "*batch leaves"], scales: Float[Array, "*batch leaves"], solver: Solver, eps: float
+    residuals: Float[Array, "*norms"], scales: Float[Array, "*norms"], solver: Solver, leaves: Leaves
 ) -> Bool[Array, "*batch"]:
     """The stopping test, ‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ in each leaf, which may have a unit of its own.
 
     Finite, for inf ≤ rtol · inf is true, and so is NaN's `not (residual > tolerance)`.
     """
     finite = jnp.isfinite(residuals) & jnp.isfinite(scales)
-    tolerance = per_problem(solver.atol) + per_problem(solver.rtol) * comparable(residuals, scales, eps)
-    return jnp.all(finite & (residuals <= tolerance), axis=-1)
+    tolerance = leaves.each(solver.atol) + leaves.each(solver.rtol) * comparable(residuals, scales, leaves)
+    return leaves.over(jnp.all, finite & (residuals <= tolerance))
 
 
 def comparable(
-    residuals: Float[Array, "*batch leaves"], scales: Float[Array, "*batch leaves"], eps: float
-) -> Float[Array, "*batch leaves"]:
+    residuals: Float[Array, "*norms"], scales: Float[Array, "*norms"], leaves: Leaves
+) -> Float[Array, "*norms"]:
     """What each leaf's residual is compared with: ‖f(z)‖ of the leaf.
 
     Of a leaf that is zero to the rounding of the whole state, that of the whole: it must not hold a solve up.
     """
-    if scales.shape[-1] == 1:
+    if not leaves.several:
         return scales
-    total = whole(scales)[..., None]
-    negligible = (scales <= eps * total) & (residuals <= eps * total)
+    total = whole(scales, leaves)[..., None]
+    negligible = (scales <= leaves.eps * total) & (residuals <= leaves.eps * total)
     return jnp.where(negligible, total, scales)
 
 
 def largest_ratio(
-    residuals: Float[Array, "*batch leaves"], scales: Float[Array, "*batch leaves"], eps: float
+    residuals: Float[Array, "*norms"], scales: Float[Array, "*norms"], leaves: Leaves
 ) -> Float[Array, "*batch"]:
     """The largest relative residual of a leaf."""
-    return jnp.max(ratio(residuals, comparable(residuals, scales, eps)), axis=-1)
+    return leaves.over(jnp.max, ratio(residuals, comparable(residuals, scales, leaves)))
 
 
-def whole(norms: Float[Array, "*batch leaves"]) -> Float[Array, "*batch"]:
+def whole(norms: Float[Array, "*norms"], leaves: Leaves) -> Float[Array, "*batch"]:
     """The norm of the state, from those of its leaves."""
-    return norms[..., 0] if norms.shape[-1] == 1 else norm(norms)
+    return norm(norms) if leaves.several else norms
 
 
-def leaf_norms(
-    example: PyTree, batch_ndim: int
-) -> Callable[[Float[Array, "*batch dim"]], Float[Array, "*batch leaves"]]:
+def leaf_norms(example: PyTree, batch_ndim: int) -> Callable[[Float[Array, "*batch dim"]], Float[Array, "*norms"]]:
     """The map from a raveled state to the norms of its leaves, in the raveler's order."""
     sizes = sorted_sizes(jax.tree.leaves(example), batch_ndim)[0]
     runs = [(size, len(list(run))) for size, run in itertools.groupby(sizes)]
 
-    def norms(flat: Float[Array, "*batch dim"]) -> Float[Array, "*batch leaves"]:
+    def norms(flat: Float[Array, "*batch dim"]) -> Float[Array, "*norms"]:
         if len(sizes) == 1:
-            return norm(flat)[..., None]
+            return norm(flat)
         parts, start = [], 0
         for size, count in runs:
             part = jax.lax.slice_in_dim(flat, start, start + size * count, axis=-1)
@@ -434,6 +445,10 @@ def over_axes(axes: tuple) -> tuple[Callable, Callable, Callable]:
 
 
 # ---- states as vectors -------------------------------------------------------------------------------------
+
+
+def leaves_of(example: PyTree) -> Leaves:
+    return Leaves(len(jax.tree.leaves(example)) > 1, eps_of(example))
 
 
 def eps_of(example: PyTree) -> float:
