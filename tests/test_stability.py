@@ -10,6 +10,7 @@ import pytest
 import deq_jax as deq
 from deq_jax.diagnostics import gradient_bias
 from deq_jax.regularizers import jacobian_penalty
+from deq_jax.solvers.base import aligned
 from deq_jax.stability import spectral_normalize, spectral_radius
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -18,7 +19,8 @@ DIM = 4
 
 
 def cell(z, params, x):
-    return jnp.tanh(z @ params["w"]) * params["s"] + jnp.sin(x * z)
+    moved = jnp.tanh(z @ params["w"])
+    return moved * aligned(params["s"], moved) + jnp.sin(x * z)
 
 
 @pytest.fixture
@@ -97,7 +99,7 @@ def test_training_with_the_penalty_makes_the_solve_shorter(problem):
     before = solve(w).stats.steps
     for i in range(30):
         w = step(w, jax.random.key(i))
-    assert solve(w).stats.steps.max() < 0.5 * before.max()
+    assert solve(w).stats.steps.max() / before.max() < 0.5
 
 
 # ---- spectral_radius ---------------------------------------------------------------------------------------
@@ -173,7 +175,8 @@ def test_spectral_radius_of_a_cell_at_its_equilibrium(problem):
 
 
 def test_spectral_radius_of_a_complex_state():
-    c = 0.9 * jnp.exp(1j * jnp.array([0.3, 2.0]))
+    angle = jnp.array([0.3, 2.0])
+    c = 0.9 * jax.lax.complex(jnp.cos(angle), jnp.sin(angle))
     radius = jax.jit(lambda c: spectral_radius(lambda z: c * z, jnp.ones_like(c)))
     np.testing.assert_allclose(radius(c), 0.9, rtol=1e-5)
 
