@@ -110,7 +110,8 @@ def vary(x: jax.Array, axes: tuple) -> jax.Array:
     """x, which is the same everywhere along axes of `shard_map`, in the type of what differs there."""
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(x, axes, to="varying")
-    return jax.lax.pvary(x, axes)  # before jax 0.9
+    pvary: Any = getattr(jax.lax, "pvary")  # noqa: B009  before jax 0.9
+    return pvary(x, axes)
 
 
 def varying_axes(aval: Any) -> frozenset:
@@ -183,11 +184,14 @@ def _with_numbers_lifted(jaxpr: Jaxpr) -> tuple[Jaxpr, list[jax.Array]]:
     `for gain in gains: fixed_point(lambda z: gain * jnp.cos(z), z0)`. From the second value on, one program serves all.
     (Not from the first: literals let the compiler simplify, and exponents stay literals always.)
     """
-    may_lift = lambda eqn, v: (
-        isinstance(v, Literal) and v.aval.shape == () and jnp.issubdtype(v.aval.dtype, jnp.inexact)
-        and eqn.primitive.name != "pow"
-    )  # fmt: skip
-    numbers = [v for eqn in jaxpr.eqns for v in eqn.invars if may_lift(eqn, v)]
+
+    def may_lift(eqn: Any, v: Any) -> bool:
+        if not isinstance(v, Literal) or eqn.primitive.name == "pow":
+            return False
+        value = np.asarray(v.val)
+        return value.shape == () and jnp.issubdtype(value.dtype, jnp.inexact)
+
+    numbers: list[Any] = [v for eqn in jaxpr.eqns for v in eqn.invars if may_lift(eqn, v)]
     if not numbers:
         return jaxpr, []
     variables = jax.make_jaxpr(lambda *xs: xs)(*[v.aval for v in numbers]).jaxpr.invars
@@ -205,7 +209,8 @@ def _with_numbers_lifted(jaxpr: Jaxpr) -> tuple[Jaxpr, list[jax.Array]]:
     return lifted, [jnp.asarray(v.val, v.aval.dtype) for v in numbers]
 
 
-INLINE = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True  # of jax.jit; an enumeration since jax 0.12
+_inlines: Any = getattr(jax, "Inline", None)
+INLINE = True if _inlines is None else _inlines.JAX_EARLY  # of jax.jit; an enumeration since jax 0.12
 
 
 def _with_arrays_at_the_top(closed: ClosedJaxpr) -> ClosedJaxpr:
@@ -237,11 +242,11 @@ def run_compiled(run: Callable, static: tuple, *arrays: PyTree, differentiates: 
     """
     values = jax.tree.leaves(arrays)
     # A solver or adjoint of the user's own that is no pytree cannot be compared: its methods may read anything.
-    if jax.config.jax_disable_jit or is_staged() or not all(map(is_array_like, values)):
+    if flag("jax_disable_jit") or is_staged() or not all(map(is_array_like, values)):
         return run(*static, *arrays)
     order = max(map(_derivatives, values), default=0) + differentiates
     # Folds read these flags while they are traced, and JAX's own caches do not tell them apart.
-    flags = jax.config.jax_debug_nans, jax.config.jax_debug_infs
+    flags = flag("jax_debug_nans"), flag("jax_debug_infs")
     key = run, flags, tuple(_key(item, order) for item in static)
     with _lock:
         program = _programs.pop(key, None) or jax.jit(lambda *arrays: run(*static, *arrays))
@@ -256,6 +261,11 @@ def clear_caches() -> None:
     with _lock:
         _programs.clear()
         _seen.clear()
+
+
+def flag(name: str) -> bool:
+    """A flag of JAX's that a context manager may set: `jax.config.read` does not tell those."""
+    return getattr(jax.config, name)
 
 
 def is_staged() -> bool:
@@ -377,9 +387,10 @@ def _derivative_key(jaxpr: Jaxpr, order: int) -> Hashable:
 
     Where that calls functions with derivative rules in turn, as relu's does, those of the next ones up to `order`.
     """
-    is_float = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in jaxpr.invars]
-    floats = [v.aval for v, yes in zip(jaxpr.invars, is_float, strict=True) if yes]
-    rest = [v.aval for v, yes in zip(jaxpr.invars, is_float, strict=True) if not yes]
+    types: list[Any] = [v.aval for v in jaxpr.invars]
+    is_float = [jnp.issubdtype(t.dtype, jnp.inexact) for t in types]
+    floats = [t for t, yes in zip(types, is_float, strict=True) if yes]
+    rest = [t for t, yes in zip(types, is_float, strict=True) if not yes]
 
     def run(floats, rest):
         floats, rest = iter(floats), iter(rest)
@@ -387,7 +398,10 @@ def _derivative_key(jaxpr: Jaxpr, order: int) -> Hashable:
         out = eval_jaxpr(jaxpr, (), *values)
         return [jnp.asarray(x) for x in out if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
 
-    pull = lambda floats, rest: (lambda out, vjp: vjp(out))(*jax.vjp(lambda floats: run(floats, rest), floats))
+    def pull(floats, rest):
+        out, vjp = jax.vjp(lambda floats: run(floats, rest), floats)
+        return vjp(out)
+
     push = lambda floats, rest: jax.jvp(lambda floats: run(floats, rest), (floats,), (floats,))
     for derivative in (pull, push):
         try:

@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from deq_jax._checks import check_fold, check_found, check_memory
 from deq_jax._config import check_options, check_solver
-from deq_jax._trace import Bound, Traced, checked, hoist, is_array_like, run_compiled, vary, varying_axes
+from deq_jax._trace import Bound, Traced, checked, flag, hoist, is_array_like, run_compiled, vary, varying_axes
 from deq_jax.adjoints import Adjoint, Found, Implicit, Probe
 from deq_jax.solvers import Anderson, Broyden, Fold, Seen, Solved, Solver, Stats
 from deq_jax.solvers import solve as _solve
@@ -82,7 +83,7 @@ def fixed_point(
         warn(z0, solver)
     cell, z0, inputs, other = hoist_cell(f, z0, args, has_aux)
     probe = Probe.like(z0, batch_ndim) if probe is None else probe
-    if jax.config.jax_disable_jit and hasattr(adjoint, "at"):
+    if flag("jax_disable_jit") and hasattr(adjoint, "at"):
         return _step_by_step(f, z0, args, solver, adjoint, batch_ndim, has_aux, probe)
     return run_compiled(_fixed_point, (cell, batch_ndim, has_aux), z0, inputs, other, solver, adjoint, probe)
 
@@ -146,12 +147,12 @@ def solve(
     cell, z0, inputs, other = hoist_cell(f, z0, args)
     if memory is not None:
         check_memory(memory, solver, flat_type(z0, batch_ndim))
-    if jax.config.jax_disable_jit:
+    if flag("jax_disable_jit"):
         solved = _solve(lambda z: f(z, *args), z0, solver, batch_ndim, memory=memory, fold=fold)
         return jax.lax.stop_gradient(solved)
-    fold, fold_reads = hoist_fold(fold, z0, batch_ndim)
+    hoisted, fold_reads = hoist_fold(fold, z0, batch_ndim)
     reads = jax.lax.stop_gradient((inputs, other, fold_reads))
-    return run_compiled(_solve_frozen, (cell, batch_ndim, *fold), z0, reads, solver, memory)
+    return run_compiled(_solve_frozen, (cell, batch_ndim, *hoisted), z0, reads, solver, memory)
 
 
 def _solve_frozen(cell, batch_ndim, fold_init, fold_update, z0, reads, solver, memory):
@@ -304,7 +305,7 @@ def check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe) -> PyTree:
     leaves = jax.tree_util.tree_leaves_with_path(z0)
     if not leaves:
         raise ValueError(f"z0 has no arrays: expected a pytree with at least one, got {z0!r}")
-    batch_shape = None
+    batch_shape: Any = None
     for path, leaf in leaves:
         where = "z0" + jax.tree_util.keystr(path)
         if not is_array_like(leaf):
@@ -316,6 +317,10 @@ def check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe) -> PyTree:
             raise ValueError(f"{where} is empty: got shape {shape}")
         if len(shape) < batch_ndim:
             raise ValueError(f"batch_ndim={batch_ndim} is beyond the rank of {where}, of shape {shape}")
+        if _has_infinite(leaf):
+            raise ValueError(
+                f"{where} has infinite entries, and a solve begins at finite ones: take f(z0), or replace them"
+            )
         batch_shape = shape[:batch_ndim] if batch_shape is None else batch_shape
         if shape[:batch_ndim] != batch_shape:
             raise ValueError(
@@ -330,6 +335,14 @@ def check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe) -> PyTree:
             f"{[jnp.shape(p) for p in jax.tree.leaves(probe)]}"
         )
     return jax.tree.map(jnp.asarray, z0)
+
+
+def _has_infinite(leaf: Any) -> bool:
+    """Whether a value that is known, and all here, holds an Inf. From NaN, or a traced Inf, a solve ends NONFINITE."""
+    if isinstance(leaf, Tracer) or not getattr(leaf, "is_fully_addressable", True):
+        return False
+    with jax.ensure_compile_time_eval():
+        return bool(jnp.any(jnp.isinf(jnp.asarray(leaf))))
 
 
 def _check_output(out: PyTree, z0: PyTree) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from deq_jax._config import check_sees_all
+from deq_jax._trace import flag
 from deq_jax.adjoints import Adjoint, Implicit, Phantom, Probe
 from deq_jax.fixed_point import attach, solve
 from deq_jax.solvers import Anderson, Seen, Solver, Stats, Status
@@ -198,19 +199,19 @@ class Snapshots:
     def init(self, z0: PyTree, batch_ndim: int) -> tuple[Snapshot, ...]:
         zero = zeros_from(raveler(z0, batch_ndim)[0](z0)[..., 0])
         unseen = zero + _unseen(zero.dtype, jnp.inf)
-        return (Snapshot(z0, unseen, unseen),) * len(self.at)
+        return (Snapshot(z0, unseen, unseen),) * len(_check_at(self.at))
 
     def update(self, folded: tuple[Snapshot, ...], seen: Seen) -> tuple[Snapshot, ...]:
         new = Snapshot(seen.z, seen.residual, seen.relative_residual)
         keep = lambda k, old: jax.tree.map(lambda new, old: jnp.where(seen.step <= k, new, old), new, old)
-        return tuple(keep(k, old) for k, old in zip(self.at, folded, strict=True))
+        return tuple(keep(k, old) for k, old in zip(_check_at(self.at), folded, strict=True))
 
 
 def _unseen(dtype: Any, mark: float) -> float:
     """What marks an absent evaluation: the first of NaN, inf, max from `mark` on that no debug flag raises on."""
-    if math.isnan(mark) and jax.config.jax_debug_nans:
+    if math.isnan(mark) and flag("jax_debug_nans"):
         mark = jnp.inf
-    if mark == jnp.inf and jax.config.jax_debug_infs:
+    if mark == jnp.inf and flag("jax_debug_infs"):
         mark = float(jnp.finfo(dtype).max)
     return mark
 

@@ -118,13 +118,14 @@ def worker(checkout: Path) -> Iterator[Callable[..., Any]]:
         [sys.executable, "-P", "-c", SCRIPT, str(checkout), str(ROOT)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ,
     )  # fmt: skip
-    assert process.stdin and process.stdout
+    to, back = process.stdin, process.stdout
+    assert to and back
 
     def ask(command: str, **options: Any) -> Any:
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps([command, options]) + "\n")
-            process.stdin.flush()
-        if not (line := process.stdout.readline()):
+            to.write(json.dumps([command, options]) + "\n")
+            to.flush()
+        if not (line := back.readline()):
             raise RuntimeError(f"the process of {checkout} ended with code {process.wait()} at {command}")
         return json.loads(line)
 
@@ -146,7 +147,7 @@ def serve() -> None:
 
 
 @functools.lru_cache(1)
-def drawn(families: tuple[str, ...], seeds: tuple[int, ...]) -> robustness_study.Problems:
+def drawn(families: tuple[str, ...], seeds: Any) -> robustness_study.Problems:
     return robustness_study.draw(families, seeds)
 
 
@@ -235,7 +236,7 @@ def compare_solves(names: list[str], seeds: tuple[int, ...], old: dict, new: dic
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
     """‖a − b‖ / ‖a‖."""
-    a, b = np.float64(a), np.float64(b)
+    a, b = a.astype(np.float64), b.astype(np.float64)
     return float(f"{np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-300):.2g}")
 
 

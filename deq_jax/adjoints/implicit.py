@@ -110,7 +110,8 @@ def default_backward(forward: Solver, z: PyTree | None = None, batch_ndim: int =
     # f rounds u to the state's dtype. In four dtypes, all solves converged at 1 eps, with an error of 1 to 3 eps. With
     # no floor most ended as STALLED after up to 4 times the products, hardly nearer; at 2 eps the error was double.
     floor = FLOOR * max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(z))
-    return Anderson(rtol=max(rtol, floor) if isinstance(rtol, float) else jnp.maximum(rtol, floor), **options)
+    rtol = max(rtol, floor) if isinstance(rtol, float) else jnp.maximum(rtol, floor)
+    return Anderson(rtol=rtol, **options)
 
 
 def _twice(max_steps: Any) -> Any:

@@ -88,11 +88,8 @@ class Anderson:
 
     def resume(self, state: AndersonState) -> AndersonState:
         """The memory of a solve of a similar problem: its differences are a start, its last residual is not ours."""
-        return self.forget(state, state.known | True)
-
-    def forget(self, state: AndersonState, where: Bool[Array, "*batch"]) -> AndersonState:
-        unknown = dict(known=state.known & ~where, accelerated=state.accelerated & ~where)
-        return state._replace(**unknown, since=jnp.where(where, 0, state.since))
+        no = state.known & False
+        return state._replace(known=no, accelerated=no, since=zeros_from(state.since))
 
     def can_backtrack(self, state: AndersonState) -> Bool[Array, "*batch"]:
         """Where f may turn out not finite: after a step that was extrapolated. The plain one is taken instead."""

@@ -61,7 +61,6 @@ class Solver(Protocol):
     - `recovers = True`: nor is one that is huge, and only the best iterate is worth returning (`Unroll`);
     - `scale_free = True`: `update` sees residual and z divided by a power of two, one for each problem, that keeps
       products of two of them within the range of the dtype (and `atol` divided by the same);
-    - `forget(state, where) -> state`: what it learned without where it is, in the problems of `where`;
     - `next_point(state, z) -> z`: the next point itself, which z + step, given as `z`, would round;
     - `patience`: evaluations that may pass without a better residual before a solve counts as stalled;
     - `test_every`: evaluations for one that is tested and shown to `update`; those before it are steps of
@@ -144,7 +143,6 @@ class Loop(NamedTuple):
     best_residuals: Float[Array, "*norms"]
     best_scales: Float[Array, "*norms"]  # ‖f(z)‖ at the best z
     first_scale: Float[Array, "*batch"]  # max(‖f(z0)‖, ‖f(z0) − z0‖)
-    unit: Float[Array, "*batch"]  # the power of two by which a scale-free solver's vectors are divided
     growth: Growth
     stale: Int[Array, "*batch"]  # evaluations since the best residual last fell
     steps: Int[Array, "*batch"]
@@ -189,7 +187,6 @@ def beginning(z0: PyTree, solver: Solver, batch_ndim: int, memory: Any = None, f
         best_residuals=leaves + jnp.inf,
         best_scales=leaves,
         first_scale=zero,
-        unit=zero + 1,
         growth=Growth(leaves, leaves, leaves + jnp.inf, leaves),
         stale=count,
         steps=count,
@@ -229,9 +226,7 @@ def evaluation(
         residual, scale = whole(residuals, leaves), whole(scales, leaves)
         steps = loop.steps + running.astype(jnp.int32)
 
-        # z0 may hold what is not finite (a best cost so far), if f(z0) does not: then the solve begins at f(z0).
-        entering = everywhere(first & jnp.isfinite(scale)) & anywhere(~jnp.isfinite(residual))
-        first_scale = jnp.where(first, jnp.where(entering, scale, jnp.maximum(residual, scale)), loop.first_scale)
+        first_scale = jnp.where(first, jnp.maximum(residual, scale), loop.first_scale)
         finite = everywhere(jnp.isfinite(residual) & jnp.isfinite(scale))
         growth = grown(loop.growth, residuals, scales, leaves.each(finite))
         # z ↦ z + 1 has no fixed point, and yet its relative residual 1/‖z‖ falls below any rtol as z runs away.
@@ -261,20 +256,16 @@ def evaluation(
         backtracks = can_backtrack(solver, loop.solver, running)
         spent = steps >= solver.max_steps
         bound = jnp.where(spent, DIVERGED_GROWTH * first_scale, jnp.maximum(HOPELESS_GROWTH * first_scale, 1))
-        diverged = (lost | anywhere(residual > bound)) & ~entering & (not recovers)
+        diverged = (lost | anywhere(residual > bound)) & (not recovers)
         # In order of priority, the last line first. Not `jnp.select`: it compiles to an argmax over the conditions.
         status = jnp.where(spent, Status.MAX_STEPS, RUNNING)
         status = jnp.where(stalled, Status.STALLED, status)
         status = jnp.where(diverged, Status.DIVERGED, status)
-        status = jnp.where(finite | entering | (backtracks & ~first), status, Status.NONFINITE)
+        status = jnp.where(finite | (backtracks & ~first), status, Status.NONFINITE)
         status = jnp.where(converged, Status.CONVERGED, status)
         status = jnp.where(running, status, loop.status).astype(jnp.int32)
 
-        unit = jnp.where(first, half_power(first_scale), loop.unit)
-        # Where the solve begins at f(z0), the solver is shown that as a point at rest, and forgets it again.
-        here, g = jnp.where(entering[..., None], fz, loop.z), jnp.where(entering[..., None], 0, g)
-        z, state = advance(solver, loop.solver, g, here, unit)
-        state = solver.forget(state, entering) if hasattr(solver, "forget") else state
+        z, state = advance(solver, loop.solver, g, loop.z, half_power(first_scale))
         z = jnp.where((status == RUNNING)[..., None], rounded_to_state(z), best)
         seen = Seen(loop.evaluation, z_tree, fz_tree, residual, largest_ratio(residuals, scales, leaves), running)
         return Loop(
@@ -283,7 +274,6 @@ def evaluation(
             best_residuals=jnp.where(leaves.each(better), residuals, loop.best_residuals),
             best_scales=jnp.where(leaves.each(better), scales, loop.best_scales),
             first_scale=first_scale,
-            unit=unit,
             growth=growth,
             stale=stale,
             steps=steps,
@@ -303,14 +293,15 @@ def advance(solver: Solver, state: Any, residual: Array, z: Array, unit: Array) 
         step, state = solver.update(residual, state, z)
         return next_point(state, z + step), state
     scale, inverse = unit[..., None], (1 / unit)[..., None]
-    solver = dataclasses.replace(solver, atol=solver.atol / unit)
+    solver = dataclasses.replace(solver, atol=solver.atol / unit)  # pyright: ignore[reportArgumentType]
     step, state = solver.update(residual * inverse, state, z * inverse)
     return scale * next_point(state, z * inverse + step), state
 
 
 def can_backtrack(solver: Solver, state: Any, like: Bool[Array, "*batch"]) -> Bool[Array, "*batch"]:
     """Where the point that the state asks for may turn out not finite: nowhere, for a solver that does not say."""
-    return solver.can_backtrack(state) if hasattr(solver, "can_backtrack") else like & False
+    answer = getattr(solver, "can_backtrack", None)
+    return like & False if answer is None else answer(state)
 
 
 def grown(growth: Growth, residuals: Array, scales: Array, finite: Array) -> Growth:
@@ -439,7 +430,8 @@ def leaf_norms(example: PyTree, batch_ndim: int) -> Callable[[Float[Array, "*bat
 def over_axes(axes: tuple) -> tuple[Callable, Callable, Callable]:
     """(everywhere, anywhere, most): all, any and max of a problem's values along named axes, if there are any."""
     if not axes:
-        return (lambda x: x,) * 3
+        same = lambda x: x
+        return same, same, same
     anywhere = lambda yes: jax.lax.pmax(yes.astype(jnp.int32), axes) > 0
     return lambda yes: ~anywhere(~yes), anywhere, lambda x: jax.lax.pmax(x, axes)
 

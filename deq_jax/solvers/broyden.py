@@ -89,10 +89,7 @@ class Broyden:
 
     def resume(self, state: BroydenState) -> BroydenState:
         """The memory of a solve of a similar problem: its estimate is a start, its last residual is not ours."""
-        return self.forget(state, state.known | True)
-
-    def forget(self, state: BroydenState, where: Bool[Array, "*batch"]) -> BroydenState:
-        return state._replace(known=state.known & ~where)
+        return state._replace(known=state.known & False)
 
     def update(
         self, residual: Float[Array, "*batch dim"], state: BroydenState, z: Float[Array, "*batch dim"]

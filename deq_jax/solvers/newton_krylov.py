@@ -85,9 +85,6 @@ class NewtonKrylov:
         """Nothing of an earlier solve is a start for this one."""
         return self.init(zeros_from(state.base))
 
-    def forget(self, state: NewtonKrylovState, where: Bool[Array, "*batch"]) -> NewtonKrylovState:
-        return state._replace(known=state.known & ~where, trial=state.trial & ~where)
-
     def can_backtrack(self, state: NewtonKrylovState) -> Bool[Array, "*batch"]:
         return state.known | True
 

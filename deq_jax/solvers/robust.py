@@ -90,13 +90,6 @@ class Robust:
         resumed = [getattr(stage, "resume", lambda s: s)(s) for stage, s in zip(self.stages, state.inner, strict=True)]
         return self.init(zeros_from(state.start))._replace(inner=tuple(resumed))
 
-    def forget(self, state: RobustState, where: Bool[Array, "*batch"]) -> RobustState:
-        """As before the first evaluation: it is the first stage that has seen one."""
-        entered, *others = state.inner
-        forget = getattr(self.stages[0], "forget", lambda state, where: state)
-        first, least, mark = (jnp.where(where, jnp.inf, x) for x in (state.first, state.least, state.mark))
-        return state._replace(first=first, least=least, mark=mark, inner=(forget(entered, where), *others))
-
     def can_backtrack(self, state: RobustState) -> Bool[Array, "*batch"]:
         return state.stage >= 0
 
