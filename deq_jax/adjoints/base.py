@@ -338,4 +338,4 @@ def conj(tree: PyTree) -> PyTree:
 
 
 def lerp(a: PyTree, b: PyTree, weight: Any) -> PyTree:
-    return jax.tree.map(lambda a, b: (a + weight * (b - a)).astype(a.dtype), a, b)
+    return jax.tree.map(lambda a, b: a + jnp.asarray(weight).astype(a.dtype) * (b - a), a, b)
