@@ -265,6 +265,36 @@ def test_a_swept_backward_tolerance_changes_the_gradient_not_the_program(x64):
     assert x_bar._cache_size() == 1
 
 
+def test_an_absolute_tolerance_of_leaves_in_two_dtypes_is_passed_on_to_the_backward_solve(x64):
+    solver = deq.Picard(rtol=0.0, atol=1e-5, max_steps=200)
+
+    def loss(x):
+        z0 = {"single": jnp.zeros(2, jnp.float32), "double": jnp.zeros(3)}
+        return (
+            deq.fixed_point(
+                lambda z: jax.tree.map(lambda leaf: (0.9 * jnp.cos(leaf) + x).astype(leaf.dtype), z), z0, solver=solver
+            )
+            .value["double"]
+            .sum()
+        )
+
+    z = deq.fixed_point(lambda z: 0.9 * jnp.cos(z) + 0.5, 0.0, solver=deq.Picard(rtol=1e-14, max_steps=500)).value
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(0.5), 3 / (1 + 0.9 * jnp.sin(z)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "complex64"])
+def test_a_swept_damping_of_phantom_is_of_the_precision_of_the_state(x64, dtype):
+    def gradient(w, damping):
+        f = lambda z, w: 0.5 * jnp.sin(w * z) + w
+        loss = lambda w: deq.fixed_point(f, jnp.zeros(3, dtype), w, adjoint=deq.Phantom(3, damping)).value.real.sum()
+        return jax.grad(loss)(w)
+
+    w = jnp.asarray(0.5, dtype)
+    swept, fixed = jax.jit(gradient)(w, jnp.float32(0.25)), jax.jit(lambda w: gradient(w, 0.25))(w)
+    assert swept.dtype == w.dtype and swept != 0
+    np.testing.assert_array_equal(swept, fixed)
+
+
 @pytest.mark.full_compile
 def test_one_solver_object_in_two_threads_and_two_shapes():
     solver, adjoint = deq.Broyden(rank=2), deq.Implicit(deq.Picard())

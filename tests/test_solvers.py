@@ -250,6 +250,18 @@ def test_a_batch_equals_its_problems_solved_alone(x64, rng, Solver):
         np.testing.assert_allclose(z[i], alone[0], rtol=1e-11, atol=1e-13)
 
 
+def test_a_problem_that_failed_stays_failed_while_others_run(x64):
+    rows = [lambda z: 0.95 * z + 1, lambda z: 10 * z + 1, lambda z: jnp.where(z > 2.5, jnp.nan, z + 1)]
+    solver = deq.Picard(rtol=1e-6, max_steps=1000)
+    _, stats = solve_jit(
+        lambda z: jnp.stack([f(row) for f, row in zip(rows, z, strict=True)]), jnp.zeros((3, 2)), solver, 1
+    )
+    assert [Status(int(s)).name for s in stats.status] == ["CONVERGED", "DIVERGED", "NONFINITE"]
+    for i, f in enumerate(rows):
+        assert stats.steps[i] == solve_jit(f, jnp.zeros(2), solver, 0)[1].steps
+    assert stats.steps[2] == 4 and stats.steps[1] / stats.steps[0] < 0.2
+
+
 @pytest.mark.full_compile
 @each_solver
 def test_one_bad_problem_of_64_leaves_the_bits_of_the_others(x64, rng, Solver):

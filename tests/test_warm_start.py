@@ -154,6 +154,8 @@ def test_first_guess_loss_is_per_element_and_pulls_on_the_guess_alone(x64):
     np.testing.assert_array_equal(at_star, 0)
     np.testing.assert_allclose(at_guess, [2, 0])
     assert deq.first_guess_loss(jnp.ones(2, jnp.bfloat16), jnp.zeros(2, jnp.bfloat16)).dtype == jnp.float32
+    mixed = deq.first_guess_loss(jnp.array([1.0, 2.0]), jnp.array([1.0, 4.0], jnp.float16))
+    assert mixed == 2 and mixed.dtype == jnp.float64
 
 
 class Cell(nnx.Module):

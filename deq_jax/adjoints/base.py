@@ -339,9 +339,7 @@ def lerp(a: PyTree, b: PyTree, weight: Any) -> PyTree:
     """a + weight (b − a), with one weight for all or one for each problem."""
 
     def mix(a, b):
-        fraction = (
-            jax.lax.expand_dims(jnp.asarray(weight), range(jnp.ndim(weight), a.ndim)) if jnp.ndim(weight) else weight
-        )
-        return (a + jnp.asarray(fraction).astype(a.real.dtype) * (b - a)).astype(a.dtype)
+        w = jnp.asarray(weight).astype(a.real.dtype)
+        return a + (jax.lax.expand_dims(w, range(w.ndim, a.ndim)) if w.ndim else w) * (b - a)
 
     return jax.tree.map(mix, a, b)
