@@ -33,6 +33,20 @@ def x64():
     jax.config.update("jax_enable_x64", before)
 
 
+@pytest.fixture(scope="module")
+def promotes():
+    """Implicit promotion, for a module whose subject is code of experiments/ or of a dependency that relies on it.
+
+    It lasts from the first test that asks for it to the end of its module, so a module asks in its `pytestmark`.
+    """
+    # Not JAX's context managers: they would not reach the threads that a test starts.
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    yield
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
 QUICKLY = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,

@@ -10,7 +10,7 @@ from deq_jax.models import TransformerConfig
 from deq_jax.models.transformer_cell import NO_DROPOUT, History
 from experiments.baselines import TCN, Recurrent, TransformerStack, causal_convolution, fitted, parameters
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("promotes", "quick_compile")  # the explicit networks rely on the former
 
 CONFIG = TransformerConfig(vocab_size=11, dim=8, heads=2, inner_dim=12, mem_len=6)
 

@@ -10,6 +10,8 @@ import pytest
 import deq_jax as deq
 from experiments.benchmarks import jax_ops, jax_side, problems, referee, report
 
+pytestmark = pytest.mark.usefixtures("promotes")  # the referee relies on it
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):

@@ -28,6 +28,8 @@ from experiments import char_lm, data, generation, lm, word_lm
 from experiments.char_lm import Config
 from experiments.checkpoints import config_to_json
 
+pytestmark = pytest.mark.usefixtures("promotes")  # optax and the loop rely on it
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Config(
     steps=60,

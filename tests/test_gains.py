@@ -14,6 +14,8 @@ import deq_jax as deq
 from experiments import gains_study
 from experiments.benchmarks.problems import TINY
 
+pytestmark = pytest.mark.usefixtures("promotes")  # the referee of the study relies on it
+
 
 @pytest.fixture(scope="module")
 def programs():

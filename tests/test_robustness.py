@@ -24,6 +24,8 @@ from experiments.robustness_cells import (
 )
 from experiments.robustness_study import Config, judge, main
 
+pytestmark = pytest.mark.usefixtures("promotes")  # the problems of the study are written with it
+
 SYSTEMS = [(number, n) for number, n, _ in RUNS]
 K = np.arange(1, 11)
 

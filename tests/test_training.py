@@ -21,6 +21,8 @@ from experiments.training import (
     make_train_step,
 )
 
+pytestmark = pytest.mark.usefixtures("promotes")  # optax relies on it
+
 
 def quadratic(params, probe, rest, batch, key, carry):
     """½‖w‖²·batch, whose gradient is w·batch; the carry counts segments, rest remembers the key."""

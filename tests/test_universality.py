@@ -88,7 +88,7 @@ def network(x64):
 
 def plain_stack(weights, biases, x):
     for w, b, activation in zip(weights, biases, ACTIVATIONS, strict=True):
-        x = activation(x @ w.T + b)
+        x = activation(x @ w.T + b[None])
     return x
 
 
@@ -103,7 +103,7 @@ def tied(weights, biases):
 
 
 def cell(z, w_z, w_x, b, x):
-    a = jnp.split(z @ w_z.T + x @ w_x.T + b, np.cumsum(WIDTHS[1:-1]), axis=-1)
+    a = jnp.split(z @ w_z.T + x @ w_x.T + b[None], np.cumsum(WIDTHS[1:-1]), axis=-1)
     return jnp.concatenate([f(part) for f, part in zip(ACTIVATIONS, a, strict=True)], axis=-1)
 
 

@@ -16,7 +16,7 @@ from experiments import char_lm, data, generation, lm, word_lm
 from experiments.char_lm import Config
 from experiments.checkpoints import config_to_json
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("promotes", "quick_compile")  # optax and the stacks rely on the former
 
 TINY = Config(model="trellisnet", level="word", steps=4, batch=2, length=8, dim=6, output_dim=8, init_std=0.3, lr=1e-2)
 TINY = dataclasses.replace(TINY, cutoffs=(3,), div_val=2, aux_every=2, shallow_depth=5, shallow_share=0.5)

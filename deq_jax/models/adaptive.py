@@ -23,6 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from deq_jax.models.common import require, wide
+from deq_jax.solvers.base import aligned
 
 # As many logits are held at once by `nll`, 128 MB in float32: more are computed block by block.
 LOGITS_AT_ONCE = 2**25
@@ -233,7 +234,7 @@ def _block_nll(h, targets, weights: SoftmaxWeights):
     for table in weights.tables:
         ends.append(end := end + len(table))
     words, vocab_size = ends[0], ends[-1]
-    tail = sum((targets >= end for end in ends[:-1]), jnp.zeros_like(targets))  # 0 is the head
+    tail = sum(((targets >= end).astype(targets.dtype) for end in ends[:-1]), jnp.zeros_like(targets))  # 0 is the head
     loss = _picked(_head(h, weights), jnp.where(tail == 0, targets, words + tail - 1))
     for i, (first, end) in enumerate(pairwise(ends), start=1):
         here = (first <= targets) & (targets < end)
@@ -269,7 +270,8 @@ def _scores(h, table, projection, bias):
     h, table, bias = (x.astype(dtype) for x in (h, table, bias))
     if projection is not None:
         h = jnp.einsum("...d,wd->...w", h, projection.astype(dtype))
-    return jnp.einsum("...w,vw->...v", h, table) + bias
+    scores = jnp.einsum("...w,vw->...v", h, table)
+    return scores + aligned(bias, scores)
 
 
 def _value(param: nnx.Param | None) -> Array | None:

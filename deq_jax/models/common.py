@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from deq_jax.solvers.base import aligned
+
 T = TypeVar("T")
 
 
@@ -44,7 +46,7 @@ class Weight(nnx.Module):
         square = jnp.sum(v**2, self.axes)
         # A zero row stays zero, with the finite gradient g.
         inverse = jax.lax.rsqrt(jnp.where(square > 0, square, 1))
-        return (self.scale[...] * inverse * v).astype(dtype)
+        return (aligned(self.scale[...] * inverse, v) * v).astype(dtype)
 
 
 def keep_mask(key: Array, rate: float, shape: tuple[int, ...], dtype: Any) -> Array | None:
@@ -53,12 +55,12 @@ def keep_mask(key: Array, rate: float, shape: tuple[int, ...], dtype: Any) -> Ar
 
 
 def drop(x: Array, mask: Array | None) -> Array:
-    return x if mask is None else x * mask
+    return x if mask is None else x * mask.astype(x.dtype)
 
 
 def wide(dtype: Any) -> Any:
     """float32 or wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(dtype) if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
 
 
 def check_tokens(tokens: Array) -> None:

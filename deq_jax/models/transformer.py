@@ -188,7 +188,7 @@ class DEQTransformer(nnx.Module):
         embedded = drop(math.sqrt(config.dim) * rows, masks.embedding)
         # u = W_u E + b_u, once for the whole solve.
         injection = jnp.einsum("btd,dchk->btchk", embedded, self.inject(self.dtype))
-        injection += self.inject_bias[...].astype(self.dtype)
+        injection += self.inject_bias[...].astype(self.dtype)[None, None]
         return self.cell.context(injection, history, masks)
 
     def empty_history(self, batch: int) -> History:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax.models.adaptive import clusters
 from deq_jax.models.common import Weight, check_rates, check_sizes, drop, keep_mask, require, wide
+from deq_jax.solvers.base import aligned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +287,7 @@ def attention(z: Float[Array, "batch time dim"], context: Context) -> Float[Arra
     k = jnp.concatenate([context.memory_keys, k], axis=1)
     v = jnp.concatenate([context.memory_values, v], axis=1)
     attended = relative_attention(q, k, v, context) if context.turn is None else rotary_attention(q, k, v, context)
-    return drop(jnp.einsum("bthk,hkd->btd", attended, w.attended) + w.attended_bias, masks.attended)
+    return drop(jnp.einsum("bthk,hkd->btd", attended, w.attended) + w.attended_bias[None, None], masks.attended)
 
 
 def relative_attention(q: Array, k: Array, v: Array, context: Context) -> Float[Array, "batch time heads head_dim"]:
@@ -294,8 +295,8 @@ def relative_attention(q: Array, k: Array, v: Array, context: Context) -> Float[
     w = context.weights
     assert w.content_bias is not None and w.position_bias is not None
     # score = ((q + b_w) Kᵀ + relshift((q + b_r) Rᵀ)) / √head_dim
-    content = jnp.einsum("bthk,bshk->bhts", q + w.content_bias, k)
-    position = jnp.einsum("bthk,shk->bhts", q + w.position_bias, context.positions)
+    content = jnp.einsum("bthk,bshk->bhts", q + w.content_bias[None, None], k)
+    position = jnp.einsum("bthk,shk->bhts", q + w.position_bias[None, None], context.positions)
     return weighted_sum(content + relative_shift(position), v, context)
 
 
@@ -318,9 +319,10 @@ def weighted_sum(score: Array, v: Array, context: Context) -> Float[Array, "batc
 def feed_forward(h: Float[Array, "batch time dim"], context: Context) -> Float[Array, "batch time dim"]:
     """φ(h) = W_2 relu(W_1 h + b_1) + b_2, position by position; gated, silu(a) ∘ b stands for relu."""
     w, masks = context.weights, context.masks
-    inner = jnp.einsum("btd,d...->bt...", h, w.inner) + w.inner_bias
+    inner = jnp.einsum("btd,d...->bt...", h, w.inner)
+    inner += aligned(w.inner_bias, inner)
     inner = jax.nn.relu(inner) if inner.ndim == 3 else jax.nn.silu(inner[:, :, 0]) * inner[:, :, 1]
-    return drop(drop(inner, masks.inner) @ w.outer + w.outer_bias, masks.outer)
+    return drop(drop(inner, masks.inner) @ w.outer + w.outer_bias[None, None], masks.outer)
 
 
 def normalise(x: Float[Array, "*batch dim"], rms: tuple[()] | None) -> Float[Array, "*batch dim"]:
@@ -346,7 +348,7 @@ def angles(columns: int, head_dim: int, dtype: Any = jnp.float32) -> Turn:
     """The angles t · 10000^(−2i/head_dim) of columns t = 0 … columns − 1."""
     # In float32 or wider until after cos and sin: bfloat16 holds no integer above 256 exactly.
     frequency = 10_000.0 ** (-jnp.arange(0, head_dim, 2, dtype=wide(dtype)) / head_dim)
-    angle = jnp.arange(columns, dtype=wide(dtype))[:, None, None] * frequency
+    angle = jnp.arange(columns, dtype=wide(dtype))[:, None, None] * frequency[None, None]
     return Turn(jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype))
 
 
@@ -356,7 +358,8 @@ def rotate(x: Float[Array, "batch columns heads head_dim"], by: Turn) -> Float[A
     Source: Su et al. (2021), "RoFormer: Enhanced Transformer with Rotary Position Embedding".
     """
     a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * by.cos - b * by.sin, a * by.sin + b * by.cos], axis=-1)
+    cos, sin = by.cos[None], by.sin[None]
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
 def relative_shift(scores: Float[Array, "batch heads time keys"]) -> Float[Array, "batch heads time keys"]:
@@ -375,15 +378,15 @@ def sinusoids(length: int, dim: int, dtype: Any = jnp.float32) -> Float[Array, "
     """[sin; cos] of the distances length − 1 … 0 at the frequencies 10000^(−2i/dim)."""
     frequency = 10_000.0 ** (-jnp.arange(0, dim, 2, dtype=wide(dtype)) / dim)
     # bfloat16 holds no integer above 256 exactly.
-    angle = jnp.arange(length - 1, -1, -1, dtype=wide(dtype))[:, None] * frequency
+    angle = jnp.arange(length - 1, -1, -1, dtype=wide(dtype))[:, None] * frequency[None]
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1).astype(dtype)
 
 
 def visibility(time: int, mem: int, window: int, length: Int[Array, " batch"]) -> Bool[Array, "batch time keys"]:
     """Which keys a query sees: 0 ≤ distance < window, and of the history only the last `length` columns."""
-    key = jnp.arange(mem + time)
-    distance = mem + jnp.arange(time)[:, None] - key
-    return (0 <= distance) & (distance < window) & (key >= mem - length[:, None])[:, None]
+    key = jnp.arange(mem + time, dtype=length.dtype)[None]
+    distance = mem + jnp.arange(time, dtype=length.dtype)[:, None] - key
+    return ((0 <= distance) & (distance < window))[None] & (key >= mem - length[:, None])[:, None]
 
 
 def draw_masks(config: TransformerConfig, key: Array | None, batch: int, time: int, *, dtype: Any) -> Masks:

@@ -340,8 +340,8 @@ class TrellisNetCell(nnx.Module):
     ) -> Context:
         """All of f that does not depend on z, and so is computed once."""
         # x̃ = W_x * x + b, from the last columns of the segment before on.
-        x = jnp.concatenate([history.embedded, embedded], axis=1)
-        injection = causal_convolution(x, self.inject(self.dtype, masks.inject)) + self.bias[...].astype(self.dtype)
+        x, bias = jnp.concatenate([history.embedded, embedded], axis=1), self.bias[...].astype(self.dtype)
+        injection = causal_convolution(x, self.inject(self.dtype, masks.inject)) + bias[None, None]
         kernel = self.kernel(self.dtype, masks.kernel)
         return Context(kernel, injection, drop(history.h, masks.hidden), history.c, masks)
 
