@@ -30,6 +30,8 @@ from experiments.checkpoints import (
 )
 from experiments.training import MetricsLog, graceful_signals, init_state, make_optimizer, make_train_step  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("promotes")  # optax relies on it
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -14,6 +14,8 @@ from flax import nnx
 from experiments import copy_memory, initialization_study, lm, memory_study, runtime_study, study, training
 from experiments.baselines import parameters
 
+pytestmark = pytest.mark.usefixtures("promotes")  # optax and the experiments rely on it
+
 RESULTS = Path(__file__).parent.parent / "experiments" / "results"
 STUDIES = {"copy_memory": copy_memory, "memory": memory_study, "runtime": runtime_study}
 

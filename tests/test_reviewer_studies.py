@@ -21,6 +21,8 @@ from experiments import (
     trained,
 )
 
+pytestmark = pytest.mark.usefixtures("promotes")  # optax and the experiments rely on it
+
 RESULTS = Path(__file__).parent.parent / "experiments" / "results"
 STUDIES = {
     "tolerance": tolerance_study,

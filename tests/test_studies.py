@@ -6,6 +6,8 @@ import pytest
 
 from experiments import backward_study, gradient_study
 
+pytestmark = pytest.mark.usefixtures("promotes")  # optax relies on it
+
 
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory):
