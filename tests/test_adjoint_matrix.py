@@ -67,14 +67,15 @@ def flat(z):
 
 def cell(z, params, x, rest):
     noise = 0.1 * jax.random.key_data(rest["key"])[-1].astype(x.dtype)  # a draw would take long to compile
-    y = flat(z)[..., rest["order"]] @ params["w"].T + params["u"] * x + jnp.where(rest["mask"], noise, 0)
+    wide = lambda row: jnp.broadcast_to(row, x.shape)
+    y = flat(z)[..., rest["order"]] @ params["w"].T + wide(params["u"]) * x + wide(jnp.where(rest["mask"], noise, 0))
     y = jnp.tanh(y)
-    return {"a": y[..., :2], "b": (y[..., 2:],)}, {"uz": params["u"] * y, "n": rest["order"]}
+    return {"a": y[..., :2], "b": (y[..., 2:],)}, {"uz": wide(params["u"]) * y, "n": rest["order"]}
 
 
 def score(z, aux):
     """Any number that reads the value and the aux."""
-    return jnp.sum(flat(z) * jnp.arange(1.0, DIM + 1).astype(flat(z).dtype)) + jnp.sum(aux["uz"] ** 2)
+    return jnp.sum(flat(z) @ jnp.arange(1.0, DIM + 1).astype(flat(z).dtype)) + jnp.sum(aux["uz"] ** 2)
 
 
 def rest_of():

@@ -118,7 +118,7 @@ def test_batches(problem, rng, batch_shape):
     xs = jax.random.normal(rng, (*batch_shape, DIM))
 
     def loss(params, xs):
-        f = lambda z, params, xs: jnp.tanh(z @ params["w"].T + params["u"] * xs)
+        f = lambda z, params, xs: jnp.tanh(z @ params["w"].T + jnp.broadcast_to(params["u"], xs.shape) * xs)
         options = dict(solver=PRECISE, adjoint=deq.Implicit(PRECISE), batch_ndim=len(batch_shape))
         return jnp.sum(deq.fixed_point(f, jnp.zeros_like(xs), params, xs, **options).value @ z_bar)
 
@@ -142,10 +142,10 @@ def test_second_order_equals_a_long_unroll(problem):
 
 def test_complex_states(problem, rng):
     _, x, z_bar = problem
-    w = 0.5 * jnp.exp(1j * jnp.arange(DIM * DIM, dtype=float)).reshape(DIM, DIM) / DIM
+    w = 0.5 * jnp.exp(1j * jnp.arange(DIM * DIM, dtype=complex)).reshape(DIM, DIM) / DIM
 
     def loss(w, x, solve):
-        z = solve(lambda z: jnp.sin(w @ z) + x)
+        z = solve(lambda z: jnp.sin(w @ z) + x.astype(z.dtype))
         return jnp.sum(jnp.abs(z - 1j) ** 2 * z_bar)
 
     z0 = jnp.zeros(DIM, jnp.complex128)
