@@ -140,7 +140,7 @@ class AdaptiveVocabulary(nnx.Module):
     >>> [table.shape for table in words.embedding.tables]
     [(10, 16), (30, 4), (60, 1)]
     >>> h = words.embed(jnp.array([[3, 99]]), jnp.float32)
-    >>> h.shape, bool(jnp.allclose(words.nll(h, jnp.array([[5, 50]])), -words.logits(h)[0, [0, 1], [5, 50]]))
+    >>> h.shape, bool(jnp.allclose(words.nll(h, jnp.array([[5, 50]])), -words.logits(h)[:, [0, 1], [5, 50]]))
     ((1, 2, 16), True)
     """
 
