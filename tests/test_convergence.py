@@ -163,3 +163,17 @@ def test_a_traced_start_that_is_not_finite_is_said_to_be(solver):
     assert [Status(int(s)).name for s in stats.status] == ["CONVERGED", "NONFINITE", "NONFINITE"]
     np.testing.assert_array_equal(z[0], alone.value[0])
     assert stats.steps[0] == alone.stats.steps[0]
+
+
+# ---- differences -------------------------------------------------------------------------------------------
+
+
+def test_newton_krylov_widens_a_difference_that_rounding_has_lost():
+    # In float32 z + 1e-8 z is z: the products with J are lost until the difference is wider.
+    a = jnp.array([[1.5, 0.4, 0.0], [-0.3, -1.2, 0.5], [0.2, 0.1, 2.0]])
+    f = lambda z: jnp.tanh(a @ z) + jnp.array([0.3, -0.2, 0.1])
+    for difference in (1e-9, 1e-8, 1e-7):
+        solver = deq.NewtonKrylov(difference=difference, krylov=3)
+        z, stats = deq.fixed_point(f, jnp.full(3, 0.5), solver=solver)
+        assert stats.converged, difference
+        np.testing.assert_allclose(z, [1.2540, -0.0164, 1.0842], atol=1e-3)
