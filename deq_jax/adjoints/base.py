@@ -339,7 +339,7 @@ def lerp(a: PyTree, b: PyTree, weight: Any) -> PyTree:
     """a + weight (b − a), with one weight for all or one for each problem."""
 
     def mix(a, b):
-        w = jnp.asarray(weight).astype(a.real.dtype)
+        w = jnp.asarray(weight).astype(a.dtype)
         return a + (jax.lax.expand_dims(w, range(w.ndim, a.ndim)) if w.ndim else w) * (b - a)
 
     return jax.tree.map(mix, a, b)
