@@ -861,6 +861,7 @@ def test_a_resumed_broyden_whose_slot_is_in_use_starts_afresh(contraction):
     # The problems of a batch share a count, and one that stopped early holds what another's turn falls on.
     solver = deq.Broyden(rank=12)
     *_, (z, _, _, state) = trajectory(solver, contraction, jnp.zeros(10), 6)
+    z = jnp.asarray(z)
     g = contraction(z + 1) - z - 1
     step, free = solver.update(g, solver.resume(state), z + 1)
     np.testing.assert_allclose(step, -dense(state) @ g, rtol=1e-8)
@@ -878,7 +879,7 @@ def test_a_broyden_memory_that_leaves_no_step_or_overflows_is_given_up(contracti
     middle = jnp.zeros_like(state.middle).at[:7, :7].set(singular)  # B is zero on the span of the steps
     inside = 1e-3 * state.steps[2]
     for spoilt in (middle, jnp.full_like(middle, 1e300)):
-        step, after = solver.update(inside, state._replace(middle=spoilt), z)
+        step, after = solver.update(inside, state._replace(middle=spoilt), jnp.asarray(z))
         np.testing.assert_allclose(step, inside, rtol=1e-8)
         np.testing.assert_array_equal(dense(after), -np.eye(10))
 

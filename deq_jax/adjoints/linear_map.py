@@ -41,7 +41,7 @@ def linear_map(forward: Callable, transpose: Callable, residuals: PyTree, linear
     return tree_of_out.unflatten(_bind(closed, flat_transpose, reads, dots))
 
 
-def _bind(closed: Any, transpose: Callable, reads: Sequence[Array], dots: Sequence[Array]) -> list[Array]:
+def _bind(closed: Any, transpose: Callable, reads: Sequence[Any], dots: Sequence[Any]) -> list[Array]:
     first = len(closed.consts)
     after_consts = lambda reads, cotangents: transpose(reads[first:], cotangents)
     reads = [*closed.consts, *reads]

@@ -595,6 +595,6 @@ def half_power(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return leading_power(jnp.sqrt(jnp.where(usable, x, 1)))
 
 
-def ratio(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def ratio(a: Float[Array, "*#shape"], b: Float[Array, "*#shape"]) -> Float[Array, "..."]:
     """a / b, with 0 / 0 = 0."""
     return jnp.where(a == 0, 0, a / jnp.where(b == 0, 1, b) + jnp.where((b == 0) & (a != 0), jnp.inf, 0))
