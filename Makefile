@@ -108,10 +108,11 @@ NEWEST ?= $(shell for v in 3.14 3.13 3.12; do \
 	for p in python$$v "$$(pyenv root 2>/dev/null)"/versions/$$v.*/bin/python$$v; do \
 		if "$$p" --version >/dev/null 2>&1; then echo "$$p"; exit; fi; done; done)
 
-# There every call is held to its annotations, shapes included; where it is the subject that a wrong value gets a
-# message of ours, it would not come to that.
+# There calls are held to their annotations, shapes included, but where it is a subject that a wrong value gets a
+# message of ours, or where most of the code is not ours.
 ANNOTATIONS := "--jaxtyping-packages=deq_jax,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-OWN_MESSAGES := $(wildcard $(addprefix tests/test_,bad_input.py config.py checks.py packaging.py))
+OWN_MESSAGES := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
+	bad_input config packaging trajectory nn adjoint_family doctests transformer)))
 
 corner-newest:
 	@if [ -z "$(NEWEST)" ]; then echo "no Python 3.12 or newer here: the newest corner is left out"; \
