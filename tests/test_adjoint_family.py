@@ -610,6 +610,7 @@ def test_parameters_that_drive_some_leaves(x64, adjoint):
         assert_close(jax.jit(jax.hessian(value))(0.7), second, rtol=1e-8)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="jax 0.7 fails in its own error path: None + tuple")
 def test_an_f_that_has_a_forward_derivative_alone(x64):
     def square_root(c):  # by Newton, a while_loop
         return jax.lax.while_loop(lambda s: s[1] < 12, lambda s: (0.5 * (s[0] + c / s[0]), s[1] + 1), (c, 0))[0]
