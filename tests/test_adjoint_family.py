@@ -610,7 +610,6 @@ def test_parameters_that_drive_some_leaves(x64, adjoint):
         assert_close(jax.jit(jax.hessian(value))(0.7), second, rtol=1e-8)
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="jax 0.7 fails in its own error path: None + tuple")
 def test_an_f_that_has_a_forward_derivative_alone(x64):
     def square_root(c):  # by Newton, a while_loop
         return jax.lax.while_loop(lambda s: s[1] < 12, lambda s: (0.5 * (s[0] + c / s[0]), s[1] + 1), (c, 0))[0]
@@ -622,7 +621,8 @@ def test_an_f_that_has_a_forward_derivative_alone(x64):
     solve = lambda a: deq.fixed_point(lambda z: square_root(a + z), 1.0, solver=PRECISE, adjoint=JVP).value
     np.testing.assert_allclose(jax.jit(jax.jacfwd(solve))(2.0), 1 / 3, rtol=1e-9)
     np.testing.assert_allclose(jax.vmap(jax.jacfwd(solve))(jnp.array([2.0, 6.0])), [1 / 3, 1 / 5], rtol=1e-9)
-    np.testing.assert_allclose(jax.jacfwd(jax.jacfwd(solve))(2.0), -2 / 27, rtol=1e-8)
+    if jax.__version_info__ >= (0, 8):  # before, jax.jvp of jax.linearize of a while_loop is a TypeError of JAX's own
+        np.testing.assert_allclose(jax.jacfwd(jax.jacfwd(solve))(2.0), -2 / 27, rtol=1e-8)
     for adjoint in (JVP, deq.Neumann(200)):
         steps = lambda a, n, adjoint=adjoint: (
             deq.fixed_point(repeated, jnp.zeros(2), a, n, solver=PRECISE, adjoint=adjoint).value
