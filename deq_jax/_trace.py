@@ -276,8 +276,8 @@ def is_staged() -> bool:
 # ---- what f is ---------------------------------------------------------------------------------------------
 
 
-# These hold Python functions, new at each trace.
-RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "linear_map")
+# Primitives that hold derivative rules as Python functions, which are new at each trace. `linear_map` adds itself.
+RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 
 class _Same:
@@ -383,9 +383,9 @@ def _has_rules(jaxpr: Jaxpr) -> bool:
 
 
 def _derivative_key(jaxpr: Jaxpr, order: int) -> Hashable:
-    """The first derivative's program, in reverse mode or in forward mode where there is no other.
+    """What the derivatives up to `order` compute: the first one's program, and those of its own derivative rules.
 
-    Where that calls functions with derivative rules in turn, as relu's does, those of the next ones up to `order`.
+    The program is that of reverse mode, or of forward mode where f has no other.
     """
     types: list[Any] = [v.aval for v in jaxpr.invars]
     is_float = [jnp.issubdtype(t.dtype, jnp.inexact) for t in types]
@@ -408,7 +408,7 @@ def _derivative_key(jaxpr: Jaxpr, order: int) -> Hashable:
             closed = jax.make_jaxpr(derivative)(floats, rest)
         except Exception:  # a rule of the user's may raise anything: then no two traces are taken for equal
             continue
-        bare = closed.jaxpr.replace(constvars=[], invars=[*closed.jaxpr.constvars, *closed.jaxpr.invars])
+        bare = without_constants(closed)
         further = _derivative_key(bare, order - 1) if order > 1 and _has_rules(bare) else None
         return _value_key(closed), further
     return _Same(object())

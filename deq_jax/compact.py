@@ -22,7 +22,7 @@ from deq_jax.adjoints.base import (
     unfolded,
 )
 from deq_jax.adjoints.implicit import default_backward
-from deq_jax.fixed_point import Solution, check_arguments
+from deq_jax.fixed_point import Solution, check_arguments, check_start
 from deq_jax.solvers import Anderson, Solved, Solver
 from deq_jax.solvers.base import RUNNING, Loop, beginning, ending, round_of_evaluations, wide_dtype
 
@@ -70,6 +70,7 @@ def compact(
     ((90, 2), True)
     """
     z0 = check_arguments(f, z0, args, solver, Implicit(), 1, probe)
+    check_start(z0)
     if backward is not None:
         check_solver(backward, "backward")
     count = jax.tree.leaves(z0)[0].shape[0]
@@ -97,17 +98,7 @@ def _run(axes, sizes, *cells_and_arrays):
         i = (jax.tree.leaves(z0)[0].shape[0], *sizes).index(jax.tree.leaves(z)[0].shape[0])
         return cells[i](z, args, *reads[i])
 
-    return _compact(
-        f,
-        axes,
-        sizes,
-        solver,
-        backward,
-        z0,
-        reads,
-        _where_inexact(reverse_mode_only, jax.tree.map(jnp.asarray, args)),
-        probe,
-    )
+    return _compact(f, axes, sizes, solver, backward, z0, reads, args, probe)
 
 
 def _solve(f, axes, sizes, solver, backward, z0, reads, args, probe):
@@ -218,12 +209,9 @@ def _cells(f: Callable, z0: PyTree, args: tuple, axes: tuple, sizes: tuple[int, 
         part = lambda leaf, size=size: jax.ShapeDtypeStruct((size, *jnp.shape(leaf)[1:]), jnp.result_type(leaf))
         some = [arg if axis is None else jax.tree.map(part, arg) for arg, axis in zip(args, axes, strict=True)]
         cell, *read = hoist(lambda z, args: f(z, *args), jax.tree.map(part, z0), tuple(some))
-        if any(
-            isinstance(leaf, Tracer) for leaf in jax.tree.leaves(read)
-        ):  # it would have no gradient, and no batch axis
-            raise TypeError(
-                "compact: f captures a traced array; pass it in args, with axes None where problems share it"
-            )
+        # A captured tracer would have no gradient, and no batch axis to gather along.
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(read)):
+            raise TypeError("compact: f captures a traced array; pass it in args, with axes None if problems share it")
         if cell.axes:
             raise TypeError(
                 f"compact: f communicates along {cell.axes}, so its problems are coupled, and none can go on without "

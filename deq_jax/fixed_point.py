@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
@@ -78,6 +79,7 @@ def fixed_point(
     (3, 3)
     """
     z0 = check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe)
+    check_start(z0)
     warn = getattr(adjoint, "warn", None)
     if warn is not None:  # here, outside the jit below, its numbers are still numbers
         warn(z0, solver)
@@ -143,6 +145,7 @@ def solve(
     (True, True)
     """
     z0 = jax.lax.stop_gradient(check_arguments(f, z0, args, solver, Implicit(), batch_ndim, None))
+    check_start(z0)
     check_fold(fold, solver)
     cell, z0, inputs, other = hoist_cell(f, z0, args)
     if memory is not None:
@@ -243,12 +246,8 @@ def hoist_cell(f: Callable, z0: PyTree, args: tuple, has_aux: bool = False) -> t
 def _settle(leaf: Any, like: jax.Array) -> jax.Array:
     """A number in the dtype of z0; an array as it is."""
     array = jnp.asarray(leaf)
-    if array.dtype != like.dtype and jax.typeof(array).weak_type and jnp.issubdtype(like.dtype, jnp.inexact):
-        lossless = jnp.issubdtype(like.dtype, jnp.complexfloating) or not jnp.issubdtype(
-            array.dtype, jnp.complexfloating
-        )
-        return array.astype(like.dtype) if lossless else array
-    return array
+    loses_imaginary_part = jnp.iscomplexobj(array) and not jnp.iscomplexobj(like)
+    return array.astype(like.dtype) if jax.typeof(array).weak_type and not loses_imaginary_part else array
 
 
 def _typed_like(z: jax.Array, out: Any) -> jax.Array:
@@ -317,10 +316,6 @@ def check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe) -> PyTree:
             raise ValueError(f"{where} is empty: got shape {shape}")
         if len(shape) < batch_ndim:
             raise ValueError(f"batch_ndim={batch_ndim} is beyond the rank of {where}, of shape {shape}")
-        if _has_infinite(leaf):
-            raise ValueError(
-                f"{where} has infinite entries, and a solve begins at finite ones: take f(z0), or replace them"
-            )
         batch_shape = shape[:batch_ndim] if batch_shape is None else batch_shape
         if shape[:batch_ndim] != batch_shape:
             raise ValueError(
@@ -337,12 +332,23 @@ def check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe) -> PyTree:
     return jax.tree.map(jnp.asarray, z0)
 
 
-def _has_infinite(leaf: Any) -> bool:
-    """Whether a value that is known, and all here, holds an Inf. From NaN, or a traced Inf, a solve ends NONFINITE."""
-    if isinstance(leaf, Tracer) or not getattr(leaf, "is_fully_addressable", True):
-        return False
+def check_start(z0: PyTree) -> None:
+    """ValueError if z0, where its value is known, has infinite entries. (A traced Inf ends as NONFINITE, like NaN.)"""
+    known = lambda leaf: not isinstance(leaf, Tracer) and leaf.is_fully_addressable
+    found = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(z0) if known(leaf)}
+    if not found:
+        return
     with jax.ensure_compile_time_eval():
-        return bool(jnp.any(jnp.isinf(jnp.asarray(leaf))))
+        infinite = np.asarray(_infinite(list(found.values())))  # all leaves in one program and one transfer
+    for path, is_infinite in zip(found, infinite, strict=True):
+        if is_infinite:
+            where = "z0" + jax.tree_util.keystr(path)
+            raise ValueError(
+                f"{where} has infinite entries; a solve begins at finite ones: take f(z0), or replace them"
+            )
+
+
+_infinite = jax.jit(lambda leaves: jnp.stack([jnp.any(jnp.isinf(leaf)) for leaf in leaves]))
 
 
 def _check_output(out: PyTree, z0: PyTree) -> None:

@@ -190,7 +190,7 @@ class Snapshots:
     [0.0, 1.0, 0.54]
     """
 
-    at: int | Sequence[int]
+    at: Any  # increasing numbers of steps, or one; a tuple once it is checked
     sees_all: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -199,12 +199,12 @@ class Snapshots:
     def init(self, z0: PyTree, batch_ndim: int) -> tuple[Snapshot, ...]:
         zero = zeros_from(raveler(z0, batch_ndim)[0](z0)[..., 0])
         unseen = zero + _unseen(zero.dtype, jnp.inf)
-        return (Snapshot(z0, unseen, unseen),) * len(_check_at(self.at))
+        return (Snapshot(z0, unseen, unseen),) * len(self.at)
 
     def update(self, folded: tuple[Snapshot, ...], seen: Seen) -> tuple[Snapshot, ...]:
         new = Snapshot(seen.z, seen.residual, seen.relative_residual)
         keep = lambda k, old: jax.tree.map(lambda new, old: jnp.where(seen.step <= k, new, old), new, old)
-        return tuple(keep(k, old) for k, old in zip(_check_at(self.at), folded, strict=True))
+        return tuple(keep(k, old) for k, old in zip(self.at, folded, strict=True))
 
 
 def _unseen(dtype: Any, mark: float) -> float:

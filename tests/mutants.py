@@ -132,7 +132,7 @@ MUTANTS = [
     Mutant(
         "the last iterate instead of the best",
         BASE,
-        "better = running & finite & ~lost & (converged | (now < least))",
+        "better = running & finite & ~lost & (converged | improved)",
         "better = running & finite",
         "test_solvers.py -k best_iterate",
     ),

@@ -1,7 +1,6 @@
 """The exact gradient, by the implicit function theorem, in reverse mode."""
 
 import enum
-import functools
 from typing import Any
 
 import jax
@@ -23,9 +22,8 @@ from deq_jax.adjoints.base import (
     unfolded,
 )
 from deq_jax.solvers import Anderson, Solver
-from deq_jax.solvers.base import choose, norm, raveler, wide_dtype, zeros_from
+from deq_jax.solvers.base import choose, eps_of, leaf_norms, leaves_of, raveler, zeros_from
 
-FLOOR = 1  # of the default relative tolerance, in eps of the state's dtype
 LOOSEST = 0.1  # that an absolute tolerance may ask for, of a state near zero
 
 
@@ -49,7 +47,8 @@ class Implicit:
 
     The backward equilibrium is solved by `solver`, any of the forward ones; None takes Anderson with a longer
     history (the system is linear, so that is GMRES), a tenth of the forward tolerance and twice its budget, as
-    experiments/backward_study.py decided. Reverse mode of any order; for forward mode use `ImplicitJVP`.
+    experiments/backward_study.py decided. An absolute forward tolerance counts as the relative one that it is at z*,
+    and no less is asked than the state's dtype can hold. Reverse mode of any order; for forward mode use `ImplicitJVP`.
 
     `on_failure` decides, problem by problem, about a solve that did not converge, in either direction. The
     default keeps the best iterate, which is finite and no larger than its residual allows, and leaves the flag
@@ -109,7 +108,7 @@ def default_backward(forward: Solver, z: PyTree | None = None, batch_ndim: int =
     rtol: Any = 0.1 * _relative_tolerance(forward, jax.lax.stop_gradient(z), batch_ndim)
     # f rounds u to the state's dtype. In four dtypes, all solves converged at 1 eps, with an error of 1 to 3 eps. With
     # no floor most ended as STALLED after up to 4 times the products, hardly nearer; at 2 eps the error was double.
-    floor = FLOOR * max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(z))
+    floor = eps_of(z)
     rtol = max(rtol, floor) if isinstance(rtol, float) else jnp.maximum(rtol, floor)
     return Anderson(rtol=rtol, **options)
 
@@ -122,11 +121,10 @@ def _relative_tolerance(solver: Solver, z: PyTree, batch_ndim: int) -> Any:
     """‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ as a relative tolerance; of several leaves the strictest, if it is not zero."""
     if isinstance(solver.atol, int | float) and solver.atol == 0:
         return float(solver.rtol) if isinstance(solver.rtol, int | float) else solver.rtol
-    wide = wide_dtype(z)
-    norms = [norm(raveler(leaf, batch_ndim)[0](leaf)).astype(wide) for leaf in jax.tree.leaves(z)]
-    cast = lambda number: jnp.asarray(number).astype(wide)
-    asked = [jnp.where(n > 0, cast(solver.atol) / jnp.where(n > 0, n, 1), jnp.inf) for n in norms]
-    return cast(solver.rtol) + jnp.minimum(functools.reduce(jnp.minimum, asked), LOOSEST)
+    leaves, sizes = leaves_of(z), leaf_norms(z, batch_ndim)(raveler(z, batch_ndim)[0](z))
+    cast = lambda number: jnp.asarray(number).astype(sizes.dtype)
+    asked = jnp.where(sizes > 0, leaves.each(cast(solver.atol)) / jnp.where(sizes > 0, sizes, 1), jnp.inf)
+    return cast(solver.rtol) + jnp.minimum(leaves.over(jnp.min, asked), LOOSEST)
 
 
 def check_backward_solver(adjoint: Any) -> None:

@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, PyTree
 
-from deq_jax._trace import without_constants
+from deq_jax._trace import RULES, without_constants
 
 
 def linear_map(forward: Callable, transpose: Callable, residuals: PyTree, linear: PyTree) -> PyTree:
@@ -114,6 +114,7 @@ def _batch(axis_data, args, dims, *, jaxpr, transpose, count):
 
 
 _linear_map_p = Primitive("linear_map")
+RULES.add(_linear_map_p.name)
 _linear_map_p.multiple_results = True
 _linear_map_p.def_impl(_evaluate)
 _linear_map_p.def_abstract_eval(lambda *_, jaxpr, **__: [var.aval for var in jaxpr.outvars])

@@ -9,7 +9,18 @@ import jax.numpy as jnp
 
 from deq_jax._config import cast_options, check_number, config
 from deq_jax.adjoints.base import conj, first_order_only, reverse_mode_only
-from deq_jax.solvers.base import Stats, Status, judge, leaf_norms, leaves_of, per_problem, raveler, within, zeros_from
+from deq_jax.solvers.base import (
+    Stats,
+    Status,
+    judge,
+    leaf_norms,
+    leaves_of,
+    per_problem,
+    raveler,
+    wide_dtype,
+    within,
+    zeros_from,
+)
 
 SPOILED = 1e-2  # relative error of a state walked back to z0 from which on we warn
 
@@ -45,7 +56,7 @@ class Reversible:
         check_number(self, "damping", above=0, below=1, why=why)
 
     def run(self, f, z0, inputs, other, solver, batch_ndim, probe):
-        rules = jax.lax.stop_gradient((self.damping, solver))
+        rules = cast_options(jax.lax.stop_gradient((self.damping, solver)), _wide(wide_dtype(z0)))
         return _solve(f, batch_ndim, rules, *reverse_mode_only((z0, inputs)), other)
 
     def warn(self, z0, solver):
@@ -73,8 +84,7 @@ def _walk(f, batch_ndim, rules, z0, inputs, other):
     ravel, unravel = raveler(z0, batch_ndim)
     start = ravel(z0)
     start = start.astype(_wide(start.dtype))
-    damping, solver = cast_options(rules, start.dtype)
-    damping = per_problem(damping)
+    damping, solver = per_problem(rules[0]), rules[1]
     call = lambda z: ravel(f(unravel(z), inputs, other)).astype(start.dtype)
 
     leaves, of_leaves = leaves_of(z0), leaf_norms(z0, batch_ndim)
@@ -116,7 +126,7 @@ def _solve_bwd(f, batch_ndim, saved, cotangents):
     (damping, _), y, z, steps, inputs, other = saved
     z_bar, _ = cotangents
     ravel, unravel = raveler(z_bar, batch_ndim)
-    damping = per_problem(cast_options((damping,), y.dtype)[0])
+    damping = per_problem(damping)
     keep = 1 - damping
 
     def pull(at, weight):

@@ -12,6 +12,7 @@ from deq_jax.solvers.base import (
     leaf_norms,
     leaves_of,
     measure,
+    next_point,
     ratio,
     raveler,
     whole,
@@ -67,7 +68,7 @@ class Unroll:
             )
         ravel, unravel = raveler(z0, batch_ndim)
         solver = cast_options(solver, wide_dtype(z0))
-        recovers, next_point = getattr(solver, "recovers", False), getattr(solver, "next_point", lambda state, z: z)
+        recovers = getattr(solver, "recovers", False)
         accelerated = bool(jax.tree.leaves(jax.eval_shape(lambda: solver.init(ravel(z0)))))
         if accelerated:  # without memory, rarer tests change no iterate
             check_sees_all(solver, "Unroll")
@@ -91,7 +92,7 @@ class Unroll:
             held = rounding | ~running if self.stop else rounding
             # No step is taken where a problem is held, and the derivative of one that is not taken may be infinite.
             step, new_state = solver.update(*choose(held, jax.lax.stop_gradient((g, state, z)), (g, state, z)))
-            new_z = ravel(unravel(next_point(new_state, z + step)))
+            new_z = ravel(unravel(next_point(solver, new_state, z + step)))
             new_z, new_state = choose(held, (z, state), (new_z, new_state))
             return new_z, new_state, running, steps, best, least
 

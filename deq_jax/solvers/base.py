@@ -114,8 +114,10 @@ class Solved(NamedTuple):
 
 
 class Leaves(NamedTuple):
-    """What the norms of a state's leaves, `"*norms"`, are to be read with: shape `*batch` where there is one leaf, else
-    `*batch leaves`. An axis of one entry would keep the compiler from vectorizing over problems."""
+    """How to read the norms of a state's leaves, of shape `*norms`: `*batch leaves`, or `*batch` if there is one leaf.
+
+    An axis of one entry would keep the compiler from vectorizing over problems.
+    """
 
     several: bool
     eps: float  # the machine epsilon of the coarsest leaf
@@ -125,7 +127,7 @@ class Leaves(NamedTuple):
 
     def each(self, x: Any) -> Any:
         """What is given for each problem, beside norms."""
-        return jnp.asarray(x)[..., None] if self.several and jnp.ndim(x) else x
+        return per_problem(x) if self.several else x
 
 
 class Growth(NamedTuple):
@@ -216,6 +218,27 @@ def evaluation(
     patience, recovers = max(STALE_EVALUATIONS, getattr(solver, "patience", 0)), getattr(solver, "recovers", False)
     everywhere, anywhere, most = over_axes(getattr(f, "axes", ()))
 
+    def trust(growth: Growth, residuals: Array, scales: Array) -> tuple[Array, Array]:
+        """(lost, fallen): whether all residuals are rounding, and whether this one may be small on its own account."""
+        # z ↦ z + 1 has no fixed point, and yet its relative residual 1/‖z‖ falls below any rtol as z runs away.
+        # Where the iterate has outgrown a scale, the residual itself must have fallen since; and where all residuals
+        # since are less than a unit in the last place of z, they are rounding.
+        worst = jnp.maximum(growth.worst, growth.before)
+        lost = anywhere(leaves.over(jnp.any, eps * scales > worst))
+        return lost, everywhere(leaves.over(jnp.all, residuals <= worst / OUTGROWN))
+
+    def progress(loop: Loop, largest: Array, residuals: Array, ratios: Array) -> tuple[Array, Array, Array]:
+        """(improved, progressed, at_floor): on the best residual, by enough of it, and where rounding hides progress."""
+        # A sum of leaves in their units means nothing: progress is that of the leaf that is the furthest from its goal.
+        error = lambda residuals: largest_ratio(residuals, largest, leaves) if leaves.several else residuals
+        now, least = most(error(residuals)), most(error(loop.best_residuals))
+        best_ratios = most(largest_ratio(loop.best_residuals, loop.best_scales, leaves))
+        # Below the rounding of the largest f(z) of the solve, a residual that falls as z itself does is no progress.
+        rounded = everywhere(leaves.over(jnp.all, residuals <= eps * largest))
+        progressed = (now < 0.99 * least) & (~rounded | (most(ratios) < 0.99 * best_ratios))
+        resolved = everywhere(whole(loop.best_residuals, leaves) <= floor * whole(loop.best_scales, leaves))
+        return now < least, progressed, resolved | rounded
+
     def body(loop: Loop) -> Loop:
         running, first = loop.status == RUNNING, loop.steps == 0
         z_tree = unravel(loop.z)
@@ -224,50 +247,36 @@ def evaluation(
         g = fz - loop.z
         residuals, scales = norms(g), norms(fz)
         residual, scale = whole(residuals, leaves), whole(scales, leaves)
-        steps = loop.steps + running.astype(jnp.int32)
+        ratios = largest_ratio(residuals, scales, leaves)
 
+        steps = loop.steps + running.astype(jnp.int32)
         first_scale = jnp.where(first, jnp.maximum(residual, scale), loop.first_scale)
         finite = everywhere(jnp.isfinite(residual) & jnp.isfinite(scale))
         growth = grown(loop.growth, residuals, scales, leaves.each(finite))
-        # z ↦ z + 1 has no fixed point, and yet its relative residual 1/‖z‖ falls below any rtol as z runs away.
-        # Where the iterate has outgrown a scale, the residual itself must have fallen since; and where all residuals
-        # since are less than a unit in the last place of z, they are rounding.
-        worst = jnp.maximum(growth.worst, growth.before)
-        lost = anywhere(leaves.over(jnp.any, eps * scales > worst))
-        fallen = everywhere(leaves.over(jnp.all, residuals <= worst / OUTGROWN))
+        lost, fallen = trust(growth, residuals, scales)
         converged = everywhere(within(residuals, scales, solver, leaves)) & finite & ~lost & fallen
-
-        # A sum of leaves in their units means nothing: progress is that of the leaf that is the furthest from its goal.
-        error = lambda residuals: largest_ratio(residuals, growth.largest, leaves) if leaves.several else residuals
-        now, least = most(error(residuals)), most(error(loop.best_residuals))
-        relative = most(largest_ratio(residuals, scales, leaves))
-        best_relative = most(largest_ratio(loop.best_residuals, loop.best_scales, leaves))
-        # Below the rounding of the largest f(z) of the solve, a residual that falls as z itself does is no progress.
-        rounded = lambda residuals: everywhere(leaves.over(jnp.all, residuals <= eps * growth.largest))
-        progress = finite & (now < 0.99 * least) & (~rounded(residuals) | (relative < 0.99 * best_relative))
-        stale = jnp.where(progress, 0, loop.stale + 1)
-        resolved = everywhere(whole(loop.best_residuals, leaves) <= floor * whole(loop.best_scales, leaves))
-        stalled = (stale >= patience) & (resolved | rounded(residuals))
+        improved, progressed, at_floor = progress(loop, growth.largest, residuals, ratios)
+        stale = jnp.where(finite & progressed, 0, loop.stale + 1)
 
         # An iterate so far out that its residual is all rounding is not a better one.
-        better = running & finite & ~lost & (converged | (now < least))
+        better = running & finite & ~lost & (converged | improved)
         best = jnp.where(better[..., None], loop.z, loop.best)
 
-        backtracks = can_backtrack(solver, loop.solver, running)
         spent = steps >= solver.max_steps
         bound = jnp.where(spent, DIVERGED_GROWTH * first_scale, jnp.maximum(HOPELESS_GROWTH * first_scale, 1))
         diverged = (lost | anywhere(residual > bound)) & (not recovers)
+        backtracks = can_backtrack(solver, loop.solver, running) & ~first
         # In order of priority, the last line first. Not `jnp.select`: it compiles to an argmax over the conditions.
         status = jnp.where(spent, Status.MAX_STEPS, RUNNING)
-        status = jnp.where(stalled, Status.STALLED, status)
+        status = jnp.where(at_floor & (stale >= patience), Status.STALLED, status)
         status = jnp.where(diverged, Status.DIVERGED, status)
-        status = jnp.where(finite | (backtracks & ~first), status, Status.NONFINITE)
+        status = jnp.where(finite | backtracks, status, Status.NONFINITE)
         status = jnp.where(converged, Status.CONVERGED, status)
         status = jnp.where(running, status, loop.status).astype(jnp.int32)
 
         z, state = advance(solver, loop.solver, g, loop.z, half_power(first_scale))
         z = jnp.where((status == RUNNING)[..., None], rounded_to_state(z), best)
-        seen = Seen(loop.evaluation, z_tree, fz_tree, residual, largest_ratio(residuals, scales, leaves), running)
+        seen = Seen(loop.evaluation, z_tree, fz_tree, residual, ratios, running)
         return Loop(
             z=z,
             best=best,
@@ -288,14 +297,19 @@ def evaluation(
 
 def advance(solver: Solver, state: Any, residual: Array, z: Array, unit: Array) -> tuple[Array, Any]:
     """The next iterate, and the solver's state."""
-    next_point = getattr(solver, "next_point", lambda state, z: z)
     if not getattr(solver, "scale_free", False):
         step, state = solver.update(residual, state, z)
-        return next_point(state, z + step), state
+        return next_point(solver, state, z + step), state
     scale, inverse = unit[..., None], (1 / unit)[..., None]
     solver = dataclasses.replace(solver, atol=solver.atol / unit)  # pyright: ignore[reportArgumentType]
     step, state = solver.update(residual * inverse, state, z * inverse)
-    return scale * next_point(state, z * inverse + step), state
+    return scale * next_point(solver, state, z * inverse + step), state
+
+
+def next_point(solver: Solver, state: Any, z: Array) -> Array:
+    """Where f is evaluated next: z, which is the iterate and the step added up, unless the solver says it exactly."""
+    exact = getattr(solver, "next_point", None)
+    return z if exact is None else exact(state, z)
 
 
 def can_backtrack(solver: Solver, state: Any, like: Bool[Array, "*batch"]) -> Bool[Array, "*batch"]:

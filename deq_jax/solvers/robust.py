@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax._config import Budget, check_sees_all, check_solver, check_stopping, config
-from deq_jax.solvers.base import can_backtrack, choose, norm, zeros_from
+from deq_jax.solvers.base import can_backtrack, choose, next_point, norm, zeros_from
 from deq_jax.solvers.broyden import Broyden
 from deq_jax.solvers.newton_krylov import NewtonKrylov
 
@@ -136,7 +136,7 @@ class Robust:
                 fresh = lambda: choose(enters, solver.init(here), old)
                 new = jax.lax.cond(jnp.any(enters), fresh, lambda: old)
                 step, new = solver.update(g, new, here)
-                return getattr(solver, "next_point", lambda state, z: z)(new, here + step), new
+                return next_point(solver, new, here + step), new
 
             point, new = jax.lax.cond(jnp.any(mine), run, lambda old: (here, old), old)
             ask = jnp.where(mine[..., None], point, ask)
