@@ -228,7 +228,7 @@ def evaluation(
         return lost, everywhere(leaves.over(jnp.all, residuals <= worst / OUTGROWN))
 
     def progress(loop: Loop, largest: Array, residuals: Array, ratios: Array) -> tuple[Array, Array, Array]:
-        """(improved, progressed, at_floor): on the best residual, by enough of it, and where rounding hides progress."""
+        """(improved, progressed, at_floor): on the best residual; by enough of it; where rounding hides progress."""
         # A sum of leaves in their units means nothing: progress is that of the leaf that is the furthest from its goal.
         error = lambda residuals: largest_ratio(residuals, largest, leaves) if leaves.several else residuals
         now, least = most(error(residuals)), most(error(loop.best_residuals))
