@@ -365,7 +365,7 @@ MUTANTS = [
         "_trace.py",
         "return _value_key(np.asarray(v.val)), v.aval",
         "return v.aval",
-        "test_trace.py -k 'never_stale and a_global_number'",
+        "test_trace.py -k different_programs",
     ),
     Mutant(
         "a refusal of forward mode that says nothing",
