@@ -543,6 +543,16 @@ def test_an_absolute_tolerance_asks_the_same_of_the_backward_solve(x64, traced, 
     assert np.linalg.norm(b_bar - want) < 5e-3 * np.linalg.norm(want)
 
 
+def test_an_absolute_tolerance_costs_no_products_beyond_what_it_asks(rng):
+    # Asked for nothing, this backward solve ended as STALLED after 52 products.
+    A = np.asarray(jax.random.normal(rng, (30, 30)), "float64")
+    A = jnp.asarray(0.8 * A / np.abs(np.linalg.eigvals(A)).max(), jnp.float32)
+    f, solver = lambda z, b: A @ z + b, deq.Anderson(rtol=0.0, atol=1e-3)
+    loss = lambda b, probe: deq.fixed_point(f, jnp.zeros(30), b, solver=solver, probe=probe).value.sum()
+    probe = jax.jit(jax.grad(loss, 1))(jnp.ones(30), deq.Probe.zeros())
+    assert probe.status == Status.CONVERGED and 17 <= probe.steps <= 23
+
+
 def test_an_absolute_tolerance_does_not_fail_a_sound_backward_solve(rng):
     # float32: asked for nothing, the backward solve ended as STALLED, and ZERO took that for a failure.
     n = 60

@@ -548,6 +548,7 @@ HITS = {
         lambda x: run(lambda z: add(z, x), Z0, adjoint=deq.ImplicitJVP(PICARD)).value, (c * X,), (X,)
     ),
     "solve with a fold": lambda c: deq.solve(lambda z: add(z, c * X), Z0, solver=PICARD, fold=deq.ResidualTrace(5)),
+    "trajectory": lambda c: deq.trajectory(lambda z: add(z, c * X), Z0, at=(1,), solver=PICARD, adjoint=BACK),
     "attach": lambda c: jax.grad(lambda x: deq.attach(lambda z: add(z, x), Z0, adjoint=BACK).sum())(c * X),
     "compact": lambda c: deq.compact(
         lambda z, x: add(z, x), jnp.zeros((3, 2)), jnp.full((3, 2), c), axes=(0,), solver=PICARD, sizes=(1,)

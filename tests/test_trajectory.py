@@ -294,3 +294,13 @@ def test_bad_folds():
     with pytest.raises(ValueError, match="increasing"):
         deq.Snapshots(at=(2, 1))
     assert deq.trajectory(jnp.cos, jnp.zeros(2), at=3, solver=deq.Picard()).states[0].shape == (2,)
+
+
+def test_a_probe_says_how_the_backward_solve_ended():
+    cell = lambda z, x: 0.5 * jnp.cos(z) + x
+    solver, adjoint = deq.Picard(rtol=1e-5), deq.Implicit(deq.Picard(rtol=1e-5))
+    loss = lambda x, probe: deq.trajectory(
+        cell, jnp.zeros(3), x, at=(1,), solver=solver, adjoint=adjoint, probe=probe
+    ).value.sum()
+    probe = jax.grad(loss, argnums=1)(jnp.arange(3.0), deq.Probe.zeros())
+    assert probe.status == deq.Status.CONVERGED and probe.steps > 1 and probe.residual <= 1e-5
