@@ -26,8 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from flax import nnx
 
 import deq_jax as deq
+from deq_jax.models import DEQTransformer, DEQTrellisNet, TransformerConfig, TrellisNetConfig
 from experiments import lm, robustness_study
 from experiments.benchmarks import jax_ops, problems
 from experiments.plots import markdown_table
@@ -50,7 +52,7 @@ class Config:
     """
 
     other: Annotated[Path, tyro.conf.Positional]  # the root of another checkout
-    parts: tuple[str, ...] = ("bits", "gradients", "programs", "times")
+    parts: tuple[str, ...] = ("bits", "gradients", "models", "programs", "times")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of each family of cells
     families: tuple[str, ...] = tuple(FAMILIES)
     rtol: float = RTOL  # of the cells; with 0 they run to the floor of the dtype
@@ -84,7 +86,7 @@ def pair(name: str) -> dict[str, Any]:
 
 def main(config: Config) -> dict[str, Any]:
     results: dict[str, Any] = lm.environment() | {"dtype": config.dtype, "rtol": config.rtol, "seeds": config.seeds}
-    asked = {"bits": bits, "gradients": gradients, "programs": programs, "times": times}
+    asked = {"bits": bits, "gradients": gradients, "models": models, "programs": programs, "times": times}
     with worker(config.other.resolve()) as old, worker(ROOT) as new:
         for part in config.parts:
             results[part] = asked[part](config, old, new)
@@ -137,7 +139,8 @@ def serve() -> None:
     """Answers commands, a line of JSON each, until there are no more."""
     answers = os.fdopen(os.dup(1), "w")  # what a library prints must not reach the pipe
     os.dup2(2, 1)
-    commands: dict[str, Callable] = {"solve": solve_cells, "differentiate": differentiate_cells} | program_commands()
+    commands: dict[str, Callable] = {"solve": solve_cells, "differentiate": differentiate_cells, "infer": infer}
+    commands |= program_commands()
     for line in sys.stdin:
         command, options = json.loads(line)
         print(json.dumps(commands[command](**options)), file=answers, flush=True)
@@ -251,6 +254,33 @@ def gradients(config: Config, old: Callable, new: Callable) -> dict[str, Any]:
     for family, change in result["changes"].items():
         print(f"  {family}: {change:g}")
     return result
+
+
+# ---- language models ---------------------------------------------------------------------------------------
+
+
+def infer(model: str, solver: str, rtol: float) -> float:
+    """Evaluations a sequence of an untrained language model; TrellisNet's state has two leaves, h and c."""
+    options: Any = dict(solver={"Anderson": deq.Anderson, "Broyden": deq.Broyden}[solver](rtol=rtol), rngs=nnx.Rngs(0))
+    if model == "trellisnet":
+        network = DEQTrellisNet(TrellisNetConfig(50, 64, 32, init_std=None, embedding_range=1.0), **options)
+    else:
+        network = DEQTransformer(TransformerConfig(50, dim=32, heads=2, inner_dim=64, window=64), **options)
+    tokens = jax.random.randint(jax.random.key(1), (8, 64), 0, 50)
+    return float(jnp.mean(nnx.jit(lambda network: network(tokens).solution.stats.steps)(network)))
+
+
+def models(config: Config, old: Callable, new: Callable) -> list[dict[str, Any]]:
+    """Evaluations of the language models, whose states have one leaf or two."""
+    results = [
+        {"model": model, "solver": solver, "rtol": rtol}
+        for model in ("trellisnet", "transformer")
+        for solver, rtol in (("Anderson", 1e-2), ("Anderson", 1e-3), ("Broyden", 1e-3))
+    ]
+    results = [case | {"evaluations": [ask("infer", **case) for ask in (old, new)]} for case in results]
+    rows = [[r["model"], r["solver"], r["rtol"], *r["evaluations"]] for r in results]
+    show("Evaluations a sequence of untrained language models", ["model", "solver", "rtol", "old", "new"], rows)
+    return results
 
 
 # ---- compiled programs -------------------------------------------------------------------------------------

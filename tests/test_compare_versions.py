@@ -23,6 +23,7 @@ def test_a_checkout_is_equal_to_itself(tmp_path, capsys, monkeypatch):
     assert solves["changes"] == {} and results["gradients"]["all bits"] == 2
     for program in results["programs"]:
         assert all(program[key][0] == program[key][1] for key in ("bytes", "loops"))
+    assert len(results["models"]) == 6 and all(m["evaluations"][0] == m["evaluations"][1] for m in results["models"])
     forward, step = results["programs"]
     assert (forward["what"], forward["loops"][0]) == ("forward", 1) and (step["what"], step["loops"][0]) == ("step", 2)
     assert len(results["times"]) == 2 and all(t["cpu_ms"][1] > 0 for t in results["times"])
