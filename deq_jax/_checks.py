@@ -78,15 +78,6 @@ def check_found(found: Any, z: PyTree, batch_ndim: int) -> None:
         )
 
 
-def check_fold(fold: Any, solver: Any) -> None:
-    """Raise ValueError if a fold that needs each iterate is given a solver that shows it few of them."""
-    if getattr(fold, "sees_all", False) and getattr(solver, "test_every", 1) > 1:
-        raise ValueError(
-            f"fold={fold!r} needs every iterate, and {type(solver).__name__} with test_every={solver.test_every} shows "
-            f"one in {solver.test_every}: take test_every=1"
-        )
-
-
 def _dtype(leaf: Any) -> Any:
     return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 

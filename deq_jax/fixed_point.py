@@ -9,8 +9,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from deq_jax._checks import check_fold, check_found, check_memory
-from deq_jax._config import check_options, check_solver
+from deq_jax._checks import check_found, check_memory
+from deq_jax._config import check_options, check_sees_all, check_solver
 from deq_jax._trace import Bound, Traced, checked, flag, hoist, is_array_like, run_compiled, vary, varying_axes
 from deq_jax.adjoints import Adjoint, Found, Implicit, Probe
 from deq_jax.solvers import Anderson, Broyden, Fold, Seen, Solved, Solver, Stats
@@ -146,7 +146,8 @@ def solve(
     """
     z0 = jax.lax.stop_gradient(check_arguments(f, z0, args, solver, Implicit(), batch_ndim, None))
     check_start(z0)
-    check_fold(fold, solver)
+    if getattr(fold, "sees_all", False):
+        check_sees_all(solver, f"fold={fold!r}")
     cell, z0, inputs, other = hoist_cell(f, z0, args)
     if memory is not None:
         check_memory(memory, solver, flat_type(z0, batch_ndim))
@@ -333,7 +334,10 @@ def check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe) -> PyTree:
 
 
 def check_start(z0: PyTree) -> None:
-    """ValueError if z0, where its value is known, has infinite entries. (A traced Inf ends as NONFINITE, like NaN.)"""
+    """ValueError if z0, where its value is known, has infinite entries. (A traced Inf ends as NONFINITE, like NaN.)
+
+    So an eager call waits for z0. A loop that must not wait belongs under `jax.jit`.
+    """
     known = lambda leaf: not isinstance(leaf, Tracer) and leaf.is_fully_addressable
     found = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(z0) if known(leaf)}
     if not found:

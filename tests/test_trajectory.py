@@ -107,7 +107,7 @@ def test_a_fold_of_every_iterate_refuses_a_solver_that_shows_few(solver):
             return folded
 
     for fold in (deq.Snapshots((1, 2)), All()):
-        with pytest.raises(ValueError, match=r"fold=.*needs every iterate.*test_every=\d.*take test_every=1"):
+        with pytest.raises(ValueError, match=r"fold=.*looks at each iterate.*test_every=\d.*take test_every=1"):
             deq.solve(jnp.cos, jnp.zeros(2), solver=solver, fold=fold)
     with pytest.raises(ValueError, match="take test_every=1"):
         deq.trajectory(jnp.cos, jnp.zeros(2), at=(1, 2), solver=solver)
