@@ -12,7 +12,7 @@ import numpy as np
 from experiments.benchmarks import jax_ops
 from experiments.benchmarks.contenders import CONTENDERS
 from experiments.benchmarks.problems import Problem
-from experiments.benchmarks.worker import clock, leave
+from experiments.benchmarks.process import clock, leave
 
 COUNTS = {"f": 0, "vjp": 0, "jvp": 0}
 
