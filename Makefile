@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # What depends on versions, and so is run on every corner; the rest (experiments, data, notebooks) runs once.
 CORE_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
-	solvers convergence fixed_point trace adjoints adjoint_family compact transforms trajectory warm_start nn transformer bad_input config doctests packaging)))
+	solvers convergence fixed_point trace adjoints adjoint_family compact transforms trajectory warm_start nn transformer bad_input config own check doctests packaging)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo experiments studies figures bench test lint mutants notebooks corners corner-lowest corner-newest constraints clean
@@ -112,7 +112,7 @@ NEWEST ?= $(shell for v in 3.14 3.13 3.12; do \
 # message of ours, or where most of the code is not ours.
 ANNOTATIONS := "--jaxtyping-packages=deq_jax,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 OWN_MESSAGES := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
-	bad_input config packaging trajectory nn adjoint_family doctests transformer)))
+	bad_input config own packaging trajectory nn adjoint_family doctests transformer)))
 
 corner-newest:
 	@if [ -z "$(NEWEST)" ]; then echo "no Python 3.12 or newer here: the newest corner is left out"; \

@@ -4,44 +4,50 @@
 """
 
 from deq_jax import _export, adapters, diagnostics, regularizers, stability
-from deq_jax._trace import clear_caches
+from deq_jax._config import config
+from deq_jax._krylov import Krylov
+from deq_jax._programs import clear_caches
 from deq_jax.adjoints import (
     JFB,
     Adjoint,
+    EquilibriumAdjoint,
+    ForwardResult,
     Implicit,
     ImplicitJVP,
+    IterationAdjoint,
     Neumann,
     OnFailure,
     Phantom,
     Probe,
+    Problem,
     Reversible,
     Shine,
     Unroll,
 )
+from deq_jax.check import SolveError, check
 from deq_jax.compact import compact
 from deq_jax.fixed_point import Solution, SolutionWithAux, attach, fixed_point, solve
 from deq_jax.solvers import (
     Anderson,
     Broyden,
+    Evaluation,
     Fold,
     NewtonKrylov,
     Picard,
     Robust,
-    Seen,
-    Solved,
     Solver,
+    SolveResult,
     Stats,
     Status,
 )
 from deq_jax.solvers.anderson import AndersonState
-from deq_jax.solvers.arnoldi import Krylov
 from deq_jax.solvers.broyden import BroydenState
 from deq_jax.solvers.newton_krylov import NewtonKrylovState
 from deq_jax.solvers.robust import RobustState
 from deq_jax.trajectory import ResidualTrace, Snapshot, Snapshots, Trajectory, fixed_point_correction, trajectory
 from deq_jax.warm_start import FixedPointCache, first_guess_loss
 
-_export.register_results(Solution, SolutionWithAux, Solved, Trajectory, Stats, Probe, FixedPointCache, Snapshot)
+_export.register_results(Solution, SolutionWithAux, SolveResult, Trajectory, Stats, Probe, FixedPointCache, Snapshot)
 _export.register_results(AndersonState, BroydenState, NewtonKrylovState, Krylov, RobustState)
 
 __version__ = "0.1.0"
@@ -51,25 +57,30 @@ __all__ = [
     "Adjoint",
     "Anderson",
     "Broyden",
+    "EquilibriumAdjoint",
+    "Evaluation",
     "FixedPointCache",
     "Fold",
+    "ForwardResult",
     "Implicit",
     "ImplicitJVP",
+    "IterationAdjoint",
     "Neumann",
     "NewtonKrylov",
     "OnFailure",
     "Phantom",
     "Picard",
     "Probe",
+    "Problem",
     "ResidualTrace",
     "Reversible",
     "Robust",
-    "Seen",
     "Shine",
     "Snapshots",
     "Solution",
     "SolutionWithAux",
-    "Solved",
+    "SolveError",
+    "SolveResult",
     "Solver",
     "Stats",
     "Status",
@@ -77,8 +88,10 @@ __all__ = [
     "Unroll",
     "adapters",
     "attach",
+    "check",
     "clear_caches",
     "compact",
+    "config",
     "diagnostics",
     "first_guess_loss",
     "fixed_point",

@@ -1,4 +1,4 @@
-"""`python -m deq_jax`: the environment, for a bug report; exit status 1 if it is known not to work."""
+"""`python -m deq_jax` prints the environment for a bug report. Exit status 1: it is known not to work."""
 
 import sys
 

@@ -1,88 +1,268 @@
-"""Checks of what one solve hands to another, before anything is traced."""
+"""Checks of what a user passes, before anything is traced. A solver or adjoint is recognized by its members alone."""
 
+import math
+import operator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import PyTree
 
-# Nothing here knows the solvers or `Solved`: both are told by their attributes.
+from deq_jax._config import MAX_STEPS, Role
+from deq_jax._states import named_leaves
+from deq_jax._trace import is_array_like
+from deq_jax._values import check_int, concrete, is_array
+
+# ---- arguments of a call -----------------------------------------------------------------------------------
+
+
+def check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe) -> Any:
+    """z0 as arrays. TypeError or ValueError if an argument does not fit, before anything is traced."""
+    if not callable(f):
+        raise TypeError(f"f must be callable as f(z, *args), got {type(f).__name__}")
+    check_solver(solver, "solver")
+    check_adjoint(adjoint, "adjoint")
+    check_count("batch_ndim", batch_ndim, 0)
+    for where, leaf in named_leaves("args", args):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(f"{where} must be an array, got {leaf!r}")
+    batch_shape = _check_state(z0, batch_ndim)
+    check_options(solver, batch_shape, "solver")
+    check_options(adjoint, batch_shape, "adjoint")
+    shapes = [jnp.shape(p) for p in jax.tree.leaves(probe)]
+    if probe is not None and set(shapes) != {batch_shape}:
+        raise ValueError(f"probe must be Probe.zeros({batch_shape}), the batch shape of z0; got shapes {shapes}")
+    return jax.tree.map(jnp.asarray, z0)
+
+
+def _check_state(z0: PyTree, batch_ndim: int) -> tuple[int, ...]:
+    """The batch shape that all leaves of z0 share, or TypeError or ValueError."""
+    leaves = named_leaves("z0", z0)
+    if not leaves:
+        raise ValueError(f"z0 has no arrays: expected a pytree with at least one, got {z0!r}")
+    batch_shape: Any = None
+    for where, leaf in leaves:
+        if not is_array_like(leaf):
+            raise TypeError(f"{where} must be an array of floats, got {leaf!r}")
+        shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 16:
+            raise TypeError(f"{where} must be an array of floats of 16 bits or more, got dtype {dtype}")
+        if 0 in shape:
+            raise ValueError(f"{where} is empty: got shape {shape}")
+        if len(shape) < batch_ndim:
+            raise ValueError(f"batch_ndim={batch_ndim} is beyond the rank of {where}, of shape {shape}")
+        batch_shape = shape[:batch_ndim] if batch_shape is None else batch_shape
+        if shape[:batch_ndim] != batch_shape:
+            raise ValueError(
+                f"all leaves of z0 must agree in their {batch_ndim} batch axes: {where} has shape {shape}, "
+                f"expected it to begin with {batch_shape}"
+            )
+    return batch_shape
+
+
+def check_count(where: str, value: Any, at_least: int) -> None:
+    """Raise ValueError unless the value, which a user passed as `where`, is an int of at least this size."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{where} must be an int >= {at_least}, got {value!r}")
+
+
+def check_start(z0: PyTree) -> None:
+    """Raise ValueError if z0, where its value is known, has infinite entries. (A traced Inf ends as NONFINITE.)
+
+    So an eager call waits for z0. A loop that must not wait belongs under `jax.jit`.
+    """
+    known = lambda leaf: not isinstance(leaf, Tracer) and leaf.is_fully_addressable
+    found = {where: leaf for where, leaf in named_leaves("z0", z0) if known(leaf)}
+    if not found:
+        return
+    with jax.ensure_compile_time_eval():
+        infinite = np.asarray(_infinite(list(found.values())))  # all leaves in one program and one transfer
+    if infinite.any():
+        where = list(found)[infinite.argmax()]
+        raise ValueError(f"{where} has infinite entries; a solve begins at finite ones: take f(z0), or replace them")
+
+
+_infinite = jax.jit(lambda leaves: jnp.stack([jnp.any(jnp.isinf(leaf)) for leaf in leaves]))
+
+
+def check_output(out: PyTree, z0: PyTree) -> None:
+    """Raise TypeError or ValueError unless `out`, the types of what f returned, are those of z0."""
+    if jax.tree.structure(out) != jax.tree.structure(z0):
+        raise TypeError(f"f must return the structure of z0, {jax.tree.structure(z0)}; got {jax.tree.structure(out)}")
+    for (where, got), want in zip(named_leaves("f(z)", out), jax.tree.leaves(z0), strict=True):
+        if got.shape != want.shape:
+            raise ValueError(f"{where} must have the shape of z0, {want.shape}; got {got.shape}")
+        if got.dtype != want.dtype:
+            raise TypeError(
+                f"{where} must have the dtype of z0, {want.dtype}; got {got.dtype}. Cast z0, or what f returns"
+            )
+
+
+def describe(tree: PyTree) -> str:
+    """The tree with the dtype and shape of each leaf in its place, for an error message."""
+    return str(jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree))
 
 
 def check_memory(memory: Any, solver: Any, flat: Any, where: str = "memory") -> None:
     """Raise unless `memory` has the structure, shapes and dtypes of `solver.init(flat)`.
 
-    Args:
-      memory: what a user passed as `where`.
-      flat: the state as the solver sees it, or a `jax.ShapeDtypeStruct` of it.
-
-    Raises:
-      TypeError: the memory of another solver, or in another dtype.
-      ValueError: of the same solver with other shapes: another history, batch or size of the state.
-
-    >>> import jax.numpy as jnp, deq_jax as deq
-    >>> memory = deq.solve(jnp.cos, jnp.zeros(3), solver=deq.Anderson(history=2)).memory
-    >>> check_memory(memory, deq.Anderson(history=2), jnp.zeros(3))
-    >>> check_memory(memory, deq.Anderson(history=4), jnp.zeros(3))
-    Traceback (most recent call last):
-    ValueError: memory does not fit Anderson: memory.dw must have shape (4, 3), got (2, 3); take the memory of a ...
+    `memory` is what a user passed as `where`, and `flat` the state as the solver sees it, or its type. The memory of
+    another solver, or in another dtype, is a TypeError. Other shapes (history, batch, size) are a ValueError.
     """
-    # eval_shape would cache its trace by the bound method, and solvers that are equal are not of one program.
+    # A lambda, because eval_shape would cache by the bound method, and equal solvers can be different programs.
     want = jax.eval_shape(lambda z: solver.init(z), flat)
     name, remedy = type(solver).__name__, "take the memory of a solve with the same solver and the same shapes of z0"
-    expected, got = jax.tree.structure(want), jax.tree.structure(memory)
-    if got != expected:
-        raise TypeError(f"{where} must be the memory of a {name}, {_describe(want)}; got {_describe(memory)}; {remedy}")
-    leaves = zip(jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(memory), strict=True)
-    for (path, like), leaf in leaves:
-        leaf_name = where + jax.tree_util.keystr(path)
+    if jax.tree.structure(memory) != jax.tree.structure(want):
+        both = f"{_describe_memory(want)}; got {_describe_memory(memory)}"
+        raise TypeError(f"{where} must be the memory of a {name}, {both}; {remedy}")
+    for (part, like), leaf in zip(named_leaves(where, want), jax.tree.leaves(memory), strict=True):
         if jnp.shape(leaf) != like.shape:
-            wrong = f"{leaf_name} must have shape {like.shape}, got {jnp.shape(leaf)}"
+            wrong = f"{part} must have shape {like.shape}, got {jnp.shape(leaf)}"
             raise ValueError(f"{where} does not fit {name}: {wrong}; {remedy}")
-        if _dtype(leaf) != like.dtype:
-            wrong = f"{leaf_name} must have dtype {like.dtype}, got {_dtype(leaf)}"
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+        if dtype != like.dtype:
+            wrong = f"{part} must have dtype {like.dtype}, got {dtype}"
             raise TypeError(f"{where} does not fit {name}: {wrong}; {remedy}")
+
+
+def _describe_memory(memory: Any) -> str:
+    """The kind of a memory in a few words: the name of its class, and how many arrays are in it."""
+    arrays = len(jax.tree.leaves(memory))
+    return f"{type(memory).__name__} of {arrays} array{'s' if arrays != 1 else ''}"
 
 
 def check_found(found: Any, z: PyTree, batch_ndim: int) -> None:
     """Raise unless `found` can be the result of the `solve` that z comes from.
 
-    Its value must have z's structure and shapes, and its statistics one entry for each of z's problems. The memory is
-    of interest to few adjoints: see `check_memory`.
-
-    Raises:
-      TypeError: not what `solve` returns, or a value of another structure.
-      ValueError: another shape or batch.
-
-    >>> import jax.numpy as jnp, deq_jax as deq
-    >>> check_found(deq.solve(jnp.cos, jnp.zeros(3)), jnp.zeros(4), 0)
-    Traceback (most recent call last):
-    ValueError: found is of another solve: found.value must have shape (4,) as z has, got (3,)
+    Another type or structure is a TypeError, and another shape or batch is a ValueError. The memory is not checked,
+    because few adjoints read it: see `check_memory`.
     """
     if isinstance(found, type) or not all(hasattr(found, name) for name in ("value", "stats", "memory")):
-        raise TypeError(f"found must be what solve returns, Solved(value, stats, memory, folded); got {found!r}")
+        raise TypeError(f"found must be what solve returns, SolveResult(value, stats, memory, folded); got {found!r}")
+    other = "found is of another solve:"
     expected, got = jax.tree.structure(z), jax.tree.structure(found.value)
     if got != expected:
-        raise TypeError(f"found is of another solve: found.value must have the structure of z, {expected}; got {got}")
-    for (path, leaf), like in zip(jax.tree_util.tree_leaves_with_path(found.value), jax.tree.leaves(z), strict=True):
+        raise TypeError(f"{other} found.value must have the structure of z, {expected}; got {got}")
+    for (where, leaf), like in zip(named_leaves("found.value", found.value), jax.tree.leaves(z), strict=True):
         if jnp.shape(leaf) != jnp.shape(like):
-            where = "found.value" + jax.tree_util.keystr(path)
-            raise ValueError(
-                f"found is of another solve: {where} must have shape {jnp.shape(like)} as z has, got {jnp.shape(leaf)}"
-            )
+            raise ValueError(f"{other} {where} must have shape {jnp.shape(like)} as z has, got {jnp.shape(leaf)}")
     batch = jnp.shape(jax.tree.leaves(z)[0])[:batch_ndim]
     if jnp.shape(found.stats.status) != batch:
         raise ValueError(
-            f"found is of another solve: with batch_ndim={batch_ndim}, found.stats.status must have shape {batch}, "
+            f"{other} with batch_ndim={batch_ndim}, found.stats.status must have shape {batch}, "
             f"got {jnp.shape(found.stats.status)}"
         )
 
 
-def _dtype(leaf: Any) -> Any:
-    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+# ---- options where a solve begins --------------------------------------------------------------------------
 
 
-def _describe(memory: Any) -> str:
-    """The kind of a memory in a few words: the name of its class, and how many arrays are in it."""
-    arrays = len(jax.tree.leaves(memory))
-    return f"{type(memory).__name__} of {arrays} array{'s' if arrays != 1 else ''}"
+def check_options(options: Any, batch_shape: tuple, where: str) -> None:
+    """Raise ValueError if an array among these options is neither a scalar nor shaped as the batch of problems.
+
+    Options inside options are checked too: with `where` = "solver", a message may name `solver.stages[0].rtol`.
+    """
+    for path, value in _numbers(options, where):
+        shape = np.shape(value)
+        if shape not in ((), tuple(batch_shape)):
+            expected = f"shape {tuple(batch_shape)}, an entry for each problem" if batch_shape else "shape ()"
+            raise ValueError(f"{path} must be a number or an array of {expected}; got shape {shape}")
+
+
+def _numbers(options: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """The full name and the value of each array among the numeric options."""
+    if isinstance(options, tuple):
+        for i, option in enumerate(options):
+            yield from _numbers(option, f"{where}[{i}]")
+    roles = getattr(type(options), "__option_roles__", None)
+    if roles is None:  # not a `config` class: the options that the loop reads
+        roles = {name: Role.NUMBER for name in ("rtol", "atol", "max_steps", "damping") if hasattr(options, name)}
+    for name, role in roles.items():
+        value = getattr(options, name)
+        if role in (Role.OBJECT, Role.ANY):
+            yield from _numbers(value, f"{where}.{name}")
+        elif role is not Role.STRUCTURE and is_array(value):
+            yield f"{where}.{name}", value
+
+
+def check_stopping(solver: object) -> None:
+    """Raise unless the three numbers that every solver has are in their ranges."""
+    check_number(solver, "rtol", at_least=0)
+    check_number(solver, "atol", at_least=0)
+    check_number(solver, "max_steps", at_least=0, at_most=MAX_STEPS, why="evaluations are counted in int32")
+
+
+def check_solver(value: Any, where: str) -> None:
+    """Raise TypeError unless the value, which a user passed as `where`, has all members of a solver."""
+    missing = [name for name in ("init", "update", "rtol", "atol", "max_steps") if not hasattr(value, name)]
+    if isinstance(value, type) or "update" in missing:
+        raise TypeError(f"{where} must be a solver such as Anderson(), got {value!r}")
+    if missing:
+        raise TypeError(
+            f"{where} must be a solver, and {type(value).__name__} has no {' and no '.join(missing)}; a solver has "
+            "init(z), update(residual, state, z), rtol, atol and max_steps"
+        )
+
+
+def check_adjoint(value: Any, where: str) -> None:
+    """Raise TypeError unless the value, which a user passed as `where`, is an adjoint of either kind."""
+    if isinstance(value, type) or not any(callable(getattr(value, name, None)) for name in ("pullback", "run")):
+        raise TypeError(
+            f"{where} must be an adjoint such as Implicit(), got {value!r}; an adjoint has "
+            "pullback(problem, forward, z_bar), or run(problem, z0, solver)"
+        )
+
+
+def check_sees_all(solver: Any, who: str) -> None:
+    """Raise ValueError if a solver sees only one iterate in `test_every`, when `who` needs each of them."""
+    if getattr(solver, "test_every", 1) > 1:
+        raise ValueError(f"{who} looks at each iterate, and {solver} at few of them: take test_every=1")
+
+
+def check_number(
+    owner: object,
+    name: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    finite: bool = True,
+    why: str = "",
+) -> None:
+    """Raise ValueError unless the field is a number in this range, and finite if `finite`, or an array of such numbers.
+
+    Traced arrays pass, because their entries are unknown. `why` ends the message.
+    """
+    value, where = getattr(owner, name), f"{type(owner).__name__}.{name}"
+    array = is_array(value)
+    if not array and not isinstance(value, float):
+        check_int(where, value)
+    entries: Any = concrete(value) if array else value
+    if entries is None:
+        return
+    # The same code serves a number and an array. Every comparison is false for NaN.
+    is_float = jnp.issubdtype(entries.dtype, jnp.floating) if array else isinstance(value, float)
+    wide = entries.astype(np.float64) if array and is_float else entries
+    valid = (abs(wide) < math.inf) | (not finite)
+    limits = (at_least, operator.ge), (above, operator.gt), (at_most, operator.le), (below, operator.lt)
+    for bound, holds in limits:
+        valid &= bound is None or holds(wide, bound)
+    if not (np.all(valid) if array else valid):
+        index = tuple(np.argwhere(~valid)[0].tolist()) if array else ()
+        got = f"{entries[index]} at index {index}" if index else repr(entries.item() if array else value)
+        bounds = _bounds("finite and " if finite and is_float else "", at_least, above, at_most, below)
+        raise ValueError(f"{where} must be {bounds}, got {got}{why and ': '}{why}")
+
+
+def _bounds(finite: str, at_least, above, at_most, below) -> str:
+    low, high = (at_least if above is None else above), (at_most if below is None else below)
+    if high is None:
+        return f"{finite}{'>=' if above is None else '>'} {low}"
+    if above is not None and below is not None:
+        return f"between {low} and {high}, both excluded"
+    excluded = low if above is not None else high if below is not None else None
+    return f"between {low} and {high}" + ("" if excluded is None else f", {excluded} excluded")

@@ -1,4 +1,4 @@
-"""What `python -m deq_jax` prints: the versions that matter, and pairs of them known not to work."""
+"""The report of `python -m deq_jax`: the relevant versions, and pairs of them that are known not to work."""
 
 import importlib.metadata
 import platform
@@ -10,9 +10,9 @@ import deq_jax
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "jaxtyping", "numpy")
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 
-# flax reaches into jax's internals, so each release works with a window of jax releases only. The lower end
-# is what flax declares; the upper end, which pip does not know, was measured for flax 0.11.2 to 0.12.12 and
-# jax 0.7.2 to 0.12.0.1 by one nnx.jit(nnx.grad(...)) each.
+# flax uses internals of jax, so each release works only with some releases of jax. flax declares the lower end. The
+# upper end, which pip does not know, was measured for flax 0.11.2 to 0.12.12 and jax 0.7.2 to 0.12.0.1 by one
+# nnx.jit(nnx.grad(...)) each.
 #   flax from, jax from, jax below
 _FLAX_NEEDS_JAX = (
     ("0.11.2", "0.7.1", "0.8.2"),
@@ -25,7 +25,7 @@ _FLAX_NEEDS_JAX = (
 
 
 def installed_versions() -> dict[str, str]:
-    """Version by package name, without importing any of them; a package that is absent has no entry."""
+    """Version by package name, without importing the packages. An absent package has no entry."""
     found = {}
     for name in PACKAGES + PLUGINS:
         try:
@@ -36,17 +36,16 @@ def installed_versions() -> dict[str, str]:
 
 
 def known_bad(versions: Mapping[str, str]) -> list[str]:
-    """One sentence for each pair in `versions` that is known to fail, with what to install instead."""
+    """One sentence for each pair in `versions` that is known to fail, which says what to install instead."""
     return _bad_floors(versions) + _bad_jaxlib(versions) + _bad_flax(versions) + _bad_plugins(versions)
 
 
 def report() -> tuple[str, list[str]]:
-    """The text for a bug report, and the sentences of `known_bad` about this installation."""
+    """The text for a bug report, and the result of `known_bad` for this installation."""
     versions = installed_versions()
     problems = known_bad(versions)
-    rows = [("deq-jax", deq_jax.__version__)]
-    rows += [("python", f"{platform.python_version()} ({platform.python_implementation()})")]
-    rows += [("platform", platform.platform())]
+    python = f"{platform.python_version()} ({platform.python_implementation()})"
+    rows = [("deq-jax", deq_jax.__version__), ("python", python), ("platform", platform.platform())]
     rows += [(name, versions.get(name, "not installed")) for name in PACKAGES]
     rows += [(name, versions[name]) for name in PLUGINS if name in versions]
     rows += _jax_rows()
@@ -56,16 +55,15 @@ def report() -> tuple[str, list[str]]:
 
 
 def _bad_floors(versions):
-    if "jax" in versions and _release(versions["jax"]) < (0, 7, 2):
-        return [f'jax {versions["jax"]} is older than deq_jax supports; pip install "jax>=0.7.2".']
-    if "flax" in versions and _release(versions["flax"]) < (0, 11, 2):
-        return [f'flax {versions["flax"]} is older than deq_jax supports; pip install "flax>=0.11.2".']
+    for name, floor in ("jax", "0.7.2"), ("flax", "0.11.2"):
+        if name in versions and _release(versions[name]) < _release(floor):
+            return [f'{name} {versions[name]} is older than deq_jax supports; pip install "{name}>={floor}".']
     return []
 
 
 def _bad_jaxlib(versions):
     jax, jaxlib = versions.get("jax"), versions.get("jaxlib")
-    if jax and jaxlib and _release(jaxlib) > _release(jax):  # jax checks this too, but first it has to import
+    if jax and jaxlib and _release(jaxlib) > _release(jax):  # jax checks this too, but only after its import
         return [f'jaxlib {jaxlib} is newer than jax {jax}, which refuses it; pip install "jaxlib=={jax}".']
     return []
 
@@ -74,13 +72,13 @@ def _bad_flax(versions):
     if not {"jax", "flax"} <= versions.keys():
         return []
     jax, flax = versions["jax"], versions["flax"]
-    row = max((r for r in _FLAX_NEEDS_JAX if _release(r[0]) <= _release(flax)), key=_first, default=None)
-    if row is None or _in_window(jax, row):
+    rows = [row for row in _FLAX_NEEDS_JAX if _release(row[0]) <= _release(flax)]
+    if not rows or _in_window(jax, rows[-1]):
         return []
-    _, low, high = row
+    _, low, high = rows[-1]
     window = f"jax>={low}" + (f",<{high}" if high else "")
-    # Keep jax, which may belong to a CUDA plugin or to Colab, and move flax.
-    fits = max((i for i, r in enumerate(_FLAX_NEEDS_JAX) if _in_window(jax, r)), default=None)
+    # Change flax rather than jax, which a CUDA plugin or Colab may have pinned.
+    fits = max((i for i, row in enumerate(_FLAX_NEEDS_JAX) if _in_window(jax, row)), default=None)
     if fits is None:
         return [f'flax {flax} is for {window}, here is jax {jax}; pip install "{window}".']
     below = _FLAX_NEEDS_JAX[fits + 1][0] if fits + 1 < len(_FLAX_NEEDS_JAX) else None
@@ -103,7 +101,7 @@ def _jax_rows():
 
     try:
         devices = ", ".join(str(d) for d in jax.devices())
-    except RuntimeError as error:  # a GPU that is there but cannot be started: report that too
+    except RuntimeError as error:  # a GPU that exists but cannot be started
         devices = f"none: {error}"
     return [("devices", devices), ("x64", "on" if jax.config.read("jax_enable_x64") else "off")]
 
@@ -113,11 +111,7 @@ def _in_window(jax, row):
     return _release(low) <= _release(jax) and (high is None or _release(jax) < _release(high))
 
 
-def _first(row):
-    return _release(row[0])
-
-
 def _release(version: str) -> tuple[int, ...]:
-    """(0, 12, 0, 1) of "0.12.0.1.dev3+abc": enough for the plain versions compared here."""
+    """(0, 12, 0, 1) for "0.12.0.1.dev3+abc", which suffices for the plain versions compared here."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in match.group().split(".")) if match else ()

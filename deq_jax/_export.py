@@ -1,4 +1,4 @@
-"""Option objects and results as `jax.export` writes them: the one place that registers them there."""
+"""Registration of option objects and results with `jax.export`."""
 
 import enum
 import json
@@ -16,12 +16,12 @@ def register_results(*classes: type) -> None:
 
 
 def register_options(cls: type, annotations: dict[str, Any], leaf: enum.Enum, structure: Callable) -> None:
-    """Let exported functions take and return option objects of this class, whose structure is written as JSON.
+    """Let exported functions take and return option objects of this class. Their structure is written as JSON.
 
     Args:
-      annotations: of each field, in the order of the class's auxiliary data.
-      leaf: what stands in the auxiliary data for a field that is a leaf or a pytree.
-      structure: makes the auxiliary data's entry, a pair that ends with the value itself, of a field that is neither.
+      annotations: the annotation of each field, in the order of the class's auxiliary data.
+      leaf: the entry in the auxiliary data of a field that is a leaf or a pytree.
+      structure: makes the entry of any other field from its value: a pair whose last member is the value.
     """
 
     def serialize(entries: tuple) -> bytes:
@@ -40,11 +40,11 @@ def register_options(cls: type, annotations: dict[str, Any], leaf: enum.Enum, st
 def _register(register: Callable, cls: type, **functions: Callable) -> None:
     try:
         register(cls, serialized_name=f"{cls.__module__}.{cls.__qualname__}", **functions)
-    except ValueError:  # a notebook's cell that is run again defines its classes again: the first one keeps the name
+    except ValueError:  # a notebook cell that runs again defines its classes again: the first class keeps the name
         pass
 
 
-# A file is data: it is never unpickled, so reading one runs nobody's code. Hence no functions.
+# An exported file is only data. Nothing is unpickled, so reading a file runs nobody's code. So functions are refused.
 
 
 def _encode(where: str, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Other people's solvers with our derivative, and our solvers in other people's loops."""
+"""Other libraries' solvers with our derivatives, and our solvers in other libraries' loops."""
 
 import dataclasses
 import difflib
@@ -14,12 +14,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from deq_jax._config import STATIC, Budget, check_sees_all, check_stopping, config
+from deq_jax._checks import check_sees_all, check_stopping
+from deq_jax._config import STATIC, Budget, Number, config
+from deq_jax._states import Layout
 from deq_jax._trace import hoist
 from deq_jax.adjoints import Adjoint, Implicit, Probe
 from deq_jax.fixed_point import Solution, attach
 from deq_jax.solvers import Anderson, Picard, Solver
-from deq_jax.solvers.base import measure, raveler
+from deq_jax.solvers.loop import stats_at
 
 
 def implicit(
@@ -30,27 +32,28 @@ def implicit(
     batch_ndim: int = 0,
     has_aux: bool = False,
 ) -> Callable[[Callable], Callable]:
-    """A decorator: `run(z0, *args, **options) -> z` gets the derivative that a fixed point of f has in args.
+    """A decorator that gives `run(z0, *args, **options) -> z` the derivative that a fixed point of f has in args.
 
-    How `run` finds z is its own affair: a loop that cannot be differentiated, a callback, a table. No gradient
-    flows to z0. For the root of F(z, *args) = 0 (jaxopt's `custom_root`) take f = z − F(z, *args): its derivative
-    is the same, and so is its linear system, (I − J_f) = J_F. docs/migration.md says which adjoint solves it.
+    `run` may find z in any way: by a loop that cannot be differentiated, a callback, a table. No gradient flows to z0.
+    For the root of F(z, *args) = 0 (jaxopt's `custom_root`) take f = z − F(z, *args): its derivative is the same, and
+    so is its linear system, (I − J_f) = J_F. docs/migration.md says which adjoint solves that system.
 
-    Keyword arguments of a call go to `run`, all of them. Those that f accepts by name go to f as well, and are
-    differentiable like args; so do defaults of `run` for names that f has. An option of `run` alone (a tolerance)
-    has no derivative. A keyword that f accepts and `run` does not is an error: `run` would solve another problem.
+    All keyword arguments of a call go to `run`. Those that f accepts by name also go to f, and are differentiable like
+    args. So do the defaults of `run` for names that f has. An option of `run` alone, such as a tolerance, has no
+    derivative. A keyword that f accepts and `run` does not is an error, because `run` would solve another problem.
 
-    The decorated function takes one keyword of its own, `probe=`: zeros of the problems' shape, whose cotangent
-    says how the backward solve ended (see `Probe`).
+    The decorated function takes one keyword of its own, `probe=`: zeros in the shape of the problems, whose cotangent
+    reports how the backward solve ended (see `Probe`).
 
     Args:
-      f: called as f(z, *args, **options), and returns what z is.
+      f: called as f(z, *args, **options), and returns the structure of z.
       adjoint, batch_ndim: as for `attach`.
-      solver: what the adjoint derives its backward solver from.
-      has_aux: run returns (z, aux), and aux has no gradient.
+      solver: the solver that the adjoint derives its backward solver from.
+      has_aux: whether run returns (z, aux). No gradient flows through aux.
 
     Raises:
-      TypeError: for an f that is no function; where `run` or f has a parameter called probe.
+      TypeError: if f is not a function; if `run` or f has a parameter called probe; at a call, for a keyword that `run`
+        does not accept.
 
     >>> import jax, jax.numpy as jnp, deq_jax as deq
     >>> @deq.adapters.implicit(lambda z, a: 0.5 * (z + a / z))
@@ -72,7 +75,7 @@ def implicit(
             of_f = split(args, options)
             found = run(_frozen(z0), *_frozen(args), **_frozen(options))
             z, aux = found if has_aux else (found, None)
-            # Captured, so that what is not an array passes as it is; arrays are differentiable all the same.
+            # f captures its options: arrays among them are still differentiable, and other objects pass unchanged.
             cell = lambda z, *args: f(z, *args, **of_f)
             z = attach(cell, z, *args, adjoint=adjoint, solver=solver, batch_ndim=batch_ndim, probe=probe)
             return (z, jax.lax.stop_gradient(aux)) if has_aux else z
@@ -83,14 +86,14 @@ def implicit(
 
 
 def _frozen(tree: PyTree) -> PyTree:
-    """The tree without derivatives. Flags, strings and functions stay the objects that they are."""
+    """The tree without derivatives. Flags, strings and functions stay the same objects."""
     if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)):
         return tree
     return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
 
 
 def _split_options(f: Callable, run: Callable) -> Callable[[tuple, dict], dict]:
-    """A function (args, options of a call) -> the keyword arguments of f. Raises TypeError where the two disagree."""
+    """A function from the args and options of a call to the keyword arguments of f; TypeError if f and run disagree."""
     f_names, f_any = _keywords(f)
     run_names, run_any = _keywords(run)
     for name, names in (("run", run_names), ("f", f_names)):
@@ -101,26 +104,24 @@ def _split_options(f: Callable, run: Callable) -> Callable[[tuple, dict], dict]:
         for name in options:
             if not (run_any or name in run_names):
                 whose = "f takes it, and then z is the fixed point of another f" if name in f_names else "nor does f"
-                raise TypeError(f"{_name(run)} takes no keyword {name!r} ({whose}); it takes {sorted(run_names)}")
-        # What run was called with by default it has solved for. Of the positional ones, z0 and args are not defaults.
+                who = getattr(run, "__name__", repr(run))
+                raise TypeError(f"{who} takes no keyword {name!r} ({whose}); it takes {sorted(run_names)}")
+        # `run` also solved with its defaults, except those of the parameters that args fill.
         defaults = {name: value for name, (value, place) in run_names.items() if place > len(args)}
-        used = {name: value for name, value in defaults.items() if value is not _EMPTY and name in f_names} | options
-        return {name: value for name, value in used.items() if f_any or name in f_names}
+        used = {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty} | options
+        return {name: value for name, value in used.items() if name in f_names or (f_any and name in options)}
 
     return split
 
 
-_EMPTY = inspect.Parameter.empty
-
-
 def _keywords(function: Callable) -> tuple[dict[str, tuple[Any, float]], bool]:
-    """{name: (default, place)} of the parameters after the first that a keyword can name, and whether there is a **.
+    """{name: (default, place)} of the parameters, after the first, that a keyword can name; and whether there is a **.
 
-    The place is inf for one that is keyword-only.
+    The place of a keyword-only parameter is inf.
     """
     try:
         parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # a builtin that has none
+    except (TypeError, ValueError):  # a builtin without a signature
         return {}, True
     named = {}
     for place, parameter in enumerate(parameters):
@@ -131,22 +132,10 @@ def _keywords(function: Callable) -> tuple[dict[str, tuple[Any, float]], bool]:
     return named, any(p.kind == p.VAR_KEYWORD for p in parameters)
 
 
-def _name(function: Callable) -> str:
-    return getattr(function, "__name__", repr(function))
-
-
 SCIPY_METHODS = (
-    "hybr",
-    "lm",
-    "broyden1",
-    "broyden2",
-    "anderson",
-    "linearmixing",
-    "diagbroyden",
-    "excitingmixing",
-    "krylov",
+    "hybr", "lm", "broyden1", "broyden2", "anderson", "linearmixing", "diagbroyden", "excitingmixing", "krylov",
     "df-sane",
-)
+)  # fmt: skip
 
 
 def scipy_root(
@@ -159,19 +148,25 @@ def scipy_root(
     adjoint: Adjoint = Implicit(),  # noqa: B008
     probe: Probe | None = None,
 ) -> Solution:
-    """The fixed point of f by `scipy.optimize.root`, differentiable; works under jit, grad and vmap.
+    """The fixed point of f found by `scipy.optimize.root`, differentiable; works under jit, grad and vmap.
 
-    SciPy runs on the host in float64, under jit in a callback, and calls f on the CPU from there. One problem, of
-    some hundreds of unknowns at most for 'hybr' and 'lm', which get the dense Jacobian; 'krylov' and 'df-sane'
-    take more. For hard small systems, and as a reference: any solver of ours is faster. Under jit on a machine
-    with one core a callback that reads megabytes can wait for ever for JAX's only thread: call it eagerly there.
+    It is for hard small systems, and as a reference: each of our solvers is faster. It solves one problem. 'hybr' and
+    'lm' get the dense Jacobian, so they take at most some hundreds of unknowns; 'krylov' and 'df-sane' take more.
+    SciPy runs on the host in float64 (under jit in a callback), and calls f on the CPU from there. Under jit on a
+    machine with one core, such a callback can wait forever for JAX's only thread if it reads megabytes: make the call
+    eager there.
 
     Args:
-      method, options: as for `scipy.optimize.root`, whose `tol` is rtol. Where SciPy gives up with an exception,
-        the value is z0.
-      rtol: also decides, as everywhere here, whether Stats says CONVERGED: ‖f(z) − z‖ ≤ rtol ‖f(z)‖ at the z
-        that SciPy returns, whatever SciPy says about it.
+      method, options: as for `scipy.optimize.root`. If SciPy gives up with an exception, the value is z0.
+      rtol: SciPy's `tol`. It also decides, as everywhere in this library, whether Stats says CONVERGED:
+        ‖f(z) − z‖ ≤ rtol ‖f(z)‖ at the z that SciPy returns, whatever SciPy says about it.
       adjoint, probe: as for `attach`, with batch_ndim=0.
+
+    Returns:
+      Solution(value, stats). `stats.steps` includes one evaluation of ours, after SciPy's.
+
+    Raises:
+      ValueError: if SciPy has no such method.
 
     >>> import jax, jax.numpy as jnp, deq_jax as deq
     >>> cell = lambda z, a: jnp.cos(a * z)
@@ -184,11 +179,11 @@ def scipy_root(
         hint = f"did you mean {close[0]!r}?" if close else f"they are {', '.join(SCIPY_METHODS)}"
         raise ValueError(f"scipy.optimize.root has no method {method!r}; {hint}")
     z0 = jax.tree.map(jnp.asarray, jax.lax.stop_gradient(z0))
-    # All that f reads travels through the callback: a traced value cannot be captured there.
+    # A callback cannot capture traced values, so all that f reads is passed through it.
     pure, inputs, other = hoist(lambda z: f(z, *args), z0)
-    ravel, unravel = raveler(z0, 0)
-    residual = lambda flat, *reads: ravel(pure(unravel(flat), *reads)) - flat
-    start, reads = ravel(z0), jax.lax.stop_gradient((inputs, other))
+    layout = Layout(z0, 0)
+    residual = lambda flat, *reads: layout.ravel(pure(layout.unravel(flat), *reads)) - flat
+    start, reads = layout.ravel(z0), jax.lax.stop_gradient((inputs, other))
     on_host = functools.partial(_scipy, jax.jit(residual), jax.jit(jax.jacfwd(residual)), method, rtol, options)
     shapes = jax.ShapeDtypeStruct(start.shape, start.dtype), jax.ShapeDtypeStruct((), jnp.int32)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((start, reads))):
@@ -196,44 +191,47 @@ def scipy_root(
     else:
         flat, steps = map(jnp.asarray, on_host(start, *reads))
 
-    z = unravel(flat)
-    stats = measure(lambda z: pure(z, *reads), z, Picard(rtol=rtol), steps, 0)
+    z = layout.unravel(flat)
+    stats = stats_at(lambda z: pure(z, *reads), z, Picard(rtol=rtol), steps, 0)
     value = attach(f, z, *args, adjoint=adjoint, solver=Anderson(rtol=rtol), probe=probe)
     return Solution(value, jax.lax.stop_gradient(stats))
 
 
 def _scipy(residual, jacobian, method, rtol, options, start, *reads):
+    """(z, evaluations) of one solve on the host; z has the dtype of `start`."""
     from scipy import optimize  # slow to import
 
-    start, reads = np.asarray(start), jax.tree.map(np.asarray, reads)
+    start, *reads = jax.tree.map(np.asarray, (start, *reads))
     at = lambda flat: flat.astype(start.dtype)
-    fun = lambda flat: np.asarray(residual(at(flat), *reads), np.float64)
+    in_float64 = lambda f: lambda flat: np.asarray(f(at(flat), *reads), np.float64)
+    keywords: dict[str, Any] = {"options": options}
     if method in ("hybr", "lm"):
-        options = {"jac": lambda flat: np.asarray(jacobian(at(flat), *reads), np.float64), "options": options}
+        keywords["jac"] = in_float64(jacobian)
     elif method == "krylov":
-        # Its difference quotients take f for exact in float64.
+        # SciPy chooses the step of its difference quotients as if f were exact in float64.
         rdiff = {"rdiff": float(np.finfo(start.dtype).eps) ** 0.5}
-        options = {"options": {**(options or {}), "jac_options": rdiff | (options or {}).get("jac_options", {})}}
-    else:
-        options = {"options": options}
+        keywords["options"] = {**(options or {}), "jac_options": rdiff | (options or {}).get("jac_options", {})}
     try:
-        found = optimize.root(fun, start.astype(np.float64), method=method, tol=rtol, **options)
-    except (ValueError, ArithmeticError, np.linalg.LinAlgError):  # no exception may leave a compiled program
+        found = optimize.root(in_float64(residual), start.astype(np.float64), method=method, tol=rtol, **keywords)
+    except (ValueError, ArithmeticError, np.linalg.LinAlgError):  # an exception must not leave a compiled program
         return start, np.int32(0)
     return at(found.x), np.int32(found.get("nfev", found.get("nit", 0)))
 
 
 @config
 class Optax:
-    """An optax optimizer as a solver: the residual f(z) − z plays the part of the negative gradient.
+    """An optax optimizer as a solver, with the residual f(z) − z in place of the negative gradient.
 
-    For a z that minimizes something, f(z) = z − ∇L(z), this is that optimizer on L; `optax.sgd(1.0)` is `Picard`.
-    Momentum and Adam also work on maps that are no gradients, with less reason. Rates that decay must leave
-    enough steps. What an optimizer shares between entries (a clip by global norm) it shares between the
-    problems of a batch.
+    For f(z) = z − ∇L(z), whose fixed points are stationary points of L, this is that optimizer on L; `optax.sgd(1.0)`
+    is `Picard`. Momentum and Adam also work on maps that are no gradients, with less justification. A learning rate
+    that decays must leave enough steps. What an optimizer shares between entries, such as a clip by global norm, is
+    shared between the problems of a batch too.
 
-    Make `tx` once: a new one is a new program, since its functions are compared by identity. Optax itself is not
-    imported here; anything with `init` and `update` of arrays will do.
+    Make `tx` once: its functions are compared by identity, so a new `tx` is a new program. Optax is not imported here,
+    and any object with `init` and `update` of arrays will do.
+
+    Raises:
+      TypeError: if `tx` is not such an object.
 
     >>> import jax.numpy as jnp, optax, deq_jax as deq
     >>> solver = deq.adapters.Optax(optax.sgd(0.3, momentum=0.5), rtol=1e-4)
@@ -242,8 +240,8 @@ class Optax:
     """
 
     tx: Any = dataclasses.field(metadata=STATIC)
-    rtol: float = 1e-4
-    atol: float = 0.0
+    rtol: Number = 1e-4
+    atol: Number = 0.0
     max_steps: Budget = 1000
 
     def __post_init__(self):
@@ -261,7 +259,7 @@ class Optax:
 
 
 class GradientTransformation(NamedTuple):
-    """What optax calls by this name."""
+    """Optax's tuple of this name."""
 
     init: Callable
     update: Callable
@@ -270,8 +268,11 @@ class GradientTransformation(NamedTuple):
 def as_optimizer(solver: Solver) -> GradientTransformation:
     """One of our solvers as an optax optimizer, for `optax.chain` and `apply_updates`.
 
-    Anderson on gradient descent: `optax.chain(optax.scale(lr), as_optimizer(Anderson()))`, where the negative
-    scaled gradient is the residual. For full-batch gradients; noise is no secant.
+    Anderson on gradient descent is `optax.chain(optax.scale(lr), as_optimizer(Anderson()))`: the residual is the
+    negative scaled gradient. Use full-batch gradients, because differences of noisy ones are no secants.
+
+    Raises:
+      ValueError: for a solver with `test_every` above 1, or if `update` is called without params.
 
     >>> import jax, jax.numpy as jnp, optax, deq_jax as deq
     >>> loss = lambda p: 0.5 * jnp.sum(jnp.arange(1.0, 6) * (p - 1) ** 2)
@@ -283,17 +284,16 @@ def as_optimizer(solver: Solver) -> GradientTransformation:
     >>> bool(loss(p) < 1e-8)
     True
     """
-
     check_sees_all(solver, "as_optimizer")
 
     def init(params):
-        return solver.init(raveler(params, 0)[0](params))
+        return solver.init(Layout(params, 0).ravel(params))
 
     def update(updates, state, params=None):
         if params is None:
             raise ValueError("as_optimizer needs params: tx.update(grads, state, params)")
-        ravel, unravel = raveler(params, 0)
-        step, state = solver.update(-ravel(updates), state, ravel(params))
-        return unravel(step), state
+        layout = Layout(params, 0)
+        step, state = solver.update(-layout.ravel(updates), state, layout.ravel(params))
+        return layout.unravel(step), state
 
     return GradientTransformation(init, update)

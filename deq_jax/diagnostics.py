@@ -1,20 +1,20 @@
-"""What a training run should be asked now and then."""
+"""Measurements to make now and then during a training run."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from deq_jax._arrays import dot, norm, ratio
+from deq_jax._states import ravel
 from deq_jax.adjoints import Adjoint, Implicit
-from deq_jax.solvers.base import norm, ratio, raveler
 
 
 class GradientBias(NamedTuple):
-    """What `gradient_bias` returns; all are scalars."""
+    """What `gradient_bias` returns: three scalars."""
 
-    cosine: Float[Array, ""]  # of the angle between the two gradients; 0 where one of them is zero
+    cosine: Float[Array, ""]  # of the angle between the two gradients; 0 if either is zero
     relative_error: Float[Array, ""]  # ‖inexact − exact‖ / ‖exact‖
     size: Float[Array, ""]  # ‖inexact‖ / ‖exact‖
 
@@ -26,11 +26,11 @@ def gradient_bias(
     inexact: Adjoint,
     exact: Adjoint = Implicit(),  # noqa: B008  frozen
 ) -> GradientBias:
-    """How far a cheap gradient of `loss` in params is from the exact one, at these very params and data.
+    """How far a cheap gradient of `loss` in params is from the exact one, at these params and data.
 
-    `loss(params, *args, adjoint=...) -> scalar` passes its adjoint on to `fixed_point`. Costs two gradients: call
-    it every few hundred steps, jitted once. A cosine above 0 means descent in exact arithmetic; `exact` is no
-    better than its solves, so give it a tighter solver where the forward tolerance is loose.
+    `loss(params, *args, adjoint=...) -> scalar` passes its adjoint on to `fixed_point`. It costs two gradients: jit it
+    once, and call it every few hundred steps. A cosine above 0 means descent in exact arithmetic. The exact gradient is
+    only as good as its solves, so give `exact` a tighter solver if the forward tolerance is loose.
 
     >>> import functools, jax, jax.numpy as jnp, deq_jax as deq
     >>> def loss(w, x, *, adjoint):
@@ -40,9 +40,8 @@ def gradient_bias(
     >>> 0 < float(bias.cosine) < 1, 0 < float(bias.relative_error)
     (True, True)
     """
-    ravel, _ = raveler(params, 0)
     pull = lambda adjoint: ravel(jax.grad(lambda params: loss(params, *args, adjoint=adjoint))(params))
     cheap, true = pull(inexact), pull(exact)
-    size = lambda x: jnp.where(norm(x) > 0, norm(x), 1)
-    cosine = jnp.sum((cheap / size(cheap)) * (true / size(true)))
+    unit = lambda x: ratio(x, norm(x)[None])
+    cosine = dot(unit(cheap), unit(true))
     return GradientBias(cosine, ratio(norm(cheap - true), norm(true)), ratio(norm(cheap), norm(true)))

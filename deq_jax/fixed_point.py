@@ -1,42 +1,76 @@
 """`fixed_point`: find z with f(z, *args) = z, and differentiate it."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jaxtyping import PyTree
+from jaxtyping import Array
 
-from deq_jax._checks import check_found, check_memory
-from deq_jax._config import check_options, check_sees_all, check_solver
-from deq_jax._trace import Bound, Traced, checked, flag, hoist, is_array_like, run_compiled, vary, varying_axes
-from deq_jax.adjoints import Adjoint, Found, Implicit, Probe
-from deq_jax.solvers import Anderson, Broyden, Fold, Seen, Solved, Solver, Stats
-from deq_jax.solvers import solve as _solve
-from deq_jax.solvers.base import raveler, wide_dtype
+from deq_jax._checks import check_arguments, check_found, check_memory, check_sees_all, check_start
+from deq_jax._hoisting import hoist_cell, hoist_fold, with_fold
+from deq_jax._programs import run_compiled
+from deq_jax._states import flat_type
+from deq_jax._trace import Bound, flag
+from deq_jax.adjoints import Adjoint, ForwardResult, Implicit, IterationAdjoint, Probe, Problem
+from deq_jax.adjoints.equilibrium import at_equilibrium, solve_differentiably
+from deq_jax.adjoints.protocol import member
+from deq_jax.solvers import Anderson, Fold, Solver, SolveResult, Stats, run_loop
+from deq_jax.solvers.protocol import plain_at_runtime
+
+Z = TypeVar("Z")
+Aux = TypeVar("Aux")
+Number = float | complex | np.ndarray  # a z0 that JAX makes an array of
 
 
-class Solution(NamedTuple):
+@plain_at_runtime
+class Solution(NamedTuple, Generic[Z]):
     """What `fixed_point` returns. Gradients flow through `value` alone."""
 
-    value: PyTree  # as z0: structure, shapes and dtypes
+    value: Z  # as z0: structure, shapes and dtypes
     stats: Stats
 
 
-class SolutionWithAux(NamedTuple):
+@plain_at_runtime
+class SolutionWithAux(NamedTuple, Generic[Z, Aux]):
     """What `fixed_point(..., has_aux=True)` returns."""
 
-    value: PyTree
+    value: Z
     stats: Stats
-    aux: PyTree  # f's second output at the value, differentiable
+    aux: Aux  # f's second output at the value, differentiable
+
+
+class Options(TypedDict, total=False):
+    """The options of `fixed_point` that do not change what it returns."""
+
+    solver: Solver
+    adjoint: Adjoint
+    batch_ndim: int
+    probe: Probe | None
+
+
+@overload
+def fixed_point(
+    f: Callable[..., Any], z0: Number, *args: Any, has_aux: Literal[False] = ..., **options: Unpack[Options]
+) -> Solution[Array]: ...
+
+
+@overload
+def fixed_point(
+    f: Callable[..., Any], z0: Z, *args: Any, has_aux: Literal[False] = ..., **options: Unpack[Options]
+) -> Solution[Z]: ...
+
+
+@overload
+def fixed_point(
+    f: Callable[..., tuple[Any, Aux]], z0: Z, *args: Any, has_aux: Literal[True], **options: Unpack[Options]
+) -> SolutionWithAux[Z, Aux]: ...
 
 
 def fixed_point(
-    f: Callable,
-    z0: PyTree,
-    *args: PyTree,
+    f: Callable[..., Any],
+    z0: Any,
+    *args: Any,
     solver: Solver = Anderson(),  # noqa: B008  frozen
     adjoint: Adjoint = Implicit(),  # noqa: B008
     batch_ndim: int = 0,
@@ -80,19 +114,18 @@ def fixed_point(
     """
     z0 = check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe)
     check_start(z0)
-    warn = getattr(adjoint, "warn", None)
-    if warn is not None:  # here, outside the jit below, its numbers are still numbers
-        warn(z0, solver)
+    member(adjoint, "check")(z0, solver)  # here, outside the jit below, its numbers are still numbers
     cell, z0, inputs, other = hoist_cell(f, z0, args, has_aux)
     probe = Probe.like(z0, batch_ndim) if probe is None else probe
-    if flag("jax_disable_jit") and hasattr(adjoint, "at"):
+    if flag("jax_disable_jit") and not isinstance(adjoint, IterationAdjoint):
         return _step_by_step(f, z0, args, solver, adjoint, batch_ndim, has_aux, probe)
     return run_compiled(_fixed_point, (cell, batch_ndim, has_aux), z0, inputs, other, solver, adjoint, probe)
 
 
 def _fixed_point(cell, batch_ndim, has_aux, z0, inputs, other, solver, adjoint, probe):
     f = Bound(lambda *reads: cell(*reads)[0], axes=cell.axes) if has_aux else cell
-    z, stats = adjoint.run(f, z0, inputs, other, solver, batch_ndim, probe)
+    problem = Problem(f, inputs, other, batch_ndim)
+    z, stats = solve_differentiably(adjoint, problem, z0, solver, probe)
     stats = jax.lax.stop_gradient(stats)
     if not has_aux:
         return Solution(z, stats)
@@ -103,36 +136,35 @@ def _fixed_point(cell, batch_ndim, has_aux, z0, inputs, other, solver, adjoint, 
 def _step_by_step(f, z0, args, solver, adjoint, batch_ndim, has_aux, probe):
     """Under `jax.disable_jit` f itself is called at each evaluation: a print or a breakpoint in it sees numbers."""
     first = (lambda z, *args: f(z, *args)[0]) if has_aux else f
-    solved = solve(first, z0, *args, solver=solver, batch_ndim=batch_ndim)
-    z = attach(
-        first, solved.value, *args, adjoint=adjoint, solver=solver, batch_ndim=batch_ndim, found=solved, probe=probe
-    )
+    found = solve(first, z0, *args, solver=solver, batch_ndim=batch_ndim)
+    options: dict[str, Any] = dict(adjoint=adjoint, solver=solver, batch_ndim=batch_ndim, found=found, probe=probe)
+    z = attach(first, found.value, *args, **options)
     if not has_aux:
-        return Solution(z, solved.stats)
-    stats = solved.stats._replace(steps=solved.stats.steps + 1)
+        return Solution(z, found.stats)
+    stats = found.stats._replace(steps=found.stats.steps + 1)
     return SolutionWithAux(z, stats, f(z, *args)[1])
 
 
 def solve(
-    f: Callable,
-    z0: PyTree,
-    *args: PyTree,
+    f: Callable[..., Any],
+    z0: Z,
+    *args: Any,
     solver: Solver = Anderson(),  # noqa: B008
     batch_ndim: int = 0,
     memory: Any = None,
     fold: Fold | None = None,
-) -> Solved:
-    """The forward half of `fixed_point`, with all that the solver leaves: no gradient flows through it.
+) -> SolveResult[Z]:
+    """The forward half of `fixed_point`, with all that the solver leaves. No gradient flows through it.
 
     Args:
       f, z0, *args, solver, batch_ndim: as for `fixed_point`.
-      memory: that of an earlier solve with the same solver and the same shapes of z0. Where f has changed little,
-        a quasi-Newton method need not learn its Jacobian again.
+      memory: that of an earlier solve with the same solver and the same shapes of z0. Where f has changed little, a
+        quasi-Newton method then starts with the Jacobian it has learned.
       fold: accumulates over the evaluations inside the loop: `ResidualTrace`, `Snapshots`, or an object of your
-        own with `init(z0, batch_ndim)` and `update(folded, seen)`, see `Seen`.
+        own with `init(z0, batch_ndim)` and `update(folded, evaluation)`, see `Evaluation`.
 
     Returns:
-      Solved(value, stats, memory, folded). Give the value a derivative with `attach`.
+      SolveResult(value, stats, memory, folded). `attach` gives the value a derivative.
 
     Raises:
       TypeError, ValueError: as `fixed_point`.
@@ -144,49 +176,48 @@ def solve(
     >>> bool(again.stats.steps < first.stats.steps), bool(again.stats.converged)
     (True, True)
     """
-    z0 = jax.lax.stop_gradient(check_arguments(f, z0, args, solver, Implicit(), batch_ndim, None))
-    check_start(z0)
+    start = jax.lax.stop_gradient(check_arguments(f, z0, args, solver, Implicit(), batch_ndim, None))
+    check_start(start)
     if getattr(fold, "sees_all", False):
         check_sees_all(solver, f"fold={fold!r}")
-    cell, z0, inputs, other = hoist_cell(f, z0, args)
+    cell, start, inputs, other = hoist_cell(f, start, args)
     if memory is not None:
-        check_memory(memory, solver, flat_type(z0, batch_ndim))
+        check_memory(memory, solver, flat_type(start, batch_ndim))
     if flag("jax_disable_jit"):
-        solved = _solve(lambda z: f(z, *args), z0, solver, batch_ndim, memory=memory, fold=fold)
-        return jax.lax.stop_gradient(solved)
-    hoisted, fold_reads = hoist_fold(fold, z0, batch_ndim)
+        result = run_loop(lambda z: f(z, *args), start, solver, batch_ndim, memory=memory, fold=fold)
+        return jax.lax.stop_gradient(result)
+    hoisted, fold_reads = hoist_fold(fold, start, batch_ndim)
     reads = jax.lax.stop_gradient((inputs, other, fold_reads))
-    return run_compiled(_solve_frozen, (cell, batch_ndim, *hoisted), z0, reads, solver, memory)
+    return run_compiled(_solve, (cell, batch_ndim, *hoisted), start, reads, solver, memory)
 
 
-def _solve_frozen(cell, batch_ndim, fold_init, fold_update, z0, reads, solver, memory):
+def _solve(cell, batch_ndim, fold_init, fold_update, z0, reads, solver, memory):
     inputs, other, fold_reads = reads
-    fold = None if fold_init is None else HoistedFold(fold_init, fold_update, fold_reads)
-    solved = _solve(Bound(cell, inputs, other), z0, solver, batch_ndim, memory=memory, fold=fold)
-    return jax.lax.stop_gradient(solved)
+    fold = with_fold(fold_init, fold_update, fold_reads)
+    result = run_loop(Bound(cell, inputs, other), z0, solver, batch_ndim, memory=memory, fold=fold)
+    return jax.lax.stop_gradient(result)
 
 
 def attach(
-    f: Callable,
-    z: PyTree,
-    *args: PyTree,
+    f: Callable[..., Any],
+    z: Z,
+    *args: Any,
     adjoint: Adjoint = Implicit(),  # noqa: B008
     solver: Solver = Anderson(),  # noqa: B008
     batch_ndim: int = 0,
-    found: Solved | None = None,
+    found: SolveResult[Z] | None = None,
     probe: Probe | None = None,
-) -> PyTree:
+) -> Z:
     """z, however it was found, with the derivative that a fixed point of f has in args and in what f captures.
 
-    The value is z itself, and no gradient flows to z: that of `adjoint` is taken as if f(z, *args) = z. This is
-    how a solver of your own, a cached equilibrium, or a state on the way to one becomes differentiable.
+    The value is z itself, and no gradient flows to z. The derivative is that of `adjoint`, taken as if f(z, *args) = z.
+    So a solver of your own, a cached equilibrium, or a state on the way to an equilibrium becomes differentiable.
 
     Args:
       f, *args, batch_ndim, probe: as for `fixed_point`.
-      adjoint: one that is taken at the equilibrium: `Implicit`, `ImplicitJVP`, `Phantom`, `Neumann`, `JFB`, or
-        `Shine` with `found`.
+      adjoint: one at the equilibrium: `Implicit`, `ImplicitJVP`, `Phantom`, `Neumann`, `JFB`, or `Shine` with `found`.
       solver: what the adjoint derives its own backward solver from, where it was given none.
-      found: the result of `solve` that z comes from, for `Shine` and for `Implicit(on_failure=...)`.
+      found: the result of the `solve` that z comes from, for `Shine` and for `Implicit(on_failure=...)`.
 
     Raises:
       TypeError, ValueError: as `fixed_point`; for an adjoint that goes through the iterations.
@@ -198,180 +229,21 @@ def attach(
     >>> bool(abs(jax.grad(square_root)(4.0) - 0.25) < 1e-6)
     True
     """
-    z = jax.lax.stop_gradient(check_arguments(f, z, args, solver, adjoint, batch_ndim, probe))
-    if not hasattr(adjoint, "at"):
+    start = jax.lax.stop_gradient(check_arguments(f, z, args, solver, adjoint, batch_ndim, probe))
+    if isinstance(adjoint, IterationAdjoint):
         raise TypeError(
             f"{type(adjoint).__name__} differentiates the iterations of a solve, and z comes without them; "
             "use Implicit, ImplicitJVP, Phantom, Neumann or JFB"
         )
-    cell, z, inputs, other = hoist_cell(f, z, args)
-    probe = Probe.like(z, batch_ndim) if probe is None else probe
+    member(adjoint, "check")(start, solver)
+    cell, start, inputs, other = hoist_cell(f, start, args)
+    probe = Probe.like(start, batch_ndim) if probe is None else probe
     if found is not None:
-        check_found(found, z, batch_ndim)
-        if getattr(adjoint, "reads_memory", False) and isinstance(solver, Broyden) and found.memory is not None:
-            check_memory(found.memory, solver, flat_type(z, batch_ndim), "found.memory")
+        check_found(found, start, batch_ndim)
     stats, memory = (None, None) if found is None else (found.stats, found.memory)
-    if not getattr(adjoint, "reads_memory", False):
-        memory = None  # it would be kept until the backward pass
-    return run_compiled(_attach, (cell, batch_ndim), z, stats, memory, inputs, other, solver, adjoint, probe)
+    forward = ForwardResult(start, stats, memory, solver)
+    return run_compiled(_attach, (cell, batch_ndim), forward, inputs, other, adjoint, probe)
 
 
-def _attach(cell, batch_ndim, z, stats, memory, inputs, other, solver, adjoint, probe):
-    return adjoint.at(cell, Found(z, stats, memory), inputs, other, solver, batch_ndim, probe)
-
-
-# ---- what f and a fold read ----------------------------------------------------------------------------------
-
-
-def hoist_cell(f: Callable, z0: PyTree, args: tuple, has_aux: bool = False) -> tuple[Traced, PyTree, list, list]:
-    """(cell, z0, inputs, other) with f(z, *args) = cell(z, inputs, other), and z0 in the type that cell returns."""
-
-    def settled(z, *args):
-        out = checked(f(z, *args))
-        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
-            raise TypeError(f"with has_aux=True, f must return a pair (z, aux), got {_describe(out)}")
-        value = out[0] if has_aux else out
-        if jax.tree.structure(value) == jax.tree.structure(z):
-            value = jax.tree.map(_settle, value, z)
-        return (value, out[1]) if has_aux else value
-
-    cell, inputs, other = hoist(settled, z0, args=args)
-    out = cell.out[0] if has_aux else cell.out
-    _check_output(out, z0)
-    typed = jax.tree.map(_typed_like, z0, out)
-    if any(jax.typeof(a) != jax.typeof(b) for a, b in zip(jax.tree.leaves(typed), jax.tree.leaves(z0), strict=True)):
-        cell, inputs, other = hoist(settled, typed, args=args)
-    return cell, typed, inputs, other
-
-
-def _settle(leaf: Any, like: jax.Array) -> jax.Array:
-    """A number in the dtype of z0; an array as it is."""
-    array = jnp.asarray(leaf)
-    loses_imaginary_part = jnp.iscomplexobj(array) and not jnp.iscomplexobj(like)
-    return array.astype(like.dtype) if jax.typeof(array).weak_type and not loses_imaginary_part else array
-
-
-def _typed_like(z: jax.Array, out: Any) -> jax.Array:
-    """z with the explicit sharding of f(z), and varying over the axes of `shard_map` that f(z) varies over."""
-    sharding = getattr(out, "sharding", None)
-    if sharding is not None and sharding != jax.typeof(z).sharding:
-        z = jax.sharding.reshard(z, sharding)  # jnp.zeros_like drops it on jax 0.12
-    missing = varying_axes(out) - varying_axes(jax.typeof(z))
-    return vary(z, tuple(missing)) if missing else z
-
-
-class HoistedFold(NamedTuple):
-    """A fold whose methods were traced: a fold too."""
-
-    traced_init: Traced
-    traced_update: Traced
-    reads: tuple
-
-    def init(self, z0: PyTree, batch_ndim: int) -> Any:
-        return self.traced_init(z0, *self.reads[0])
-
-    def update(self, folded: Any, seen: Seen) -> Any:
-        return self.traced_update(folded, seen, *self.reads[1])
-
-
-def hoist_fold(fold: Fold | None, z0: PyTree, batch_ndim: int) -> tuple[tuple, tuple]:
-    """((init, update), reads) of a fold, both traced, so that what they read cannot go stale."""
-    if fold is None:
-        return (None, None), ()
-    init, *init_reads = hoist(lambda z0: fold.init(z0, batch_ndim), z0)
-    step = jnp.zeros((), jnp.int32)
-    norm = jax.tree.leaves(Probe.like(z0, batch_ndim))[0].astype(wide_dtype(z0))
-    seen = Seen(step, z0, z0, norm, norm, norm == 0)
-    update, *update_reads = hoist(fold.update, init(z0, *init_reads), seen)
-    return (init, update), (init_reads, update_reads)
-
-
-# ---- checks ------------------------------------------------------------------------------------------------
-
-
-def check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe) -> PyTree:
-    """z0 as arrays, or TypeError/ValueError."""
-    if not callable(f):
-        raise TypeError(f"f must be callable as f(z, *args), got {type(f).__name__}")
-    check_solver(solver, "solver")
-    if isinstance(adjoint, type) or not hasattr(adjoint, "run"):
-        raise TypeError(f"adjoint must be an adjoint such as Implicit(), got {adjoint!r}")
-    if isinstance(batch_ndim, bool) or not isinstance(batch_ndim, int) or batch_ndim < 0:
-        raise ValueError(f"batch_ndim must be an int >= 0, got {batch_ndim!r}")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(args):
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TypeError(f"args{jax.tree_util.keystr(path)} must be an array, got {leaf!r}")
-
-    leaves = jax.tree_util.tree_leaves_with_path(z0)
-    if not leaves:
-        raise ValueError(f"z0 has no arrays: expected a pytree with at least one, got {z0!r}")
-    batch_shape: Any = None
-    for path, leaf in leaves:
-        where = "z0" + jax.tree_util.keystr(path)
-        if not is_array_like(leaf):
-            raise TypeError(f"{where} must be an array of floats, got {leaf!r}")
-        shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 16:
-            raise TypeError(f"{where} must be an array of floats of 16 bits or more, got dtype {dtype}")
-        if 0 in shape:
-            raise ValueError(f"{where} is empty: got shape {shape}")
-        if len(shape) < batch_ndim:
-            raise ValueError(f"batch_ndim={batch_ndim} is beyond the rank of {where}, of shape {shape}")
-        batch_shape = shape[:batch_ndim] if batch_shape is None else batch_shape
-        if shape[:batch_ndim] != batch_shape:
-            raise ValueError(
-                f"all leaves of z0 must agree in their {batch_ndim} batch axes: {where} has shape {shape}, "
-                f"expected it to begin with {batch_shape}"
-            )
-    check_options(solver, batch_shape, "solver")
-    check_options(adjoint, batch_shape, "adjoint")
-    if probe is not None and {jnp.shape(p) for p in jax.tree.leaves(probe)} != {batch_shape}:
-        raise ValueError(
-            f"probe must be Probe.zeros({batch_shape}), the batch shape of z0; got shapes "
-            f"{[jnp.shape(p) for p in jax.tree.leaves(probe)]}"
-        )
-    return jax.tree.map(jnp.asarray, z0)
-
-
-def check_start(z0: PyTree) -> None:
-    """ValueError if z0, where its value is known, has infinite entries. (A traced Inf ends as NONFINITE, like NaN.)
-
-    So an eager call waits for z0. A loop that must not wait belongs under `jax.jit`.
-    """
-    known = lambda leaf: not isinstance(leaf, Tracer) and leaf.is_fully_addressable
-    found = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(z0) if known(leaf)}
-    if not found:
-        return
-    with jax.ensure_compile_time_eval():
-        infinite = np.asarray(_infinite(list(found.values())))  # all leaves in one program and one transfer
-    for path, is_infinite in zip(found, infinite, strict=True):
-        if is_infinite:
-            where = "z0" + jax.tree_util.keystr(path)
-            raise ValueError(
-                f"{where} has infinite entries; a solve begins at finite ones: take f(z0), or replace them"
-            )
-
-
-_infinite = jax.jit(lambda leaves: jnp.stack([jnp.any(jnp.isinf(leaf)) for leaf in leaves]))
-
-
-def _check_output(out: PyTree, z0: PyTree) -> None:
-    if jax.tree.structure(out) != jax.tree.structure(z0):
-        raise TypeError(f"f must return the structure of z0, {jax.tree.structure(z0)}; got {jax.tree.structure(out)}")
-    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(out), jax.tree.leaves(z0), strict=True):
-        where = "f(z)" + jax.tree_util.keystr(path)
-        if got.shape != want.shape:
-            raise ValueError(f"{where} must have the shape of z0, {want.shape}; got {got.shape}")
-        if got.dtype != want.dtype:
-            raise TypeError(
-                f"{where} must have the dtype of z0, {want.dtype}; got {got.dtype}. Cast z0, or what f returns"
-            )
-
-
-def flat_type(z: PyTree, batch_ndim: int) -> jax.ShapeDtypeStruct:
-    """The type of z as a solver sees it."""
-    return jax.eval_shape(lambda z: raveler(z, batch_ndim)[0](z), z)
-
-
-def _describe(tree: PyTree) -> str:
-    return str(jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree))
+def _attach(cell, batch_ndim, forward, inputs, other, adjoint, probe):
+    return at_equilibrium(adjoint, Problem(cell, inputs, other, batch_ndim), forward, probe)

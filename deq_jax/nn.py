@@ -12,24 +12,24 @@ from deq_jax.adjoints import Adjoint, Implicit, Probe
 from deq_jax.fixed_point import Solution, fixed_point
 from deq_jax.solvers import Anderson, Solver
 
-_static = getattr(nnx, "static", lambda value: value)  # flax 0.11.2 has none: there every attribute is static
+_static = getattr(nnx, "static", lambda value: value)  # flax 0.11.2 has no nnx.static; all attributes are static
 
 
 def zeros(x: PyTree) -> PyTree:
-    """z0 = 0, shaped as x."""
+    """z0 = 0, with the shapes of x."""
     return jax.tree.map(jnp.zeros_like, x)
 
 
 class DEQ(nnx.Module):
     """z* = cell(z*, x), differentiable in the cell's parameters and in x.
 
-    `cell(z, x)` is any NNX module, or a function; x is any pytree with one leading batch axis. State that the
-    cell keeps besides its parameters stands still during a solve and its backward pass: a dropout mask is
-    drawn once (the paper's variational dropout), batch statistics are those of before. One call of the cell at
-    the solution then advances them, as a layer does. `init(x)` gives z0 where a call passes none: pass one if
-    z is not shaped as x, and pass the last solution as `z0` for a warm start.
+    `cell(z, x)` is any NNX module, or a function. x is any pytree with one leading batch axis. Any state of the cell
+    other than its parameters is fixed during a solve and its backward pass: a dropout mask is drawn once (the paper's
+    variational dropout), and batch statistics keep their earlier values. Afterwards, one call of the cell at the
+    solution advances this state, as a layer does. `init(x)` gives z0 if a call passes none. Pass your own `init` if z
+    has other shapes than x. For a warm start, pass the last solution as `z0`.
 
-    Call it inside `jax.jit` (over `nnx.split` state) or `nnx.jit`: an eager call traces the cell each time.
+    Call it inside `jax.jit` (over `nnx.split` state) or `nnx.jit`, because an eager call traces the cell each time.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -44,7 +44,8 @@ class DEQ(nnx.Module):
     >>> z.shape, stats.converged.tolist()
     ((2, 4), [True, True])
 
-    Linen and Equinox need no layer of ours: their `apply` and call are pure, so `fixed_point` takes them.
+    Linen and Equinox need no such layer. Linen's `apply` and the call of an Equinox module are pure, so `fixed_point`
+    accepts them:
 
         z, stats = deq.fixed_point(lambda z: linen_cell.apply(variables, z, x), z0, batch_ndim=1)
         z, stats = deq.fixed_point(lambda z: jax.vmap(equinox_cell)(z, x), z0, batch_ndim=1)
@@ -70,9 +71,9 @@ class DEQ(nnx.Module):
             return fixed_point(lambda z: self.cell(z, x), z0, **options)
 
         graphdef, params, rest = nnx.split(self.cell, nnx.Param, ...)
-        # copy=True: merge would reuse Variables of the outer trace, which a dropout counter may not touch here.
+        # Without copy=True, merge reuses Variables of the outer trace, and a dropout counter must not change those.
         pure_cell = lambda z: nnx.merge(graphdef, params, rest, copy=True)(z, x)
         solution = fixed_point(pure_cell, z0, **options)
         if jax.tree.leaves(rest):
-            self.cell(jax.lax.stop_gradient(solution.value), x)  # advances its state; XLA drops what is unused
+            self.cell(jax.lax.stop_gradient(solution.value), x)  # advances its state; XLA removes unused work
         return solution

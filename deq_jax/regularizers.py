@@ -6,29 +6,33 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from deq_jax.solvers.base import raveler
+from deq_jax._checks import check_count
+from deq_jax._states import Layout
 
 
 def jacobian_penalty(f: Callable, z: PyTree, *args: PyTree, key: Array, samples: int = 1) -> Float[Array, ""]:
     """An unbiased estimate of ‖∂f/∂z‖²_F over the number of entries of z, at this z.
 
-    For a batch of independent problems that is the mean over them of their own ‖J‖²_F / dim. It is
-    differentiable in args and in all that f captures, not in z: as in the paper's code z is held fixed, for the
-    derivative through z* would cost another backward solve. Each sample costs one evaluation of f and one
-    vector-Jacobian product; add it to a loss with a small weight, on some of the steps if it is dear.
+    For a batch of independent problems, this is the mean of their ‖J‖²_F / dim. It is differentiable in args and in all
+    that f captures, but not in z. As in the paper's code, z is held fixed, because the derivative through z* would cost
+    another backward solve. Each sample costs one evaluation of f and one vector-Jacobian product. Add the penalty to a
+    loss with a small weight, or only on some of the steps if it is too expensive.
 
-    Source: Bai, Koltun & Kolter (2021), "Stabilizing Equilibrium Models by Jacobian Regularization", Eq 9, with
-    signs in place of normal numbers: the same mean, less variance.
+    Raises:
+      ValueError: if `samples` is not an int >= 1.
+
+    Source: Bai, Koltun & Kolter (2021), "Stabilizing Equilibrium Models by Jacobian Regularization", Eq 9, with random
+    signs instead of normal numbers, for the same mean with less variance.
 
     >>> import jax, jax.numpy as jnp
     >>> cell = lambda z, w: w * z
     >>> float(jacobian_penalty(cell, jnp.ones(4), jnp.arange(4.0), key=jax.random.key(0)))  # (0 + 1 + 4 + 9) / 4
     3.5
     """
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples must be an int >= 1, got {samples!r}")
-    ravel, unravel = raveler(z, 0)
-    flat, pull = jax.vjp(lambda flat: ravel(f(unravel(flat), *args)), ravel(jax.lax.stop_gradient(z)))
+    check_count("samples", samples, 1)
+    layout = Layout(z, 0)
+    of_flat = lambda flat: layout.ravel(f(layout.unravel(flat), *args))
+    flat, pull = jax.vjp(of_flat, layout.ravel(jax.lax.stop_gradient(z)))
 
     def one(key):
         # E[vvᵀ] = I  ⇒  E‖Jᵀv‖² = E[tr(vᵀJJᵀv)] = tr(JJᵀ) = ‖J‖²_F

@@ -1,60 +1,69 @@
-"""States on the way to the fixed point: traces, snapshots, and losses on several of them."""
+"""The iterates on the way to a fixed point: residual traces, snapshots, and losses on several iterates."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from deq_jax._config import check_sees_all
+from deq_jax._arrays import one_hot
+from deq_jax._checks import check_count, check_sees_all
+from deq_jax._config import with_suggestions
+from deq_jax._hoisting import zero_residuals
+from deq_jax._states import choose
 from deq_jax._trace import flag
 from deq_jax.adjoints import Adjoint, Implicit, Phantom, Probe
 from deq_jax.fixed_point import attach, solve
-from deq_jax.solvers import Anderson, Seen, Solver, Stats, Status
-from deq_jax.solvers.base import choose, one_hot, raveler, zeros_from
+from deq_jax.solvers import Anderson, Evaluation, Solver, Stats, Status
+from deq_jax.solvers.protocol import plain_at_runtime
+
+Z = TypeVar("Z")
 
 
-class Trajectory(NamedTuple):
+@plain_at_runtime
+class Trajectory(NamedTuple, Generic[Z]):
     """What `trajectory` returns. Gradients flow through `value` and `states`."""
 
-    value: PyTree  # as z0
+    value: Z  # as z0
     stats: Stats  # of the value
-    states: tuple[PyTree, ...]  # one as z0 for each entry of `at`
-    state_stats: tuple[Stats, ...]  # the same: evaluations that it took to know the state, and its own residual
+    states: tuple[Z, ...]  # one for each entry of `at`, each as z0
+    state_stats: tuple[Stats, ...]  # one for each state: its own residual, and the evaluations spent to measure it
 
 
 def trajectory(
-    f: Callable,
-    z0: PyTree,
-    *args: PyTree,
+    f: Callable[..., Any],
+    z0: Z,
+    *args: Any,
     at: int | Sequence[int],
     solver: Solver = Anderson(),  # noqa: B008  frozen
     adjoint: Adjoint = Implicit(),  # noqa: B008
     correction: Adjoint | Sequence[Adjoint] = Phantom(),  # noqa: B008
     batch_ndim: int = 0,
     probe: Probe | None = None,
-) -> Trajectory:
-    """`fixed_point`, with the iterates after each of `at` steps beside its value, for a loss on each of them.
+) -> Trajectory[Z]:
+    """`fixed_point`, and the iterates after each number of steps in `at`, so that a loss can use them all.
 
-    There are always len(at) states, so that a loss over them compiles once. A problem that had stopped by then
-    repeats the z it returns, and so does one whose f was not finite there. With `Picard` the state at k is
-    f applied k times to z0.
+    There are always len(at) states, so a loss over them compiles once. If a problem had stopped by then, or if its f
+    was not finite there, its state is the z that it returns. With `Picard` the state at k is f applied k times to z0.
 
     Args:
       f, z0, *args, solver, adjoint, batch_ndim, probe: as for `fixed_point`.
-      at: increasing numbers of steps, from 0 (which is z0); each below the solver's `max_steps`, for step k is
-        seen by evaluation k + 1.
-      correction: how the states are differentiated, as if each were the fixed point: one adjoint for all, or one
-        for each. Inexact ones are meant, `Phantom` or `JFB`, which look at f near the state alone.
+      at: increasing numbers of steps. 0 is z0. Each must be below the solver's `max_steps`, because the state after k
+        steps is seen by evaluation k + 1.
+      correction: how to differentiate the states, each as if it were the fixed point: one adjoint for all, or one for
+        each. Inexact ones are meant, `Phantom` or `JFB`, because they use f near the state alone.
+
+    Returns:
+      Trajectory(value, stats, states, state_stats).
 
     Raises:
-      TypeError, ValueError: as `fixed_point`; for `at` and `correction` that do not fit.
+      TypeError, ValueError: as `fixed_point`; for an `at` or a `correction` that does not fit.
 
-    Source: Bai, Geng, Savani & Kolter (2022), "Deep Equilibrium Optical Flow Estimation": its sparse fixed-point
-    correction is this with `fixed_point_correction`.
+    Source: Bai, Geng, Savani & Kolter (2022), "Deep Equilibrium Optical Flow Estimation". Its sparse fixed-point
+    correction is this function with `fixed_point_correction`.
 
     >>> import jax, jax.numpy as jnp, deq_jax as deq
     >>> cell = lambda z, x: 0.5 * jnp.cos(z) + x
@@ -99,9 +108,9 @@ def _stats_at(k: int, there: Array, snapshot: "Snapshot", end: Stats) -> Stats:
 
 
 def fixed_point_correction(losses: Sequence[Any] | Array, gamma: float = 0.8) -> Array:
-    """Σₖ γⁿ⁻ᵏ⁻¹ lossesₖ over n losses, in the order of the trajectory: the last, at the equilibrium, has weight 1.
+    """Σₖ γⁿ⁻ᵏ⁻¹ lossesₖ over n losses in the order of the trajectory. The last one, at the equilibrium, has weight 1.
 
-    Source: Bai et al. (2022), as at `trajectory`, after the sequence loss of RAFT (Teed & Deng 2020), γ = 0.8.
+    Source: Bai et al. (2022), see `trajectory`, after the sequence loss of RAFT (Teed & Deng 2020), γ = 0.8.
 
     >>> import jax.numpy as jnp
     >>> float(fixed_point_correction([jnp.array(4.0), jnp.array(2.0), jnp.array(1.0)], gamma=0.5))
@@ -116,20 +125,21 @@ def fixed_point_correction(losses: Sequence[Any] | Array, gamma: float = 0.8) ->
 # ---- folds -------------------------------------------------------------------------------------------------
 
 
+@with_suggestions
 @dataclasses.dataclass(frozen=True)
 class ResidualTrace:
-    """A fold: the relative residual of each problem at each evaluation, `[*batch, size]`.
+    """A fold that records the relative residual of each problem at each evaluation, `[*batch, size]`.
 
-    Entry k is that of evaluation k, of z0 first. An evaluation that a problem never had is NaN, so that means
-    and plots leave it out (`jnp.nanmean`); one where f was not finite is inf. What comes after `size` is dropped.
-    XLA removes the buffer where nobody reads it.
+    Entry k belongs to evaluation k; entry 0 is the residual of z0. It is NaN for an evaluation that the problem never
+    had, so that means and plots leave it out (`jnp.nanmean`), and inf if f was not finite. Evaluations after the first
+    `size` are dropped. XLA removes the buffer if nothing reads it.
 
-    Under `jax.debug_nans`, which would raise on that NaN, inf stands in its place, and under `jax.debug_infs` the
-    largest finite number in place of inf. The flags are read while tracing: what was compiled before they were set
+    `jax.debug_nans` would raise on that NaN, so the fold then writes inf instead; under `jax.debug_infs` it writes the
+    largest finite number instead of inf. The flags are read while tracing: a program compiled before they were set
     still writes NaN.
 
-    A fold of your own is any object with these two methods, of arrays and pure functions. Here is the largest
-    change of any entry by f, over the solve:
+    Your own fold is any object with pure methods `init` and `update` on arrays. This one returns the largest change of
+    any entry by f during the solve:
 
     >>> import jax, jax.numpy as jnp, deq_jax as deq
     >>> class LargestChange:
@@ -141,7 +151,7 @@ class ResidualTrace:
     >>> float(solved.folded)
     1.0
 
-    And this one:
+    And `ResidualTrace` itself:
 
     >>> solved = deq.solve(jnp.cos, jnp.zeros(2), solver=deq.Picard(rtol=0.1), fold=ResidualTrace(10))
     >>> [f"{residual:.2f}" for residual in solved.folded]
@@ -151,38 +161,35 @@ class ResidualTrace:
     size: int
 
     def __post_init__(self):
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
-            raise ValueError(f"ResidualTrace.size must be an int >= 1, got {self.size!r}")
+        check_count("ResidualTrace.size", self.size, 1)
 
     def init(self, z0: PyTree, batch_ndim: int) -> Float[Array, "*batch size"]:
-        corner = raveler(z0, batch_ndim)[0](z0)[..., :1]
-        return jnp.repeat(zeros_from(corner), self.size, axis=-1) + _unseen(corner.dtype, jnp.nan)
+        zero = zero_residuals(z0, batch_ndim)[..., None]
+        return jnp.repeat(zero, self.size, axis=-1) + _marker(zero.dtype, jnp.nan)
 
-    def update(self, folded: Float[Array, "*batch size"], seen: Seen) -> Float[Array, "*batch size"]:
-        inf = _unseen(folded.dtype, jnp.inf)
+    def update(self, folded: Float[Array, "*batch size"], seen: Evaluation) -> Float[Array, "*batch size"]:
+        inf = _marker(folded.dtype, jnp.inf)
         now = jnp.where(jnp.isfinite(seen.residual), seen.relative_residual, inf)[..., None]
         here = seen.running[..., None] & (one_hot(seen.step, self.size, folded) > 0)
         return jnp.where(here, now, folded)
 
 
 class Snapshot(NamedTuple):
-    """A state of the solve, and its residuals.
-
-    The residuals are inf until a state is reached (under `jax.debug_infs` the largest finite number).
-    """
+    """An iterate, and its residuals: inf until it is reached, or under `jax.debug_infs` the largest finite number."""
 
     z: PyTree  # as z0
     residual: Float[Array, "*batch"]
     relative_residual: Float[Array, "*batch"]
 
 
+@with_suggestions
 @dataclasses.dataclass(frozen=True)
 class Snapshots:
-    """A fold: the iterates after the given numbers of steps, a `Snapshot` for each.
+    """A fold that records a `Snapshot` of the iterate after each of the given numbers of steps.
 
-    A solve that ends before leaves the last iterate that it evaluated, with that one's residual. (`trajectory`
-    returns the value there, and makes all states differentiable.) Memory is len(at) states. Every iterate has to be
-    shown, so solvers with `test_every` above 1 are refused.
+    If the solve ends earlier, the snapshot is that of the last iterate it evaluated. (`trajectory` has the returned
+    value there, and makes all states differentiable.) Memory is len(at) states. The fold must see every iterate, so
+    `solve` refuses solvers with `test_every` above 1.
 
     >>> import jax.numpy as jnp, deq_jax as deq
     >>> solved = deq.solve(jnp.cos, jnp.zeros(()), solver=deq.Picard(), fold=Snapshots(at=(0, 1, 2)))
@@ -190,25 +197,25 @@ class Snapshots:
     [0.0, 1.0, 0.54]
     """
 
-    at: Any  # increasing numbers of steps, or one; a tuple once it is checked
+    at: Any  # increasing numbers of steps, or one number; a tuple after `__post_init__`
     sees_all: ClassVar[bool] = True
 
     def __post_init__(self):
         object.__setattr__(self, "at", _check_at(self.at))
 
     def init(self, z0: PyTree, batch_ndim: int) -> tuple[Snapshot, ...]:
-        zero = zeros_from(raveler(z0, batch_ndim)[0](z0)[..., 0])
-        unseen = zero + _unseen(zero.dtype, jnp.inf)
+        zero = zero_residuals(z0, batch_ndim)
+        unseen = zero + _marker(zero.dtype, jnp.inf)
         return (Snapshot(z0, unseen, unseen),) * len(self.at)
 
-    def update(self, folded: tuple[Snapshot, ...], seen: Seen) -> tuple[Snapshot, ...]:
+    def update(self, folded: tuple[Snapshot, ...], seen: Evaluation) -> tuple[Snapshot, ...]:
         new = Snapshot(seen.z, seen.residual, seen.relative_residual)
         keep = lambda k, old: jax.tree.map(lambda new, old: jnp.where(seen.step <= k, new, old), new, old)
         return tuple(keep(k, old) for k, old in zip(self.at, folded, strict=True))
 
 
-def _unseen(dtype: Any, mark: float) -> float:
-    """What marks an absent evaluation: the first of NaN, inf, max from `mark` on that no debug flag raises on."""
+def _marker(dtype: Any, mark: float) -> float:
+    """The value for an absent residual: the first of NaN, inf and max, from `mark` on, that no debug flag forbids."""
     if math.isnan(mark) and flag("jax_debug_nans"):
         mark = jnp.inf
     if mark == jnp.inf and flag("jax_debug_infs"):
@@ -217,6 +224,7 @@ def _unseen(dtype: Any, mark: float) -> float:
 
 
 def _check_at(at: Any) -> tuple[int, ...]:
+    """`at` as a tuple, or ValueError."""
     steps = tuple(at) if isinstance(at, list | tuple | range) else (at,)
     whole = all(isinstance(k, int) and not isinstance(k, bool) and k >= 0 for k in steps)
     if not steps or not whole or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):

@@ -189,11 +189,17 @@ def config_changes(old: Any, new: Any, name: str = "") -> dict[str, str]:
         return {} if json.dumps(old) == json.dumps(new) else {name: f"{_show(old)} -> {_show(new)}"}
     if old.get("__type__") != new.get("__type__"):
         return {name or "config": f"{_show(old)} -> {_show(new)}"}
-    changes = {}
+    changes, old = {}, without_retired(old)
     for field in sorted(old.keys() | new.keys()):
         path = f"{name}.{field}" if name else field
         changes |= config_changes(old.get(field, _ABSENT), new.get(field, _ABSENT), path)
     return changes
+
+
+def without_retired(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration without the options that are gone, where they had the value of what is left."""
+    retired = RETIRED.get(config.get("__type__", ""), {})
+    return {name: value for name, value in config.items() if name not in retired or retired[name] != value}
 
 
 def seal(directory: Path, meta: bytes) -> None:
@@ -373,6 +379,8 @@ def _versions() -> dict[str, str]:
 
 
 _ABSENT = {"__type__": "absent"}
+# Options that older runs have stored and that are gone, with the value that what is left stands for.
+RETIRED = {"Anderson": {"type": 2}}
 
 
 def _show(value: Any) -> str:

@@ -18,9 +18,7 @@ import tyro
 from jaxtyping import Array, Bool, Float, Int
 
 import deq_jax as deq
-from deq_jax._config import config as solver_config
-from deq_jax.adjoints.base import as_probe, at_equilibrium, divide, multiply, power_of_two, run_at_equilibrium
-from deq_jax.solvers import base
+from deq_jax.solvers import loop
 from experiments import lm, plots
 from experiments.benchmarks import jax_ops, referee
 from experiments.benchmarks.problems import PROBLEMS, TINY, Problem
@@ -56,36 +54,35 @@ class Config:
 # ---- prototypes --------------------------------------------------------------------------------------------
 
 
-@solver_config
+@deq.config
 class Warm:
     """`Implicit`, its backward solve started from the transpose of forward Broyden's inverse Jacobian."""
 
     solver: Any
     step: bool = False  # whether from u = z̄ − Bᵀ Jᵀz̄, Shine's first step, which costs a product; or from −Bᵀ z̄
 
-    reads_memory = True
-    run = run_at_equilibrium
-    at = at_equilibrium
+    def keep(self, problem, forward):
+        return forward
 
-    def pullback(self, f, found, inputs, z_bar, solver, batch_ndim):
-        _, vjp = jax.vjp(f, found.z, inputs)
-        scale = power_of_two(z_bar, batch_ndim)
-        unit, memory = divide(z_bar, scale), found.memory
-        ravel, unravel = base.raveler(z_bar, batch_ndim)
+    def pullback(self, problem, forward, z_bar):
+        _, vjp = jax.vjp(problem, forward.z, problem.inputs)
+        memory = forward.memory
+        # The equation is linear: it is solved in a unit, a power of two, of each problem's own cotangent.
+        top = jnp.max(jnp.abs(z_bar), axis=tuple(range(problem.batch_ndim, z_bar.ndim)), keepdims=True)
+        scale = jnp.exp2(jnp.ceil(jnp.log2(jnp.where(top > 0, top, 1))))
+        unit = z_bar / scale
+        cell = lambda u: unit + vjp(u * scale)[0] / scale
 
-        def cell(u):
-            return unit + divide(vjp(multiply(u, scale))[0], scale)
-
-        def inverse(x):  # −Bᵀ = I − Σ middleⱼᵢ sᵢ sⱼᵀ ≈ (I − Jᵀ)⁻¹
-            flat = ravel(x)
+        def inverse(x):  # −Bᵀ = I − Σ coreⱼᵢ sᵢ sⱼᵀ ≈ (I − Jᵀ)⁻¹
+            flat = x.reshape(*memory.z.shape)
             along = jnp.einsum("...jd,...d->...j", memory.steps, flat)
-            weights = jnp.einsum("...ji,...j->...i", memory.middle, along)
-            return unravel(flat - jnp.einsum("...i,...id->...d", weights, memory.steps))
+            weights = jnp.einsum("...ji,...j->...i", memory.core, along)
+            return (flat - jnp.einsum("...i,...id->...d", weights, memory.steps)).reshape(x.shape)
 
         start = unit + inverse(cell(unit) - unit) if self.step else inverse(unit)
-        u, stats, *_ = base.solve(cell, start, self.solver, batch_ndim)
-        probe = as_probe(stats)
-        return vjp(multiply(u, scale))[1], probe._replace(steps=probe.steps + self.step)
+        u, stats, *_ = deq.solve(cell, start, solver=self.solver, batch_ndim=problem.batch_ndim)
+        probe = deq.Probe.of(stats)
+        return vjp(u * scale)[1], probe._replace(steps=probe.steps + self.step)
 
 
 class AdaptiveState(NamedTuple):
@@ -94,7 +91,7 @@ class AdaptiveState(NamedTuple):
     anderson: Any
 
 
-@solver_config
+@deq.config
 class Adaptive:
     """Picard, until a residual falls by less than the factor `threshold`; from there on `anderson`, of damping 1."""
 
@@ -110,7 +107,7 @@ class Adaptive:
         return AdaptiveState(anderson.known & False, anderson.count, anderson)
 
     def update(self, residual, state, z):
-        memory, now, last = state.anderson, base.norm(residual), base.norm(state.anderson.g)
+        memory, now, last = state.anderson, *(jnp.linalg.norm(g, axis=-1) for g in (residual, state.anderson.g))
         # A problem that has stopped shows the same residual again.
         mixing = state.mixing | (memory.known & (now > self.threshold * last) & (now != last))
         # The last pair is all that mixing needs to begin; two states that the loop carries anyway.
@@ -247,7 +244,8 @@ def study(programs: Programs, rtol: float) -> dict[str, Any]:
 def traffic(programs: Programs, solver: Any) -> dict[str, float]:
     """Bytes that XLA counts as accessed: by f, by one update of `solver`, by one pass of the loop; of one state."""
     z = jnp.zeros(programs.drawn.z_shape)
-    flat, memory = base.raveler(z, 1)[0](z), solver.init(base.raveler(z, 1)[0](z))
+    flat = z.reshape(len(z), -1)
+    memory = solver.init(flat)
     x = programs.inject(programs.params)
     f = lambda z: programs.cell(z, programs.params, x)
     costs: Callable[..., Any] = lambda f, *args: jax.jit(f).lower(*args).compile().cost_analysis()
@@ -255,7 +253,7 @@ def traffic(programs: Programs, solver: Any) -> dict[str, float]:
     return {
         "f": accessed(f, z),
         "update": accessed(solver.update, flat, memory, flat),
-        "evaluation": accessed(base.evaluation(f, z, solver, 1), base.beginning(z, solver, 1)),
+        "evaluation": accessed(loop.make_body(f, z, solver, 1), loop.init_carry(z, solver, 1)),
         "state": float(flat.nbytes),
     }
 

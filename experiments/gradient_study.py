@@ -249,7 +249,7 @@ def compare_backward(config: Config) -> list[dict[str, Any]]:
     """The backward solvers behind one forward Anderson."""
     rows = []
     forward = deq.Anderson(rtol=BACKWARD_RTOL, max_steps=150)
-    backward = {"default": None, **backward_solvers(0.01 * forward.rtol, config)}
+    backward = {"default": None, **backward_solvers(0.01 * BACKWARD_RTOL, config)}
     tries = {name: (forward, deq.Implicit(solver)) for name, solver in backward.items()}
     for radius in config.radii:
         p = build(config, radius, "float64")

@@ -19,9 +19,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 
 import deq_jax as deq
+from deq_jax._arrays import norm
 from deq_jax.models import DEQTransformer, TransformerConfig
 from deq_jax.models.transformer_cell import attention, feed_forward, post_norm_step, pre_norm_step
-from deq_jax.solvers.base import norm
 from experiments import data, lm, plots, study
 from experiments.training import init_state, make_train_step
 

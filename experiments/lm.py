@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 import deq_jax as deq
 from experiments import data
-from experiments.checkpoints import write_atomically
+from experiments.checkpoints import without_retired, write_atomically
 
 SOLVERS_AND_ADJOINTS = (
     deq.Picard,
@@ -216,7 +216,7 @@ def _from_json(value: Any) -> Any:
     classes = {cls.__name__: cls for cls in SOLVERS_AND_ADJOINTS}
     cls = classes[value["__type__"]]
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-    options = {name: _from_json(given) for name, given in value.items() if name != "__type__"}
+    options = {name: _from_json(given) for name, given in without_retired(value).items() if name != "__type__"}
     for name, default in defaults.items():
         if isinstance(default, enum.Enum) and name in options:
             options[name] = type(default)[options[name]]

@@ -73,7 +73,6 @@ def contestants() -> dict[str, Any]:
         "NewtonKrylov": deq.NewtonKrylov(),
         "Robust": deq.Robust(),
         "Picard-half": deq.Picard(damping=0.5),
-        "Anderson-I": deq.Anderson(type=1),
         "Broyden-10": deq.Broyden(rank=10),
         "Broyden-40": deq.Broyden(rank=40),
         "Broyden-full": deq.Broyden(rank=CELL_BUDGET),

@@ -286,7 +286,7 @@ def training(config: Config, model: trained.Trained, first: int, cells: study.Ce
     evaluate = lm.make_evaluate(model.graphdef, segments, deq.Anderson())
     look = state_of_affairs(config, model)
     go, penalised = trained.continuing(model), trained.continuing(model, jacobian_weight=config.jacobian_weight)
-    full = config.model.solver.max_steps
+    full = int(config.model.solver.max_steps)
 
     def one(forward: int, backward: int, policy: deq.OnFailure, go: Callable = go) -> dict[str, Any]:
         solver = deq.Anderson(rtol=config.rtol, max_steps=trained.swept(forward), history=6)

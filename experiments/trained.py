@@ -131,7 +131,7 @@ def continuing(trained: Trained, *, jacobian_weight: float = 0.0) -> Callable:
     return go
 
 
-def swept(max_steps: int) -> Any:
+def swept(max_steps: Any) -> Any:
     """A budget that can be swept: as a Python int it is part of the program, and each one would compile anew."""
     return jnp.asarray(max_steps)
 
@@ -155,7 +155,7 @@ def held_out(trained: Trained, count: int, length: int | None = None) -> tuple[C
     return f, context, jnp.zeros((count, length, trained.config.dim), trained.config.dtype)
 
 
-def median_trace(solved: deq.Solved) -> np.ndarray:
+def median_trace(solved: deq.SolveResult) -> np.ndarray:
     """The median over problems of a `ResidualTrace`; one that had ended stays at the residual it returned."""
     trace = np.asarray(solved.folded)
     return np.median(np.where(np.isnan(trace), np.asarray(solved.stats.relative_residual)[:, None], trace), 0)

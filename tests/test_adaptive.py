@@ -72,7 +72,7 @@ def test_rows_and_probabilities_are_those_of_the_definition(x64, options):
         np.testing.assert_allclose(words.logits(h), log_p, rtol=1e-12)
 
 
-def test_it_is_a_plain_softmax_whose_tail_scores_are_normalised(x64):
+def test_it_is_a_plain_softmax_whose_tail_scores_are_normalized(x64):
     """p is softmax(s) over the whole vocabulary, where a tail's scores are shifted to sum to its entry in the head."""
     words, h = build(), states(4)
     w = words.softmax

@@ -385,6 +385,7 @@ def test_a_memory_of_an_array_is_refused(Solver, field):
         (lambda: deq.Neumann(term=3), "terms"),
         (lambda: deq.Unroll(checkpoints=3), "checkpoint"),
         (lambda: deq.Implicit(solvers=None), "solver"),
+        (lambda: deq.ResidualTrace(siez=3), "size"),
     ],
 )
 def test_a_misspelled_option_is_an_error_with_a_suggestion(make, suggestion):

@@ -227,7 +227,7 @@ def test_what_is_wrong_is_said_before_compilation(run, trained, text, tmp_path, 
 
 @pytest.mark.parametrize("cls", lm.SOLVERS_AND_ADJOINTS, ids=lambda cls: cls.__name__)
 def test_every_solver_and_adjoint_is_an_option_and_comes_back_from_a_file(cls):
-    kind = "adjoint" if hasattr(cls, "run") else "solver"
+    kind = "solver" if hasattr(cls, "update") else "adjoint"
     of_two_words = {deq.ImplicitJVP: "implicit-jvp", deq.NewtonKrylov: "newton-krylov"}
     with lm.OPTIONS:
         config = tyro.cli(Config, args=[f"{kind}:{of_two_words.get(cls, cls.__name__.lower())}"])

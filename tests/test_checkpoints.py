@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import deq_jax as deq
 from experiments import checkpoints, training
 from experiments.checkpoints import (
     DamagedCheckpointWarning,
@@ -408,6 +409,9 @@ def test_config_to_json_takes_what_a_configuration_holds_and_names_what_it_does_
     )
     assert values | {"n": 0} == {"d": "float32", "p": "a", "x": 2.0, "n": 0, "f": [True, None]}
     assert config_changes(values, json.loads(json.dumps(values))) == {}
+    anderson = config_to_json(deq.Anderson())
+    assert config_changes(anderson | {"type": 2}, anderson) == {}  # an option that is gone
+    assert config_changes(anderson | {"type": 1}, anderson) == {"type": "1 -> absent"}
     assert config_changes({"a": 1}, {"b": None}) == {"a": "1 -> absent", "b": "absent -> null"}
     with pytest.raises(TypeError, match=r"config.solver.rtol is <function"):
         config_to_json(SolverConfig(Anderson(rtol=lambda: 0)))

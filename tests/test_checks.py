@@ -46,7 +46,7 @@ def test_a_memory_of_another_dtype_is_an_error(x64):
 
 
 def test_what_is_no_memory_is_an_error():
-    with pytest.raises(TypeError, match="memory must be the memory of a Anderson, AndersonState.*got Solved of"):
+    with pytest.raises(TypeError, match="memory must be the memory of a Anderson, AndersonState.*got SolveResult of"):
         deq.solve(cell, jnp.zeros(3), memory=deq.solve(cell, jnp.zeros(3)))
     with pytest.raises(TypeError, match="got str of 1 array"):
         deq.solve(cell, jnp.zeros(3), memory="warm")
@@ -55,7 +55,7 @@ def test_what_is_no_memory_is_an_error():
 SOLVERS = [
     deq.Picard(),
     deq.Anderson(),
-    deq.Anderson(type=1, rtol=jnp.float32(1e-3)),
+    deq.Anderson(ridge=1e-6, rtol=jnp.float32(1e-3)),
     BROYDEN,
     deq.NewtonKrylov(),
     deq.Robust(),

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import deq_jax as deq
-from deq_jax import _config, _export
+from deq_jax import _checks, _config, _export
 from deq_jax._config import config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -274,7 +274,7 @@ def test_what_is_equal_in_python_only_is_not_one_option():
 
 
 def test_options_of_a_batch_have_its_shape():
-    check = lambda options, shape=(4,): _config.check_options(options, shape, "solver")
+    check = lambda options, shape=(4,): _checks.check_options(options, shape, "solver")
     for good in (deq.Anderson(), deq.Anderson(rtol=X(1e-3)), deq.Broyden(damping=jnp.ones(4)), object()):
         check(good)
     check(deq.Robust(stages=(deq.Picard(rtol=np.ones(4)), deq.Broyden()), max_steps=jnp.arange(4)))
@@ -305,7 +305,7 @@ def test_a_solver_of_ones_own_is_checked_by_what_the_loop_reads():
         rtol, atol, max_steps, other = np.ones(3), 0.0, 10, np.ones(7)
 
     with pytest.raises(ValueError, match=r"solver\.rtol .*\(4,\).* got shape \(3,\)"):
-        _config.check_options(Own(), (4,), "solver")
+        _checks.check_options(Own(), (4,), "solver")
 
 
 def test_options_are_cast_to_the_precision_of_the_state(x64):
@@ -380,7 +380,7 @@ def test_an_exported_function_returns_what_a_solve_leaves(solver):
         deq.FixedPointCache.create(z0, 3),
     )
     got = exported(f, jnp.zeros(2))
-    assert [type(result).__name__ for result in got[:3]] == ["Solved", "SolutionWithAux", "Trajectory"]
+    assert [type(result).__name__ for result in got[:3]] == ["SolveResult", "SolutionWithAux", "Trajectory"]
     assert jax.tree.structure(got) == jax.tree.structure(jax.eval_shape(f, jnp.zeros(2)))
 
 

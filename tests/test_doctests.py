@@ -10,9 +10,7 @@ import deq_jax
 import deq_jax.solvers
 
 MODULES = ["deq_jax"] + [
-    name
-    for _, name, _ in pkgutil.walk_packages(deq_jax.__path__, "deq_jax.")
-    if not any(part.startswith("_") for part in name.split("."))
+    name for _, name, _ in pkgutil.walk_packages(deq_jax.__path__, "deq_jax.") if not name.endswith("__main__")
 ]
 
 

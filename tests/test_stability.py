@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import deq_jax as deq
+from deq_jax._arrays import aligned
 from deq_jax.diagnostics import gradient_bias
 from deq_jax.regularizers import jacobian_penalty
-from deq_jax.solvers.base import aligned
 from deq_jax.stability import spectral_normalize, spectral_radius
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

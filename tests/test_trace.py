@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import deq_jax as deq
-from deq_jax import Status, _trace
+from deq_jax import Status, _programs, _trace
 from deq_jax.stability import spectral_radius
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -502,11 +502,11 @@ def never_again(call, numbers=(0.1, 0.2, 0.3, 0.4), known=2):
     """call(number), where all calls after the first `known` must compile nothing."""
     for number in numbers[:known]:
         jax.block_until_ready(call(number))
-    programs = len(_trace._programs)
+    programs = len(_programs.programs)
     with compilations() as found:
         out = [jax.block_until_ready(call(number)) for number in numbers[known:]]
     assert not found
-    assert len(_trace._programs) == programs
+    assert len(_programs.programs) == programs
     return out
 
 
@@ -665,27 +665,27 @@ def test_options_are_not_confused():
 
 
 def test_programs_are_bounded(monkeypatch):
-    monkeypatch.setattr(_trace, "PROGRAMS", 5)
+    monkeypatch.setattr(_programs.programs, "size", 5)
+    monkeypatch.setattr(_trace.numbers_seen, "size", 5)
     for n in range(1, 13):
         deq.fixed_point(lambda z: 0.5 * z, jnp.ones(n), solver=deq.Picard(max_steps=1))
-        assert len(_trace._programs) == min(n, 5)
+        assert len(_programs.programs) == min(n, 5)
     for n in range(12):
         _trace.hoist(lambda z: 0.5 * z[: n + 1] + 1.5, jnp.ones(20))
-        assert len(_trace._seen) <= 5
+        assert len(_trace.numbers_seen) <= 5
     deq.clear_caches()
-    assert not _trace._programs and not _trace._seen
+    assert not len(_programs.programs) and not len(_trace.numbers_seen)
 
 
 def test_three_hundred_programs_leave_no_more_than_the_bound():
     ran = []
     run = lambda k, x: x + 1
     for k in range(300):
-        ran.append(float(_trace.run_compiled(run, (k,), np.float32(k))) if k < 3 else None)
-        with _trace._lock:  # the rest without compiling
-            _trace._programs.setdefault((run, k), jax.jit(run))
+        ran.append(float(_programs.run_compiled(run, (k,), np.float32(k))) if k < 3 else None)
+        _programs.programs.get((run, k), lambda: jax.jit(run))  # the rest without compiling
     assert ran[:3] == [1.0, 2.0, 3.0]
-    assert float(_trace.run_compiled(run, (-1,), np.float32(0))) == 1
-    assert len(_trace._programs) == _trace.PROGRAMS
+    assert float(_programs.run_compiled(run, (-1,), np.float32(0))) == 1
+    assert len(_programs.programs) == _programs.programs.size
 
 
 FRESH = {
@@ -707,7 +707,7 @@ def test_no_array_outlives_its_call(fresh):
     refs = [call(k)[0] for k in range(1, 25)]
     gc.collect()
     assert not [ref for ref in refs if ref() is not None]
-    assert len(_trace._programs) == 1
+    assert len(_programs.programs) == 1
 
 
 def test_a_thousand_closures_leave_nothing():
@@ -720,7 +720,7 @@ def test_a_thousand_closures_leave_nothing():
         call(k)
     gc.collect()
     assert len(jax.live_arrays()) <= before
-    assert len(_trace._programs) == 1
+    assert len(_programs.programs) == 1
 
 
 # ---- threads -----------------------------------------------------------------------------------------------

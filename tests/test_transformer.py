@@ -62,7 +62,7 @@ def random_history(config, batch, length):
 # ---- the cell ----------------------------------------------------------------------------------------------
 
 
-def layer_normalise(x):
+def layer_normalize(x):
     return (x - x.mean()) / np.sqrt(x.var() + 1e-5)
 
 
@@ -76,8 +76,8 @@ def rotated(x, position):
 def reference_cell(cell, z, injection, history):
     """f(z; x) for one sequence, one query, one head and one key at a time."""
     config, (heads, head_dim) = cell.config, cell.config.head_shape
-    normalise = (lambda x: x / np.sqrt((x**2).mean() + 1e-5)) if config.rms_norm else layer_normalise
-    pre = normalise if config.pre_norm else lambda x: x
+    normalize = (lambda x: x / np.sqrt((x**2).mean() + 1e-5)) if config.rms_norm else layer_normalize
+    pre = normalize if config.pre_norm else lambda x: x
     p = {name: np.asarray(value[...]) for name, value in vars(cell).items() if isinstance(value, nnx.Param)}
     w = {name: np.asarray(value(float)) for name, value in vars(cell).items() if isinstance(value, Weight)}
     first = config.mem_len - int(history.length)
@@ -101,12 +101,12 @@ def reference_cell(cell, z, injection, history):
                 values.append(qkv[s][2, head])
             probability = np.exp(scores) / np.exp(scores).sum()
             total += (probability @ np.array(values)) @ w["attended"][head]
-        h = total + z[t] if config.pre_norm else normalise(total + z[t])
-        n = normalise(h) if config.pre_norm else h
+        h = total + z[t] if config.pre_norm else normalize(total + z[t])
+        n = normalize(h) if config.pre_norm else h
         inner = np.einsum("d,d...->...", n, w["inner"]) + p["inner_bias"]
         inner = inner[0] / (1 + np.exp(-inner[0])) * inner[1] if config.gated else np.maximum(inner, 0)
         step = inner @ w["outer"] + p["outer_bias"] + n
-        out.append(step if config.pre_norm else normalise(step))
+        out.append(step if config.pre_norm else normalize(step))
     return np.array(out)
 
 
@@ -335,7 +335,30 @@ def test_vmap_over_parameters_is_an_ensemble(x64):
         np.testing.assert_allclose(logits, run(model, tokens).logits, atol=1e-10)
 
 
-def test_a_sequence_does_not_feel_its_neighbour(x64):
+def test_the_options_of_a_context_are_static(x64):
+    """Contexts whose arrays have equal shapes and whose options differ are different programs, in every transform."""
+    model, f, z0 = build(), build().cell.f, jnp.zeros((2, 4, TINY.dim))
+    context = jit(lambda: model.context(sequences(4)))()
+    solve = lambda context: deq.fixed_point(f, z0, context, solver=SOLVER, batch_ndim=1).value
+    loss = lambda injection, context: jnp.sum(solve(context._replace(injection=injection)) ** 3)
+    first = lambda tree: jax.tree.map(lambda x: x[None], tree)
+    jitted, grad = jit(solve), jit(jax.grad(loss))
+    batched, scanned = (
+        jit(lambda context: jax.vmap(solve)(first(context))[0]),
+        jit(lambda context: jax.lax.scan(lambda carry, _: (carry, solve(carry)), context, None, length=1)[1][0]),
+    )
+    for rms_norm in (False, True, False):
+        context = context._replace(options=dataclasses.replace(context.options, rms_norm=rms_norm))
+        z = solve(context)
+        assert (jnp.abs(z.mean(axis=-1)).max() > 0.01) == rms_norm  # a layer norm ends with mean 0
+        for way in (jitted, batched, scanned):
+            np.testing.assert_allclose(way(context), z, atol=1e-11)
+        np.testing.assert_allclose(
+            grad(context.injection, context), jax.grad(loss)(context.injection, context), atol=1e-9
+        )
+
+
+def test_a_sequence_does_not_feel_its_neighbor(x64):
     model, tokens = build(), sequences(5)
     alone, both = run(model, tokens[:1]), run(model, tokens)
     np.testing.assert_allclose(both.logits[:1], alone.logits, atol=1e-11)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import deq_jax as deq
 from deq_jax import Status
-from deq_jax.solvers.base import aligned
+from deq_jax._arrays import aligned
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -7,24 +7,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from deq_jax._config import MAX_STEPS, check_solver, config
+from deq_jax._arrays import ratio
+from deq_jax._checks import check_solver
+from deq_jax._config import MAX_STEPS, config
+from deq_jax._states import Layout, choose, eps_of, zeros_like
 from deq_jax._trace import hoist
-from deq_jax.adjoints.base import (
-    Found,
-    Probe,
-    add,
-    as_probe,
-    at_equilibrium,
-    divide,
-    inputs_bar,
-    power_of_two,
-    run_at_equilibrium,
-    unfolded,
-)
+from deq_jax.adjoints.backward import backward_cell, solve_backward
+from deq_jax.adjoints.equilibrium import solve_differentiably
+from deq_jax.adjoints.protocol import ForwardResult, Probe, Problem
 from deq_jax.solvers import Anderson, Solver
-from deq_jax.solvers.base import choose, eps_of, leaf_norms, leaves_of, raveler, zeros_from
+from deq_jax.solvers.stopping import by_leaf, over_leaves
 
-LOOSEST = 0.1  # that an absolute tolerance may ask for, of a state near zero
+LOOSEST = 0.1  # relative tolerance that an absolute one may ask for, of a state near zero
 
 
 class OnFailure(enum.IntEnum):
@@ -40,20 +34,18 @@ class OnFailure(enum.IntEnum):
 
 @config
 class Implicit:
-    """The exact gradient by the implicit function theorem (paper Theorem 1), in memory free of depth.
+    """The exact gradient by the implicit function theorem (paper Theorem 1), in memory that does not grow with depth.
 
-    Through the backward solve are kept its history and the linearization in z; that in the parameters is computed when
-    it has ended, for one evaluation of f.
-
-    The backward equilibrium is solved by `solver`, any of the forward ones; None takes Anderson with a longer
+    `solver` solves the backward equilibrium, and may be any of the forward solvers. None takes Anderson with a longer
     history (the system is linear, so that is GMRES), a tenth of the forward tolerance and twice its budget, as
     experiments/backward_study.py decided. An absolute forward tolerance counts as the relative one that it is at z*,
-    and no less is asked than the state's dtype can hold. Reverse mode of any order; for forward mode use `ImplicitJVP`.
+    and the tolerance never asks for more than the state's dtype can hold. Reverse mode of any order; for forward mode
+    use `ImplicitJVP`.
 
-    `on_failure` decides, problem by problem, about a solve that did not converge, in either direction. The
-    default keeps the best iterate, which is finite and no larger than its residual allows, and leaves the flag
-    to `Stats.status` and `Probe.status`. Where f itself is NaN or Inf at the returned z, as are its derivatives,
-    no policy helps the gradient of shared parameters: mask such a problem's input.
+    `on_failure` decides, problem by problem, what happens when a solve did not converge, in either direction. The
+    default keeps the best iterate, which is finite and no larger than its residual allows, and leaves the flag to
+    `Stats.status` and `Probe.status`. No policy helps where f itself is NaN or Inf at the returned z, because then its
+    derivatives are too, and the gradient of shared parameters with them: mask the input of such a problem.
 
     >>> import deq_jax as deq
     >>> deq.Implicit(deq.Broyden(rtol=1e-6)).solver.rtol
@@ -62,7 +54,7 @@ class Implicit:
     'ZERO'
     """
 
-    solver: Any = None
+    solver: Solver | None = None
     on_failure: OnFailure = OnFailure.KEEP
 
     def __post_init__(self):
@@ -71,37 +63,42 @@ class Implicit:
             names = ", ".join(f"OnFailure.{p.name}" for p in OnFailure)
             raise TypeError(f"Implicit.on_failure must be one of {names}; got {self.on_failure!r}")
 
-    run = run_at_equilibrium
+    def keep(self, problem: Problem, forward: ForwardResult) -> ForwardResult:
+        return with_backward_solver(self, problem, forward)
 
-    def at(self, f, found, inputs, other, solver, batch_ndim, probe):
-        backward = backward_solver(self, solver, found.z, batch_ndim)
-        return at_equilibrium(self, f, found, inputs, other, backward, batch_ndim, probe)
+    def pullback(self, problem: Problem, forward: ForwardResult, z_bar: PyTree) -> tuple[list, Probe]:
+        def solve(unit):
+            u, stats = solve_linear(self, backward_cell(problem, forward.z, unit), unit, problem, forward)
+            if self.on_failure == OnFailure.KEEP:
+                return u, stats
+            sound = stats.sound if forward.stats is None else stats.sound & forward.stats.sound
+            return choose(sound, u, unit if self.on_failure == OnFailure.ONE_STEP else zeros_like(unit)), stats
 
-    def pullback(self, f, found: Found, inputs, z_bar, solver, batch_ndim):
-        # z = f(z, a)  ⇒  dz = (I − J)⁻¹ fₐ da, so ā = fₐᵀu with u = z̄ + Jᵀu: a fixed point again, solved by `solver`.
-        _, along_z = jax.vjp(lambda z: f(z, inputs), found.z)
-        z_bar = unfolded(z_bar, found.z, batch_ndim)
-        # The equation is linear: solved for u / scale, a power of two a problem, it keeps the digits of any cotangent.
-        scale = power_of_two(z_bar, batch_ndim, f)
-        unit = divide(z_bar, scale)
-        fun, u_inputs, u_other = hoist(lambda u: add(unit, along_z(u)[0]), unit)
-        u, stats = self.run(fun, unit, u_inputs, u_other, solver, batch_ndim, Probe.like(unit, batch_ndim))
-        if self.on_failure != OnFailure.KEEP:
-            sound = stats.sound if found.stats is None else stats.sound & found.stats.sound
-            instead = unit if self.on_failure == OnFailure.ONE_STEP else jax.tree.map(zeros_from, unit)
-            u = choose(sound, u, instead)
-        return inputs_bar(f, found.z, inputs, u, stats, scale), as_probe(stats)
+        inputs_bar, stats = solve_backward(problem, forward.z, z_bar, solve)
+        return inputs_bar, Probe.of(stats)
 
 
-def backward_solver(adjoint: Any, forward: Solver, z: PyTree, batch_ndim: int) -> Solver:
-    """The solver of an adjoint's linear equations at z: its own, or one that is derived from the forward solver."""
-    return default_backward(forward, z, batch_ndim) if adjoint.solver is None else adjoint.solver
+def solve_linear(
+    adjoint: Any, cell: Any, start: PyTree, problem: Problem, forward: ForwardResult
+) -> tuple[PyTree, Any]:
+    """(u, stats) with u = cell(u), differentiable by the same adjoint: a derivative of any order is implicit too."""
+    pure, inputs, other = hoist(cell, start)
+    linear = Problem(pure, inputs, other, problem.batch_ndim)
+    return solve_differentiably(adjoint, linear, start, forward.solver, Probe.like(start, problem.batch_ndim))
+
+
+def with_backward_solver(adjoint: Any, problem: Problem, forward: ForwardResult) -> ForwardResult:
+    """What `Implicit` and `ImplicitJVP` keep: z, and the solver of their own equations in place of the forward one."""
+    solver = adjoint.solver
+    if solver is None:
+        solver = default_backward(forward.solver, forward.z, problem.batch_ndim)
+    return forward._replace(memory=None, solver=solver)
 
 
 def default_backward(forward: Solver, z: PyTree | None = None, batch_ndim: int = 0) -> Solver:
     """Anderson as GMRES, with a tenth of the relative tolerance that `forward` had at z, and twice its budget."""
-    # Anderson sees the residual of GMRES multiplied by J, so it can grow while GMRES converges. To start a new history
-    # then lost backward solves of experiments/backward_study.py, as half the budget did.
+    # Anderson sees the GMRES residual multiplied by J, so it can grow while GMRES is converging. Restarting then lost
+    # backward solves of experiments/backward_study.py, hence `growth`; so did half the budget.
     options: Any = dict(max_steps=_twice(forward.max_steps), history=16, growth=10.0)
     if z is None:
         return Anderson(rtol=0.1 * forward.rtol, **options)
@@ -118,15 +115,17 @@ def _twice(max_steps: Any) -> Any:
 
 
 def _relative_tolerance(solver: Solver, z: PyTree, batch_ndim: int) -> Any:
-    """‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ as a relative tolerance; of several leaves the strictest, if it is not zero."""
+    """‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ as a relative tolerance: the strictest of the leaves' that are not zero."""
     if isinstance(solver.atol, int | float) and solver.atol == 0:
         return float(solver.rtol) if isinstance(solver.rtol, int | float) else solver.rtol
-    leaves, sizes = leaves_of(z), leaf_norms(z, batch_ndim)(raveler(z, batch_ndim)[0](z))
+    layout = Layout(z, batch_ndim)
+    sizes = layout.norms(layout.ravel(z))
     cast = lambda number: jnp.asarray(number).astype(sizes.dtype)
-    asked = jnp.where(sizes > 0, leaves.each(cast(solver.atol)) / jnp.where(sizes > 0, sizes, 1), jnp.inf)
-    return cast(solver.rtol) + jnp.minimum(leaves.over(jnp.min, asked), LOOSEST)
+    asked = jnp.where(sizes > 0, ratio(by_leaf(cast(solver.atol), layout), sizes), jnp.inf)
+    return cast(solver.rtol) + jnp.minimum(over_leaves(jnp.min, asked, layout), LOOSEST)
 
 
 def check_backward_solver(adjoint: Any) -> None:
+    """Raise TypeError unless the solver of an adjoint's own equations is a solver or None."""
     if adjoint.solver is not None:
         check_solver(adjoint.solver, f"{type(adjoint).__name__}.solver")

@@ -1,20 +1,16 @@
-"""Inexact derivatives, taken at the equilibrium: cheaper than `Implicit`, and biased. In forward mode too.
+"""Inexact derivatives at the equilibrium: cheaper than `Implicit`, and biased. They have forward mode too.
 
-The value is found as ever, and its derivative is that of a few plain calls of f that start at stop_gradient(z*).
+The value is z* itself. Its derivative is that of a few plain calls of f that start at stop_gradient(z*).
 """
 
 import jax
+from jaxtyping import PyTree
 
-from deq_jax._config import check_number, config
-from deq_jax.adjoints.base import (
-    add,
-    at_equilibrium_in_every_mode,
-    lerp,
-    pull_scaled,
-    run_at_equilibrium,
-    unit_in_float16,
-    unmeasured,
-)
+from deq_jax._checks import check_number
+from deq_jax._config import Number, config
+from deq_jax._states import add, lerp
+from deq_jax.adjoints.backward import pull_scaled, unit_in_float16
+from deq_jax.adjoints.protocol import ForwardResult, Probe, Problem
 
 
 @config
@@ -34,19 +30,17 @@ class Neumann:
     def __post_init__(self):
         check_number(self, "terms", at_least=1)
 
-    run = run_at_equilibrium
-    at = at_equilibrium_in_every_mode
-
-    def pullback(self, f, found, inputs, z_bar, solver, batch_ndim):
-        z_bar, scale = unit_in_float16(z_bar, batch_ndim, f)
-        _, vjp = jax.vjp(f, found.z, inputs)
+    def pullback(self, problem: Problem, forward: ForwardResult, z_bar: PyTree) -> tuple[list, Probe]:
+        z_bar, scale = unit_in_float16(z_bar, problem)
+        _, vjp = jax.vjp(problem, forward.z, problem.inputs)
         # u_{k+1} = z̄ + Jᵀuₖ from u₁ = z̄
         u = jax.lax.fori_loop(1, self.terms, lambda k, u: add(z_bar, vjp(u)[0]), z_bar)
-        return pull_scaled(lambda u: vjp(u)[1], inputs, u, scale), unmeasured(self.terms - 1, z_bar, batch_ndim)
+        inputs_bar = pull_scaled(lambda u: vjp(u)[1], problem.inputs, u, scale)
+        return inputs_bar, Probe.unmeasured(self.terms - 1, z_bar, problem.batch_ndim)
 
-    def pushforward(self, f, found, inputs, inputs_dot, solver, batch_ndim):
-        _, b = jax.jvp(lambda inputs: f(found.z, inputs), (inputs,), (inputs_dot,))
-        _, along_z = jax.linearize(lambda z: f(z, inputs), found.z)
+    def pushforward(self, problem: Problem, forward: ForwardResult, inputs_dot: list) -> PyTree:
+        _, b = jax.jvp(lambda inputs: problem(forward.z, inputs), (problem.inputs,), (inputs_dot,))
+        _, along_z = jax.linearize(problem, forward.z)
         # v_{k+1} = fₐȧ + J vₖ from v₁ = fₐȧ
         return jax.lax.fori_loop(1, self.terms, lambda k, v: add(b, along_z(v)), b)
 
@@ -62,14 +56,11 @@ class JFB:
     JFB()
     """
 
-    run = run_at_equilibrium
-    at = at_equilibrium_in_every_mode
+    def pullback(self, problem: Problem, forward: ForwardResult, z_bar: PyTree) -> tuple[list, Probe]:
+        return Neumann(1).pullback(problem, forward, z_bar)
 
-    def pullback(self, f, found, inputs, z_bar, solver, batch_ndim):
-        return Neumann(1).pullback(f, found, inputs, z_bar, solver, batch_ndim)
-
-    def pushforward(self, f, found, inputs, inputs_dot, solver, batch_ndim):
-        return Neumann(1).pushforward(f, found, inputs, inputs_dot, solver, batch_ndim)
+    def pushforward(self, problem: Problem, forward: ForwardResult, inputs_dot: list) -> PyTree:
+        return Neumann(1).pushforward(problem, forward, inputs_dot)
 
 
 @config
@@ -77,7 +68,7 @@ class Phantom:
     """The gradient of `steps` damped applications of f that start at the equilibrium.
 
     Geng et al. (2021), unrolled phantom gradient: h ← h + damping (f(h) − h) from h = z*. The value that is
-    returned is z* itself. Backward memory grows with `steps`.
+    returned is z* itself. The memory of the backward pass grows with `steps`.
 
     >>> import deq_jax as deq
     >>> deq.Phantom(steps=5, damping=0.8)
@@ -85,23 +76,21 @@ class Phantom:
     """
 
     steps: int = 5
-    damping: float = 0.5
+    damping: Number = 0.5
 
     def __post_init__(self):
         check_number(self, "steps", at_least=1)
         check_number(self, "damping", above=0, at_most=1)
 
-    run = run_at_equilibrium
-    at = at_equilibrium_in_every_mode
+    def pullback(self, problem: Problem, forward: ForwardResult, z_bar: PyTree) -> tuple[list, Probe]:
+        z_bar, scale = unit_in_float16(z_bar, problem)
+        _, vjp = jax.vjp(lambda inputs: self._unroll(problem, forward.z, inputs), problem.inputs)
+        inputs_bar = pull_scaled(lambda u: vjp(u)[0], problem.inputs, z_bar, scale)
+        return inputs_bar, Probe.unmeasured(self.steps, z_bar, problem.batch_ndim)
 
-    def pullback(self, f, found, inputs, z_bar, solver, batch_ndim):
-        z_bar, scale = unit_in_float16(z_bar, batch_ndim, f)
-        _, vjp = jax.vjp(lambda inputs: self._unroll(f, found.z, inputs), inputs)
-        return pull_scaled(lambda u: vjp(u)[0], inputs, z_bar, scale), unmeasured(self.steps, z_bar, batch_ndim)
+    def pushforward(self, problem: Problem, forward: ForwardResult, inputs_dot: list) -> PyTree:
+        return jax.jvp(lambda inputs: self._unroll(problem, forward.z, inputs), (problem.inputs,), (inputs_dot,))[1]
 
-    def pushforward(self, f, found, inputs, inputs_dot, solver, batch_ndim):
-        return jax.jvp(lambda inputs: self._unroll(f, found.z, inputs), (inputs,), (inputs_dot,))[1]
-
-    def _unroll(self, f, z, inputs):
-        step = lambda h, _: (lerp(h, f(h, inputs), self.damping), None)
+    def _unroll(self, problem, z, inputs):
+        step = lambda h, _: (lerp(h, problem(h, inputs), self.damping), None)
         return jax.lax.scan(step, z, length=self.steps)[0]

@@ -1,26 +1,32 @@
-"""The exact gradient of a finite number of iterations, without keeping any of them."""
+"""The exact gradient of a finite number of iterations, without keeping any of them.
+
+Two coupled sequences are relaxed by β, the damping, each toward f of the other:
+
+    (1)  y ← (1 − β) y + β f(z)
+    (2)  z ← (1 − β) z + β f(y)
+
+A step can be undone, (2) first, so the backward pass walks back to z0 instead of keeping the states:
+
+    (3)  z₋ = (z − β f(y)) / (1 − β)
+    (4)  y₋ = (y − β f(z₋)) / (1 − β)
+"""
 
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from deq_jax._config import cast_options, check_number, config
-from deq_jax.adjoints.base import conj, first_order_only, reverse_mode_only
-from deq_jax.solvers.base import (
-    Stats,
-    Status,
-    judge,
-    leaf_norms,
-    leaves_of,
-    per_problem,
-    raveler,
-    wide_dtype,
-    within,
-    zeros_from,
-)
+from deq_jax._arrays import per_problem, zeros_from
+from deq_jax._checks import check_number
+from deq_jax._config import Number, cast_options, config
+from deq_jax._reverse_only import first_order_only, reverse_mode_only
+from deq_jax._states import Layout, add, conj, frozen, wide_dtype, zeros_like
+from deq_jax.adjoints.protocol import Problem
+from deq_jax.solvers import Solver, Stats, Status
+from deq_jax.solvers.stopping import assess, has_converged, norms_at
 
 SPOILED = 1e-2  # relative error of a state walked back to z0 from which on we warn
 
@@ -29,13 +35,13 @@ SPOILED = 1e-2  # relative error of a state walked back to z0 from which on we w
 class Reversible:
     """Backpropagation through reversible iterations, which are walked back instead of kept: O(1) memory.
 
-    Two coupled sequences, each relaxed by `damping` toward f of the other (McCallum et al. 2025,
-    "Reversible Deep Equilibrium Models"): the solver gives its tolerances and its budget of evaluations only,
-    two a step. The gradient is that of the steps taken, converged or not, and reaches z0. First order only.
+    Two coupled sequences, each relaxed by `damping` toward f of the other (McCallum et al. 2025, "Reversible Deep
+    Equilibrium Models"). Of the solver only the tolerances and the budget of evaluations count; a step takes two
+    evaluations. The gradient is that of the steps taken, converged or not, and reaches z0. First order only.
 
     Walking back multiplies rounding errors by 1/(1 − damping) a step, so the sequences are kept in float64 where
-    JAX has x64 enabled, whatever f computes in. Without x64 a long budget is warned about: at damping 0.5 about
-    ten steps (`max_steps=21`) are what float32 can walk back.
+    JAX has x64 enabled, whatever dtype f computes in. Without x64 a long budget raises a warning: at damping 0.5
+    float32 can walk back about ten steps (`max_steps=21`).
 
     >>> import jax, jax.numpy as jnp, deq_jax as deq
     >>> def root(a, adjoint):
@@ -46,7 +52,7 @@ class Reversible:
     True
     """
 
-    damping: float = 0.5
+    damping: Number = 0.5
 
     def __post_init__(self):
         why = (
@@ -55,109 +61,124 @@ class Reversible:
         )
         check_number(self, "damping", above=0, below=1, why=why)
 
-    def run(self, f, z0, inputs, other, solver, batch_ndim, probe):
-        rules = cast_options(jax.lax.stop_gradient((self.damping, solver)), _wide(wide_dtype(z0)))
-        return _solve(f, batch_ndim, rules, *reverse_mode_only((z0, inputs)), other)
-
-    def warn(self, z0, solver):
+    def check(self, z0: PyTree, solver: Solver) -> None:
+        """Warn if rounding would spoil the way back."""
         if not (isinstance(self.damping, int | float) and isinstance(solver.max_steps, int)):
             return  # traced
-        eps = float(jnp.finfo(_wide(raveler(z0, 0)[0](z0).dtype)).eps)
+        eps = float(jnp.finfo(_working_dtype(z0)).eps)
         steps = max(solver.max_steps - 1, 0) // 2
-        lost = steps * math.log10(1 / (1 - self.damping)) + math.log10(eps)
-        if lost > math.log10(SPOILED):
-            fits = int((math.log10(SPOILED) - math.log10(eps)) / math.log10(1 / (1 - self.damping)))
+        digits_a_step, digits = math.log10(1 / (1 - self.damping)), -math.log10(eps)
+        if steps * digits_a_step - digits > math.log10(SPOILED):
+            fits = int((math.log10(SPOILED) + digits) / digits_a_step)
             warnings.warn(
                 f"Reversible(damping={self.damping}) with max_steps={solver.max_steps}: walking back {steps} steps "
-                f"multiplies rounding errors by 1e{lost - math.log10(eps):.0f}, more than the state's precision of "
-                f"{eps:.0e} bears. Take max_steps <= {2 * fits + 1}, a smaller damping, or enable x64",
+                f"multiplies rounding errors by 1e{steps * digits_a_step:.0f}, too much for the state's precision of "
+                f"{eps:.0e}. Take max_steps <= {2 * fits + 1}, a smaller damping, or enable x64",
                 stacklevel=3,
             )
 
+    def run(self, problem: Problem, z0: PyTree, solver: Solver) -> tuple[PyTree, Stats]:
+        rules = cast_options(frozen((self.damping, solver)), _working_dtype(z0))
+        z0, inputs = reverse_mode_only((z0, problem.inputs))
+        return _solve(rules, z0, Problem(problem.f, inputs, problem.other, problem.batch_ndim))
 
-def _wide(dtype):
-    return jnp.dtype(jnp.float64) if jax.config.read("jax_enable_x64") else dtype
+
+def _working_dtype(z0: PyTree) -> Any:
+    return jnp.dtype(jnp.float64) if jax.config.read("jax_enable_x64") else wide_dtype(z0)
 
 
-def _walk(f, batch_ndim, rules, z0, inputs, other):
-    """(y, z) after the steps taken, the number of them for each problem, and the statistics of z."""
-    ravel, unravel = raveler(z0, batch_ndim)
-    start = ravel(z0)
-    start = start.astype(_wide(start.dtype))
+# ---- forward -----------------------------------------------------------------------------------------------
+
+
+class Walk(NamedTuple):
+    """The two sequences after some steps."""
+
+    y: Float[Array, "*batch dim"]
+    z: Float[Array, "*batch dim"]
+    fz: Float[Array, "*batch dim"]
+    running: Bool[Array, "*batch"]
+    steps: Int[Array, "*batch"]  # of two evaluations each
+
+
+def _walk(rules: tuple, z0: PyTree, problem: Problem) -> tuple[Walk, Stats]:
+    """The sequences where they ended, and the statistics of z."""
+    layout = Layout(z0, problem.batch_ndim)
     damping, solver = per_problem(rules[0]), rules[1]
-    call = lambda z: ravel(f(unravel(z), inputs, other)).astype(start.dtype)
+    start = layout.ravel(z0).astype(_working_dtype(z0))
+    call = lambda z: layout.ravel(problem(layout.unravel(z))).astype(start.dtype)
 
-    leaves, of_leaves = leaves_of(z0), leaf_norms(z0, batch_ndim)
-    norms = lambda z, fz: (of_leaves(fz - ravel(unravel(z)).astype(fz.dtype)), of_leaves(fz))
+    # At the z that f sees, which is rounded to the dtypes of z0.
+    norms = lambda z, fz: norms_at(layout.ravel(layout.unravel(z)).astype(fz.dtype), fz, layout)
 
-    def body(carry):
-        y, z, fz, running, steps = carry
-        move = lambda old, new: jnp.where(running[..., None], new, old)
-        # y ← (1 − β) y + β f(z), then z ← (1 − β) z + β f(y)
-        y = move(y, (1 - damping) * y + damping * fz)
-        z = move(z, (1 - damping) * z + damping * call(y))
-        fz, steps = call(z), steps + running.astype(jnp.int32)
-        return y, z, fz, running & ~within(*norms(z, fz), solver, leaves) & (2 * steps + 3 <= solver.max_steps), steps
+    def body(walk):
+        move = lambda old, new: jnp.where(walk.running[..., None], new, old)
+        y = move(walk.y, (1 - damping) * walk.y + damping * walk.fz)  # (1)
+        z = move(walk.z, (1 - damping) * walk.z + damping * call(y))  # (2)
+        fz, steps = call(z), walk.steps + walk.running.astype(jnp.int32)
+        running = walk.running & ~has_converged(norms(z, fz), solver, layout) & (2 * steps + 3 <= solver.max_steps)
+        return Walk(y, z, fz, running, steps)
 
     fz = call(start)
-    running = ~within(*norms(start, fz), solver, leaves) & (solver.max_steps >= 3)
-    carry = start, start, fz, running, zeros_from(start[..., 0]).astype(jnp.int32)
-    y, z, fz, _, steps = jax.lax.while_loop(lambda carry: jnp.any(carry[3]), body, carry)
-
-    stats = judge(*norms(z, fz), solver, 2 * steps + 1, leaves)
+    running = ~has_converged(norms(start, fz), solver, layout) & (solver.max_steps >= 3)
+    walk = Walk(start, start, fz, running, zeros_from(start[..., 0]).astype(jnp.int32))
+    walk = jax.lax.while_loop(lambda walk: jnp.any(walk.running), body, walk)
+    stats = assess(norms(walk.z, walk.fz), solver, 2 * walk.steps + 1, layout)
     nothing = 0, jnp.inf, jnp.inf, Status.MAX_STEPS  # what is known where no evaluation was allowed
-    stats = Stats(*(jnp.where(solver.max_steps > 0, known, none) for known, none in zip(stats, nothing, strict=True)))
-    return y, z, steps, stats
+    known = (jnp.where(solver.max_steps > 0, known, none) for known, none in zip(stats, nothing, strict=True))
+    return walk, Stats(*known)
 
 
-def _walk_forward(f, batch_ndim, rules, z0, inputs, other):
-    return _solve_fwd(f, batch_ndim, rules, z0, inputs, other)[0]
+def _value(rules, z0, problem):
+    return _solve_fwd(rules, z0, problem)[0]
 
 
-_solve: Any = jax.custom_vjp(_walk_forward, nondiff_argnums=(0, 1))
+_solve: Any = jax.custom_vjp(_value)
 
 
-def _solve_fwd(f, batch_ndim, rules, z0, inputs, other):
-    y, z, steps, stats = _walk(f, batch_ndim, rules, z0, inputs, other)
-    return (raveler(z0, batch_ndim)[1](z), stats), (rules, y, z, steps, inputs, other)
+def _solve_fwd(rules, z0, problem):
+    walk, stats = _walk(rules, z0, problem)
+    z = Layout(z0, problem.batch_ndim).unravel(walk.z)
+    return (z, stats), (rules[0], walk.y, walk.z, walk.steps, problem)
 
 
-def _solve_bwd(f, batch_ndim, saved, cotangents):
-    (damping, _), y, z, steps, inputs, other = saved
+# ---- backward ----------------------------------------------------------------------------------------------
+
+
+def _solve_bwd(saved, cotangents):
+    damping, y, z, steps, problem = saved
     z_bar, _ = cotangents
-    ravel, unravel = raveler(z_bar, batch_ndim)
-    damping = per_problem(damping)
-    keep = 1 - damping
+    layout, damping = Layout(z_bar, problem.batch_ndim), per_problem(damping)
+    pull = _pullback(problem, layout)
 
-    def pull(at, weight):
-        """f(at), and the pullbacks of `weight` through f at `at`."""
-        fz, vjp = jax.vjp(lambda z, inputs: f(z, inputs, other), unravel(at), inputs)
-        at_bar, inputs_bar = vjp(conj(unravel(weight)))
-        return ravel(fz).astype(at.dtype), ravel(conj(at_bar)).astype(at.dtype), inputs_bar
-
-    def body(k, carry):
+    def undo(k, carry):
         y, z, y_bar, z_bar, inputs_bar = carry
         active = (k < steps)[..., None]
-        # z = (1 − β) z₋ + β f(y)  ⇒  z₋ = (z − β f(y)) / (1 − β), and its cotangents
-        fy, from_z, more = pull(y, jnp.where(active, damping * z_bar, 0))
-        inputs_bar = jax.tree.map(jnp.add, inputs_bar, more)
-        y_bar = y_bar + from_z
-        z = jnp.where(active, (z - damping * fy) / keep, z)
-        z_bar = jnp.where(active, keep * z_bar, z_bar)
-        # y = (1 − β) y₋ + β f(z₋), likewise
-        fz, from_y, more = pull(z, jnp.where(active, damping * y_bar, 0))
-        inputs_bar = jax.tree.map(jnp.add, inputs_bar, more)
-        z_bar = z_bar + from_y
-        y = jnp.where(active, (y - damping * fz) / keep, y)
-        y_bar = jnp.where(active, keep * y_bar, y_bar)
+        back = lambda new, f_old: jnp.where(active, (new - damping * f_old) / (1 - damping), new)
+        weight = lambda bar: jnp.where(active, damping * bar, 0)
+        keep = lambda bar: jnp.where(active, (1 - damping) * bar, bar)
+        fy, from_z, more = pull(y, weight(z_bar))
+        z, y_bar, z_bar, inputs_bar = back(z, fy), y_bar + from_z, keep(z_bar), add(inputs_bar, more)  # (3)
+        fz, from_y, more = pull(z, weight(y_bar))
+        y, z_bar, y_bar, inputs_bar = back(y, fz), z_bar + from_y, keep(y_bar), add(inputs_bar, more)  # (4)
         return y, z, y_bar, z_bar, inputs_bar
 
     # The last step is undone first; a problem that took fewer steps starts undoing at once and then waits.
-    z_bar = ravel(conj(z_bar)).astype(z.dtype)
-    carry = y, z, zeros_from(z_bar), z_bar, jax.tree.map(zeros_from, inputs)
-    *_, y_bar, z_bar, inputs_bar = jax.lax.fori_loop(0, jnp.max(steps), body, carry)
-    z0_bar, inputs_bar = first_order_only((conj(unravel(y_bar + z_bar)), inputs_bar), "Reversible")
-    return None, z0_bar, inputs_bar, None
+    z_bar = layout.ravel(conj(z_bar)).astype(z.dtype)
+    carry = y, z, zeros_from(z_bar), z_bar, zeros_like(problem.inputs)
+    *_, y_bar, z_bar, inputs_bar = jax.lax.fori_loop(0, jnp.max(steps), undo, carry)
+    z0_bar, inputs_bar = first_order_only((conj(layout.unravel(y_bar + z_bar)), inputs_bar), "Reversible")
+    return None, z0_bar, Problem(problem.f, inputs_bar, None, problem.batch_ndim)
+
+
+def _pullback(problem: Problem, layout: Layout) -> Any:
+    """(at, weight) -> f(at), and the pullbacks of `weight` through f at `at`, to z and to the inputs."""
+
+    def pull(at, weight):
+        fz, vjp = jax.vjp(problem, layout.unravel(at), problem.inputs)
+        at_bar, inputs_bar = vjp(conj(layout.unravel(weight)))
+        return layout.ravel(fz).astype(at.dtype), layout.ravel(conj(at_bar)).astype(at.dtype), inputs_bar
+
+    return pull
 
 
 _solve.defvjp(_solve_fwd, _solve_bwd)

@@ -1,25 +1,22 @@
 """Backpropagation through the iterations, with or without checkpoints."""
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from deq_jax._config import cast_options, check_number, check_sees_all, config
-from deq_jax.solvers.base import (
-    choose,
-    comparable,
-    leaf_norms,
-    leaves_of,
-    measure,
-    next_point,
-    ratio,
-    raveler,
-    whole,
-    wide_dtype,
-    within,
-    zeros_from,
-)
+from deq_jax._arrays import zeros_from
+from deq_jax._checks import check_number, check_sees_all
+from deq_jax._config import cast_options, config
+from deq_jax._states import Layout, choose, frozen
+from deq_jax.adjoints.protocol import Problem
+from deq_jax.solvers import Solver, Stats
+from deq_jax.solvers.loop import stats_at
+from deq_jax.solvers.protocol import member
+from deq_jax.solvers.stopping import Norms, by_leaf, comparable, has_converged, over_leaves, relative_to, whole
 
 ROUNDING = 8  # a relative residual of so many eps, of the solver's dtype, tells an acceleration nothing more
 
@@ -29,16 +26,17 @@ class Unroll:
     """Backpropagation through the iterations of the solver: for `Picard`, the weight-tied network of that depth.
 
     All `max_steps` iterations are run, and the last iterate is the value. With `stop=True` a problem keeps the first
-    iterate that meets the tolerances, and f is not called once all have. A value that has converged says nothing of
-    its derivative, so the residual must also meet the tolerance relative to the distance from z0: from a start near
-    the solution a problem goes on, and from one at the solution to the end of the budget. A start at zero changes
-    nothing. A solver with a memory stands still once the residual is rounding, and the derivative is that of the
-    steps before: in a direction along which the solve never moved it may be far from that of the fixed point.
+    iterate that meets the tolerances, and f is not called once all problems have stopped. A value that has converged
+    says nothing about its derivative, so the residual must also meet the tolerance relative to the distance from z0: a
+    problem that starts near the solution goes on, and one that starts at the solution runs to the end of the budget. A
+    start at zero changes nothing. A solver with a memory stands still once the residual is rounding, and the derivative
+    is that of the steps before: in a direction along which the solve never moved it may be far from that of the fixed
+    point.
 
-    Of a solver that may take a step back (`Broyden` with its line search, `NewtonKrylov`, `Robust`) the value is the
-    best iterate it has seen, and which steps it took and how far a trust region let them go are constants.
-    Stats.steps counts the one evaluation more that measures the value (XLA drops it where the stats are not used).
-    The derivative reaches z0 too, in forward and in reverse mode.
+    For a solver that may take a step back (`Broyden` with its line search, `NewtonKrylov`, `Robust`) the value is the
+    best iterate it has seen. Which steps it took, and how far a trust region let them go, are constants. `Stats.steps`
+    counts the one extra evaluation that measures the value (XLA drops it where the stats are not used). The derivative
+    reaches z0 too, in forward and in reverse mode.
 
     Memory of the backward pass for L iterations, in linearizations of f: L with `checkpoint=None`; with
     `checkpoint=k`, L/k states and k linearizations, for one more forward pass. So 1 keeps every state and one
@@ -60,72 +58,96 @@ class Unroll:
         if self.checkpoint is not None and self.checkpoint is not True:
             check_number(self, "checkpoint", at_least=1)
 
-    def run(self, f, z0, inputs, other, solver, batch_ndim, probe):
+    def check(self, z0: PyTree, solver: Solver) -> None:
         if not isinstance(solver.max_steps, int):
             raise TypeError(
                 "Unroll needs max_steps as a Python int, for it fixes the depth of the program; got "
                 f"{solver.max_steps}. Use Implicit, Phantom, Neumann or JFB to sweep a traced step budget."
             )
-        ravel, unravel = raveler(z0, batch_ndim)
-        solver = cast_options(solver, wide_dtype(z0))
-        recovers = getattr(solver, "recovers", False)
-        accelerated = bool(jax.tree.leaves(jax.eval_shape(lambda: solver.init(ravel(z0)))))
+
+    def run(self, problem: Problem, z0: PyTree, solver: Solver) -> tuple[PyTree, Stats]:
+        layout = Layout(z0, problem.batch_ndim)
+        solver = cast_options(solver, layout.dtype)
+        iterate, start = self._iteration(problem, layout, solver, z0)
+        if self.stop:
+            body = lambda carry: jax.lax.cond(jnp.any(carry.running), iterate, lambda carry: carry, carry)
+        else:
+            body = iterate
+        end = self._scanned(body, start, solver.max_steps)
+        z = layout.unravel(end.best if member(solver, "recovers") else end.z)
+        frozen_z, solver = frozen((z, solver))
+        return z, stats_at(problem.frozen, frozen_z, solver, end.steps, problem.batch_ndim)
+
+    def _iteration(self, problem, layout, solver, z0) -> "tuple[Callable[[Iterate], Iterate], Iterate]":
+        """The map from iterate to iterate, and the first one."""
+        z0 = layout.ravel(z0)
+        state, frozen_z0 = solver.init(z0), jax.lax.stop_gradient(z0)
+        accelerated, recovers = bool(jax.tree.leaves(state)), member(solver, "recovers")
         if accelerated:  # without memory, rarer tests change no iterate
             check_sees_all(solver, "Unroll")
-        norms, leaves = leaf_norms(z0, batch_ndim), leaves_of(z0)
-        start = jax.lax.stop_gradient(ravel(z0))
 
-        def iterate(carry):
-            z, state, running, steps, best, least = carry
-            g, steps = ravel(f(unravel(z), inputs, other)) - z, steps + running.astype(jnp.int32)
+        def iterate(carry: Iterate) -> Iterate:
+            z, running = carry.z, carry.running
+            g = layout.ravel(problem(layout.unravel(z))) - z
+            carry = carry._replace(steps=carry.steps + running.astype(jnp.int32))
             frozen_g, fz = jax.lax.stop_gradient((g, g + z))
-            residuals, scales = norms(frozen_g), norms(fz)  # XLA drops what nothing below reads
-            residual, scale = whole(residuals, leaves), whole(scales, leaves)
+            norms = Norms(layout.norms(frozen_g), layout.norms(fz))  # XLA drops what nothing below reads
+            residual = whole(norms.residuals, layout)
             if recovers:
-                better = running & (residual < least)
-                best, least = jnp.where(better[..., None], z, best), jnp.where(better, residual, least)
+                better = running & (residual < carry.least)
+                best, least = jnp.where(better[..., None], z, carry.best), jnp.where(better, residual, carry.least)
+                carry = carry._replace(best=best, least=least)
             if self.stop:
-                running = running & ~self._ended(residuals, scales, norms(fz - start), solver, leaves)
-            rounding = (residual <= ROUNDING * float(jnp.finfo(z.dtype).eps) * scale) & accelerated
-            if not self.stop and not accelerated:
-                return ravel(unravel(z + solver.update(g, state, z)[0])), state, running, steps, best, least
+                running = running & ~_has_ended(norms, layout.norms(fz - frozen_z0), solver, layout)
+                carry = carry._replace(running=running)
+            elif not accelerated:
+                return carry._replace(z=layout.round(z + solver.update(g, carry.state, z)[0]))
+            eps = float(jnp.finfo(z.dtype).eps)
+            rounding = (residual <= ROUNDING * eps * whole(norms.scales, layout)) & accelerated
             held = rounding | ~running if self.stop else rounding
-            # No step is taken where a problem is held, and the derivative of one that is not taken may be infinite.
-            step, new_state = solver.update(*choose(held, jax.lax.stop_gradient((g, state, z)), (g, state, z)))
-            new_z = ravel(unravel(next_point(solver, new_state, z + step)))
-            new_z, new_state = choose(held, (z, state), (new_z, new_state))
-            return new_z, new_state, running, steps, best, least
+            new_z, state = _step(solver, layout, carry, g, held)
+            return carry._replace(z=new_z, state=state)
 
-        def body(carry, _):
-            if not self.stop:
-                return iterate(carry), None
-            _, _, running, *_ = carry
-            return jax.lax.cond(jnp.any(running), iterate, lambda carry: carry, carry), None
+        zero = zeros_from(frozen_z0[..., 0])
+        return iterate, Iterate(z0, state, zero == 0, zero.astype(jnp.int32), z0, zero + jnp.inf)
 
-        z, length = ravel(z0), solver.max_steps
-        state = solver.init(z)
-        zero = zeros_from(jax.lax.stop_gradient(z[..., 0]))
-        carry = z, state, zero == 0, zero.astype(jnp.int32), z, zero + jnp.inf
+    def _scanned(self, body: Callable, carry: "Iterate", length: int) -> "Iterate":
+        """The carry after `length` iterations, with a checkpoint after each segment of them."""
         every = math.isqrt(length - 1) + 1 if self.checkpoint is True and length else self.checkpoint
+        scan = lambda body, carry, length: jax.lax.scan(lambda c, _: (body(c), None), carry, length=length)[0]
         if not every:
-            carry, _ = jax.lax.scan(body, carry, length=length)
-        else:
-            segment = lambda carry, n: jax.lax.scan(body, carry, length=n)[0]
-            segment = jax.checkpoint(segment, static_argnums=1, prevent_cse=False)
-            segments, rest = divmod(length, every)
-            carry, _ = jax.lax.scan(lambda c, _: (segment(c, every), None), carry, length=segments)
-            carry = segment(carry, rest) if rest else carry
+            return scan(body, carry, length)
+        segment = jax.checkpoint(lambda carry, n: scan(body, carry, n), static_argnums=1, prevent_cse=False)
+        segments, rest = divmod(length, every)
+        carry = scan(lambda c: segment(c, every), carry, segments)
+        return segment(carry, rest) if rest else carry
 
-        last, _, _, steps, best, _ = carry
-        z = unravel(best if recovers else last)
-        z_frozen, frozen, solver = jax.lax.stop_gradient((z, inputs, solver))
-        return z, measure(lambda z: f(z, frozen, other), z_frozen, solver, steps, batch_ndim)
 
-    def _ended(self, residuals, scales, travelled, solver, leaves):
-        """Within the tolerance of the value, and of how far the start was: that many times smaller is Jᵏ too."""
-        sizes = comparable(residuals, scales, leaves)
-        tolerance = leaves.each(solver.atol) + leaves.each(solver.rtol) * sizes
-        # What rounding hides is no contraction.
-        seen = jnp.maximum(residuals, jnp.minimum(leaves.eps * sizes, tolerance))
-        contracted = leaves.over(jnp.all, seen <= tolerance * ratio(travelled, sizes))
-        return within(residuals, scales, solver, leaves) & contracted
+class Iterate(NamedTuple):
+    """What is carried from iteration to iteration."""
+
+    z: Float[Array, "*batch dim"]
+    state: Any  # the solver's
+    running: Bool[Array, "*batch"]
+    steps: Int[Array, "*batch"]
+    best: Float[Array, "*batch dim"]  # with `least`, of a solver whose steps may be trials
+    least: Float[Array, "*batch"]
+
+
+def _step(solver: Solver, layout: Layout, carry: Iterate, g: Array, held: Bool[Array, "*batch"]) -> tuple[Array, Any]:
+    """The next z and state; a problem that is held keeps both."""
+    # A step that is not taken has no derivative: that of the arithmetic behind it may be infinite.
+    arguments = g, carry.state, carry.z
+    step, state = solver.update(*choose(held, jax.lax.stop_gradient(arguments), arguments))
+    z = layout.round(member(solver, "next_point")(state, carry.z + step))
+    return choose(held, (carry.z, carry.state), (z, state))
+
+
+def _has_ended(norms: Norms, traveled: Float[Array, "*norms"], solver: Solver, layout: Layout) -> Bool[Array, "*batch"]:
+    """Within the tolerance of the value, and of the distance from the start: that many times smaller is Jᵏ too."""
+    sizes = comparable(norms, layout)
+    tolerance = by_leaf(solver.atol, layout) + by_leaf(solver.rtol, layout) * sizes
+    # What rounding hides is no contraction.
+    residuals = jnp.maximum(norms.residuals, jnp.minimum(layout.eps * sizes, tolerance))
+    contracted = over_leaves(jnp.all, residuals <= tolerance * relative_to(traveled, sizes), layout)
+    return has_converged(norms, solver, layout) & contracted

@@ -1,16 +1,16 @@
 """The adaptive embedding and softmax of language models with a large vocabulary.
 
-Token ids are ordered by frequency and cut into clusters: a head of common words, and tails that are rarer and
-narrower. Cluster i has rows of width ⌊dim / div_valⁱ⌋ and a projection P_i between that width and the model's. The
-head's softmax runs over its own words and one entry for each tail; a word w of tail i has
+Token ids are ordered by frequency and cut into clusters: a head of common words, and tails of rarer words with
+narrower rows. Cluster i has rows of width ⌊dim / div_valⁱ⌋ and a projection P_i between that width and the model's. The
+softmax of the head runs over its own words and one entry for each tail. A word w of tail i has
 
     log p(w | h) = log softmax_head(h)[tail i] + log softmax_i(h)[w].
 
-Everything here is a pure function of arrays, `EmbeddingWeights` and `SoftmaxWeights`; `AdaptiveVocabulary` holds
-them as parameters. Without cutoffs it is the plain embedding and the plain softmax.
+Everything here is a pure function of arrays, `EmbeddingWeights` and `SoftmaxWeights`. `AdaptiveVocabulary` holds these
+arrays as parameters. Without cutoffs it is the plain embedding and the plain softmax.
 
 Sources: Grave et al. (2017), "Efficient softmax approximation for GPUs"; Baevski & Auli (2019), "Adaptive Input
-Representations"; with the conventions of Transformer-XL's code, which the DEQ-Transformer's is built on.
+Representations". The conventions are those of Transformer-XL's code, on which the DEQ-Transformer's code is built.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,22 +22,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from deq_jax._arrays import aligned
 from deq_jax.models.common import require, wide
-from deq_jax.solvers.base import aligned
 
-# As many logits are held at once by `nll`, 128 MB in float32: more are computed block by block.
+# `nll` holds at most this many logits at once, 128 MB in float32; it computes more of them block by block.
 LOGITS_AT_ONCE = 2**25
 
 
 class EmbeddingWeights(NamedTuple):
-    """E_i and P_i, one for each cluster; a projection is None where a row has the model's width already."""
+    """E_i and P_i of each cluster; a projection is None if the rows already have the model's width."""
 
     tables: tuple[Float[Array, "size width"], ...]
     projections: tuple[Float[Array, "width dim"] | None, ...]
 
 
 class SoftmaxWeights(NamedTuple):
-    """The same, with the biases of the words, and the rows that stand for the tails in the head; None: no tails."""
+    """E_i, P_i and the biases of each cluster, and the rows and biases of the tails' entries in the head, if any."""
 
     tables: tuple[Float[Array, "size width"], ...]
     projections: tuple[Float[Array, "width dim"] | None, ...]
@@ -47,10 +47,10 @@ class SoftmaxWeights(NamedTuple):
 
 
 def embed(tokens: Int[Array, "*batch"], weights: EmbeddingWeights, dtype: Any) -> Float[Array, "*batch dim"]:
-    """The row of each token, E_i[token] P_i; NaN for an id outside the vocabulary, also a negative one.
+    """The row of each token, E_i[token] P_i; NaN for an id outside the vocabulary, including a negative one.
 
-    Every cluster is looked up for every token and one of them chosen: Σ width_i · dim multiplications a token, which
-    is less than one evaluation of a cell of that width.
+    Every token looks up a row in every cluster and selects one of them. This costs Σ width_i · dim multiplications a
+    token, less than one evaluation of a cell of that width.
 
     >>> import jax.numpy as jnp
     >>> weights = EmbeddingWeights((jnp.eye(2), jnp.array([[3.0]])), (None, jnp.array([[1.0, 1.0]])))
@@ -65,18 +65,18 @@ def embed(tokens: Int[Array, "*batch"], weights: EmbeddingWeights, dtype: Any) -
             found = found @ projection.astype(dtype)
         rows = jnp.where(here[..., None], found, jnp.nan if rows is None else rows)
         first += len(table)
-    return rows  # type: ignore[return-value]  there is a table
+    return rows  # type: ignore[return-value]  there is at least one table
 
 
 def logits(h: Float[Array, "*batch dim"], weights: SoftmaxWeights) -> Float[Array, "*batch vocab"]:
-    """What a softmax turns into the probabilities of all words, in float32 or wider.
+    """Scores whose softmax is the probability of each word, in float32 or wider.
 
-    Without tails that is h Eᵀ + b; with tails it is log p itself. For a loss see `nll`, which needs no such array.
+    Without tails they are h Eᵀ + b; with tails they are log p itself. For a loss, use `nll`, which needs no such array.
 
     >>> import jax, jax.numpy as jnp
     >>> tail = SoftmaxWeights((jnp.eye(2), jnp.ones((3, 2))), (None, None), (jnp.zeros(2), jnp.zeros(3)),
     ...                       tails=jnp.zeros((1, 2)), tail_biases=jnp.zeros(1))
-    >>> p = jax.nn.softmax(logits(jnp.zeros(2), tail))  # two words and one tail are equally likely, its words too
+    >>> p = jax.nn.softmax(logits(jnp.zeros(2), tail))  # both words and the tail: 1/3 each
     >>> [f"{x:.3f}" for x in p.tolist()]
     ['0.333', '0.333', '0.111', '0.111', '0.111']
     """
@@ -99,11 +99,11 @@ def nll(
 ) -> Float[Array, "*batch"]:
     """−log p(target | h) of each token, in nats and float32 or wider; NaN for an id outside the vocabulary.
 
-    Exact. Where the tokens are more than `block`, they are sorted by target and taken a block at a time: a tail is
-    computed for the blocks that hold one of its words and skipped for the others, and the backward pass computes a
-    block's logits again. So the tails cost their share of the text, rounded up to blocks, and memory is that of
-    block · (largest cluster) logits. None chooses the block that holds `LOGITS_AT_ONCE`. (Under `vmap`, where XLA
-    cannot branch, every tail is computed for every block; over a sharded batch the sort gathers h.)
+    The result is exact. If there are more than `block` tokens, they are sorted by target and processed one block at a
+    time. A tail is computed only for blocks that contain one of its words, and the backward pass recomputes the logits
+    of each block. A tail therefore costs its share of the text, rounded up to blocks, and memory is that of
+    block · (largest cluster) logits. None chooses the block size that holds `LOGITS_AT_ONCE` logits. (Under `vmap`, XLA
+    cannot branch, so every tail is computed for every block. With a sharded batch, the sort gathers h.)
 
     >>> import jax.numpy as jnp
     >>> tail = SoftmaxWeights((jnp.eye(2), jnp.ones((3, 2))), (None, None), (jnp.zeros(2), jnp.zeros(3)),
@@ -118,7 +118,7 @@ def nll(
         return _block_nll(h, targets, weights)
 
     flat, ids = h.reshape(-1, h.shape[-1]), targets.reshape(-1)
-    # A cluster is a range of ids, so sorting by id brings the words of each together.
+    # A cluster is a range of ids, so sorting by id groups the words of each cluster.
     order = jnp.argsort(ids) if len(sizes) > 1 else jnp.arange(len(ids))
     fill = -len(ids) % block
     pad = lambda x: jnp.concatenate([jnp.zeros((fill, *x.shape[1:]), x.dtype), x[order]])
@@ -129,10 +129,10 @@ def nll(
 
 
 class AdaptiveVocabulary(nnx.Module):
-    """The parameters of both, with tables that are shared if `tie` is true, and the tails' projections too.
+    """The parameters of the embedding and of the softmax; `tie` shares their tables and the tails' projections.
 
-    The head's projection of the softmax is its own, as in the paper's script (`tie_projs` of all but the head).
-    With `div_val=1` there are no projections. Biases begin at zero.
+    The head of the softmax always has its own projection, as in the paper's script (which sets `tie_projs` for all
+    clusters except the head). With `div_val=1` there are no projections. Biases start at zero.
 
     >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
@@ -157,9 +157,9 @@ class AdaptiveVocabulary(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """`draw(key, shape, dtype)` gives the tables; a projection is drawn from N(0, std²).
+        """`draw(key, shape, dtype)` gives the tables. Projections are drawn from N(0, `projection_std`²).
 
-        With `projection_std` None that is 1/√width, which gives the rows of every cluster the spread of `draw`'s.
+        If `projection_std` is None, it is 1/√width. The projected rows of every cluster then have the spread of `draw`.
         """
         self.sizes, self.widths = clusters(vocab_size, dim, cutoffs, div_val)
         self.tie = tie
@@ -168,7 +168,7 @@ class AdaptiveVocabulary(nnx.Module):
             std = width**-0.5 if projection_std is None else projection_std
             return nnx.Param(nnx.initializers.normal(std)(rngs.params(), (width, dim), param_dtype))
 
-        # Named attributes, not lists of them: what a list in a module is differs between versions of Flax.
+        # Named attributes instead of lists, because versions of Flax treat a list in a module differently.
         for i, (size, width) in enumerate(zip(self.sizes, self.widths, strict=True)):
             table = lambda size=size, width=width: nnx.Param(draw(rngs.params(), (size, width), param_dtype))
             setattr(self, f"table_{i}", table())
@@ -204,16 +204,15 @@ class AdaptiveVocabulary(nnx.Module):
         return nll(h, targets, self.softmax)
 
     def _arrays(self, name: str, otherwise: str | None = None) -> tuple:
-        names = [f"{name}_{i}" for i in range(len(self.sizes))]
-        spare = [f"{otherwise}_{i}" for i in range(len(self.sizes))]
-        found = [getattr(self, n) for n in names]
+        """The arrays name_0, name_1, …; where one is None, that of `otherwise`."""
+        found = [getattr(self, f"{name}_{i}") for i in range(len(self.sizes))]
         if otherwise is not None:
-            found = [getattr(self, s) if f is None else f for f, s in zip(found, spare, strict=True)]
+            found = [getattr(self, f"{otherwise}_{i}") if f is None else f for i, f in enumerate(found)]
         return tuple(map(_value, found))
 
 
 def clusters(vocab_size: int, dim: int, cutoffs: Sequence[int], div_val: int) -> tuple[tuple, tuple]:
-    """Sizes and widths of the clusters, the head first; ValueError for cutoffs or div_val that make none.
+    """Sizes and widths of the clusters, the head first; ValueError if cutoffs or div_val are invalid.
 
     >>> clusters(267_735, 700, (20_000, 40_000, 200_000), 4)
     ((20000, 20000, 160000, 67735), (700, 175, 43, 10))
@@ -264,8 +263,8 @@ def _cluster(h, weights: SoftmaxWeights, i: int):
 
 
 def _scores(h, table, projection, bias):
-    # In float32 or wider: a cross entropy of bfloat16 logits is a poor one. The operands are widened, for the CPU of
-    # jax 0.7 has no product of bfloat16 that gives float32.
+    # In float32 or wider, because a cross entropy of bfloat16 logits is inaccurate. The operands are widened, because
+    # jax 0.7 has no product of bfloat16 arrays that returns float32 on a CPU.
     dtype = wide(h.dtype)
     h, table, bias = (x.astype(dtype) for x in (h, table, bias))
     if projection is not None:

@@ -1,4 +1,4 @@
-"""What the models share: normalised kernels, masks of dropout, and checks before tracing."""
+"""What the models share: normalized kernels, dropout masks, and checks before tracing."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from deq_jax.solvers.base import aligned
+from deq_jax._arrays import aligned
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ class Weight(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Draws N(0, std²), or U(±1/√fan_in) for None; g begins at ‖v‖, so that w begins at v."""
+        """Draws v from N(0, std²), or from U(±1/√fan_in) if std is None. g starts at ‖v‖, so w starts at v."""
         self.axes = tuple(range(fan_in_axes))
         bound = 1 / math.sqrt(math.prod(shape[:fan_in_axes]))
         key = rngs.params()
@@ -39,43 +39,43 @@ class Weight(nnx.Module):
         self.scale = nnx.Param(jnp.sqrt(jnp.sum(v**2, self.axes))) if weight_norm else None
 
     def __call__(self, dtype: Any, mask: Array | None = None) -> Array:
-        """The effective kernel, in `dtype`; a mask of weight dropout acts on v, so that the row keeps its norm g."""
+        """The effective kernel, in `dtype`. A mask of weight dropout acts on v, so each unit keeps its norm g."""
         v = drop(self.kernel[...], mask)
         if self.scale is None:
             return v.astype(dtype)
         square = jnp.sum(v**2, self.axes)
-        # A zero row stays zero, with the finite gradient g.
+        # A zero row stays zero, with the finite gradient dw/dv = g.
         inverse = jax.lax.rsqrt(jnp.where(square > 0, square, 1))
         return (aligned(self.scale[...] * inverse, v) * v).astype(dtype)
 
 
-def keep_mask(key: Array, rate: float, shape: tuple[int, ...], dtype: Any) -> Array | None:
-    """0 or 1/(1 − rate) for each entry; None, which keeps everything, for a rate of 0."""
-    return jax.random.bernoulli(key, 1 - rate, shape).astype(dtype) / (1 - rate) if rate else None
+def keep_masks(key: Array, draws: dict[str, tuple[float, tuple[int, ...]]], dtype: Any) -> dict[str, Any]:
+    """One dropout mask for each (rate, shape), with entries 0 or 1/(1 − rate); a rate of 0 gives None: keep all."""
+    keys = zip(draws.items(), jax.random.split(key, len(draws)), strict=True)
+    return {
+        name: jax.random.bernoulli(key, 1 - rate, shape).astype(dtype) / (1 - rate) if rate else None
+        for (name, (rate, shape)), key in keys
+    }
 
 
 def drop(x: Array, mask: Array | None) -> Array:
+    """x times the mask, or x itself if the mask is None."""
     return x if mask is None else x * mask.astype(x.dtype)
 
 
 def wide(dtype: Any) -> Any:
-    """float32 or wider."""
+    """`dtype` if it has more than 32 bits, else float32."""
     return jnp.dtype(dtype) if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
 
 
-def check_tokens(tokens: Array) -> None:
-    """TypeError or ValueError unless tokens are integer ids of shape (batch, time)."""
+def checked_history(tokens: Array, history: T | None, empty: Callable[[int], T]) -> T:
+    """The history, or `empty(batch)` for None; TypeError or ValueError unless the tokens and the history fit."""
     if not hasattr(tokens, "dtype"):
         raise TypeError(f"tokens must be an array of integer ids, got a {type(tokens).__name__}")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"tokens must be integer ids, got dtype {tokens.dtype}")
     require(tokens.ndim == 2, f"tokens must have shape (batch, time), got {tokens.shape}")
     require(tokens.shape[1] >= 1, f"tokens must have at least one column of time, got {tokens.shape}")
-
-
-def checked_history(tokens: Array, history: T | None, empty: Callable[[int], T]) -> T:
-    """The history, or `empty(batch)` for None; TypeError or ValueError unless it and the tokens fit."""
-    check_tokens(tokens)
     if history is None:
         return empty(len(tokens))
     expected: Any = jax.eval_shape(lambda: empty(len(tokens)))
@@ -86,14 +86,24 @@ def checked_history(tokens: Array, history: T | None, empty: Callable[[int], T])
     return history
 
 
+def initial_state(z0: T | None, zeros: T) -> T:
+    """z0 in the dtype of `zeros`, or `zeros` for None; ValueError unless their shapes agree."""
+    if z0 is None:
+        return zeros
+    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(z0), jax.tree.leaves(zeros), strict=True):
+        name = f"z0{jax.tree_util.keystr(path)}"
+        require(got.shape == want.shape, f"{name} must have shape {want.shape}, got {got.shape}")
+    return jax.tree.map(lambda x, zero: x.astype(zero.dtype), z0, zeros)
+
+
 def check_sizes(config: Any, **at_least: int) -> None:
-    """ValueError unless each of these fields of a configuration has its least value or a larger one."""
+    """ValueError unless each of these fields of a configuration is at least the given size."""
     for name, least in at_least.items():
         require(getattr(config, name) >= least, f"{name} must be at least {least}, got {getattr(config, name)}")
 
 
 def check_rates(config: Any, *names: str) -> None:
-    """ValueError unless each of these fields is a rate of dropout."""
+    """ValueError unless each of these fields is a dropout rate, in [0, 1)."""
     for name in names:
         require(0 <= getattr(config, name) < 1, f"{name} must be in [0, 1), got {getattr(config, name)}")
 

@@ -1,9 +1,9 @@
 """The DEQ-TrellisNet of Bai, Kolter and Koltun (NeurIPS 2019, arXiv 1909.01377, section 4.1).
 
-A TrellisNet (Bai, Kolter & Koltun, ICLR 2019) is a temporal convolution whose layers share one kernel, see the
-input anew each time, and end in the gates of an LSTM. Here its infinitely many layers are solved for: z = (h, c), a
-hidden and a cell state for each column of time. What does not depend on z (normalised and dropped weights, the
-injection, masks, the columns before the segment) is computed once, into a `Context`.
+A TrellisNet (Bai, Kolter & Koltun, ICLR 2019) is a temporal convolution. All its layers share one kernel, every layer
+reads the input again, and every layer ends in the gates of an LSTM. This model solves for the limit of infinitely many
+layers: z = (h, c), a hidden and a cell state for each column of time. Whatever does not depend on z (normalized and
+dropped weights, the injection, masks, the columns before the segment) is computed once, into a `Context`.
 """
 
 import dataclasses
@@ -15,53 +15,47 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from deq_jax.adjoints import Adjoint, Implicit, Phantom, Probe, Unroll
+from deq_jax._config import with_suggestions
+from deq_jax.adjoints import Adjoint, Phantom, Probe, Unroll
 from deq_jax.fixed_point import Solution, fixed_point
-from deq_jax.models import adaptive
-from deq_jax.models.adaptive import AdaptiveVocabulary, EmbeddingWeights
-from deq_jax.models.common import (
-    Weight,
-    check_rates,
-    check_sizes,
-    checked_history,
-    drop,
-    keep_mask,
-    require,
-    wide,
-)
-from deq_jax.solvers import Anderson, Picard, Solver
+from deq_jax.models import common
+from deq_jax.models.adaptive import AdaptiveVocabulary, SoftmaxWeights
+from deq_jax.models.common import Weight, drop, require
+from deq_jax.models.language_model import LanguageModel, Prepared
+from deq_jax.solvers import Picard, Solver
 from deq_jax.trajectory import trajectory
 
 
+@with_suggestions
 @dataclasses.dataclass(frozen=True)
 class TrellisNetConfig:
-    """Everything about a `DEQTrellisNet` but its solver and its precision; `penn_treebank` is the paper's.
+    """Everything about a `DEQTrellisNet` except its solver and its precision; `penn_treebank` is the paper's.
 
-    The state has `hidden_dim + output_dim` channels, of which the last `output_dim` are decoded.
+    The state has `hidden_dim + output_dim` channels. The model decodes the last `output_dim` of them.
     """
 
     vocab_size: int
     hidden_dim: int = 256  # nhid: channels that are not decoded
     output_dim: int = 128  # nout
-    embedding_dim: int | None = None  # None: output_dim, as a tied table needs
-    kernel: int = 2  # columns that one layer of the convolution sees
-    input_dropout: float = 0.0  # of the embedding, one mask for all times
+    embedding_dim: int | None = None  # None: output_dim, which a tied table requires
+    kernel: int = 2  # columns that one layer of the convolution reads
+    input_dropout: float = 0.0  # of the embedding; one mask for all times
     embedding_dropout: float = 0.0  # of whole words
     weight_dropout: float = 0.0  # of the kernels' taps on earlier columns
-    hidden_dropout: float = 0.0  # of h before its convolution, one mask for all times and layers
+    hidden_dropout: float = 0.0  # of h before its convolution; one mask for all times and layers
     output_dropout: float = 0.0
-    weight_norm: bool = True  # the paper needs it for stability
+    weight_norm: bool = True  # the paper requires it for stability
     init_std: float | None = 0.01  # of kernels; None: U(±1/√fan_in)
-    embedding_range: float = 0.1  # tables begin at U(±this)
-    tie: bool = True  # logits = h Eᵀ + b, with the embedding's own E
-    cutoffs: tuple[int, ...] = ()  # where the vocabulary is cut into clusters, see `AdaptiveVocabulary`; (): plain
+    embedding_range: float = 0.1  # tables start at U(±embedding_range)
+    tie: bool = True  # logits = h Eᵀ + b, where E is the embedding
+    cutoffs: tuple[int, ...] = ()  # where to cut the vocabulary into clusters, see `AdaptiveVocabulary`; (): plain
     div_val: int = 1
     projection_std: float | None = None
 
     def __post_init__(self):
-        check_sizes(self, vocab_size=1, hidden_dim=0, output_dim=1, kernel=1)
+        common.check_sizes(self, vocab_size=1, hidden_dim=0, output_dim=1, kernel=1)
         rates = ("input_dropout", "embedding_dropout", "weight_dropout", "hidden_dropout", "output_dropout")
-        check_rates(self, *rates)
+        common.check_rates(self, *rates)
         width = self.embedding_width
         require(width >= 1, f"embedding_dim must be at least 1, got {width}")
         require(
@@ -75,7 +69,7 @@ class TrellisNetConfig:
 
     @classmethod
     def penn_treebank(cls, vocab_size: int = 10_000) -> "TrellisNetConfig":
-        """Table 2 of the paper: 20.2M parameters and 4M of the embedding, with its script's rates of dropout."""
+        """Table 2 of the paper: 20.2M parameters plus 4M of the embedding, with its script's dropout rates."""
         return cls(
             vocab_size,
             hidden_dim=1000,
@@ -89,9 +83,9 @@ class TrellisNetConfig:
 
     @classmethod
     def wikitext103(cls, vocab_size: int = 267_735) -> "TrellisNetConfig":
-        """Table 3 of the paper: 44.4M parameters outside the vocabulary (its script's are 40.0M, with 1500 and 500).
+        """Table 3 of the paper: 44.4M parameters outside the vocabulary (its script has 40.0M, with 1500 and 500).
 
-        Clusters as in the script's softmax; their rows keep the full width.
+        The clusters are those of the script's softmax. Their rows keep the full width.
         """
         rates = dict.fromkeys(("input_dropout", "embedding_dropout", "weight_dropout", "hidden_dropout"), 0.1)
         cutoffs = (2_800, 20_000, 76_000)
@@ -107,17 +101,17 @@ class TrellisNetConfig:
 
 
 class State(NamedTuple):
-    """z: what is solved for."""
+    """z, the state that the solver solves for."""
 
     h: Float[Array, "batch time channels"]
     c: Float[Array, "batch time channels"]
 
 
 class History(NamedTuple):
-    """The last columns before a segment, detached: all that the columns after them depend on.
+    """The last columns before a segment, detached: everything that later columns depend on.
 
-    One column each with the paper's kernel of two. (The released code forgets the embedding between segments, and
-    begins the convolution of the input with zeros; with it, segments are exactly one long sequence.)
+    With the paper's kernel of two, each field has one column. (The released code forgets the embedding between segments
+    and starts the convolution of the input with zeros. Keeping it makes segments exactly one long sequence.)
     """
 
     h: Float[Array, "batch past channels"]  # past = kernel − 1
@@ -126,7 +120,7 @@ class History(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Dropout masks, 0 or 1/(1 − rate), drawn once and fixed over a whole solve; None keeps everything."""
+    """Dropout masks, 0 or 1/(1 − rate), drawn once and fixed during a whole solve; None keeps everything."""
 
     words: Float[Array, " vocab"] | None = None
     embedding: Float[Array, "batch 1 embedding"] | None = None
@@ -137,17 +131,17 @@ class Masks(NamedTuple):
 
 
 class Context(NamedTuple):
-    """All that the cell needs beside z."""
+    """Everything that the cell needs apart from z."""
 
     kernel: Float[Array, "kernel channels 4 channels"]
     injection: Float[Array, "batch time 4 channels"]
-    past_h: Float[Array, "batch past channels"]  # dropped already
+    past_h: Float[Array, "batch past channels"]  # after dropout
     past_c: Float[Array, "batch 1 channels"]
     masks: Masks
 
 
 class Hidden(NamedTuple):
-    """What `DEQTrellisNet.hidden` returns; `auxiliary` are the outputs of layers on the way, where asked for."""
+    """The result of `DEQTrellisNet.hidden`; `auxiliary` holds the outputs of intermediate layers, if requested."""
 
     hidden: Float[Array, "batch time output"]
     history: History
@@ -155,16 +149,8 @@ class Hidden(NamedTuple):
     auxiliary: tuple[Float[Array, "batch time output"], ...]
 
 
-class Output(NamedTuple):
-    """What `DEQTrellisNet` returns; logits are float32 or wider, and `history` goes into the next call."""
-
-    logits: Float[Array, "batch time vocab"]
-    history: History
-    solution: Solution
-
-
-class DEQTrellisNet(nnx.Module):
-    """A language model of one gated causal convolution at equilibrium, with the interface of `DEQTransformer`.
+class DEQTrellisNet(LanguageModel[TrellisNetConfig]):
+    """A language model: one gated causal convolution at equilibrium, with the interface of `DEQTransformer`.
 
     >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
@@ -176,7 +162,7 @@ class DEQTrellisNet(nnx.Module):
     ((2, 5, 27), (2, 1, 24), (2,))
 
     `Picard(max_steps=L)` with `Unroll()` is the TrellisNet of L layers on the same parameters: the paper's baseline
-    and its warm-up. That one is trained with auxiliary losses, which `aux_every` gives the outputs for:
+    and its warm-up. The paper trains that network with auxiliary losses; `aux_every` gives the outputs for them:
 
     >>> import deq_jax as deq
     >>> twelve = dict(solver=deq.Picard(max_steps=12), adjoint=deq.Unroll())
@@ -185,52 +171,18 @@ class DEQTrellisNet(nnx.Module):
     (2, (2, 5, 8))
     """
 
-    def __init__(
-        self,
-        config: TrellisNetConfig,
-        *,
-        solver: Solver = Anderson(),  # noqa: B008  frozen
-        adjoint: Adjoint = Implicit(),  # noqa: B008
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        """`dtype` is that of the state and of the arithmetic; None means `param_dtype`."""
-        self.config = config
-        self.solver = solver
-        self.adjoint = adjoint
-        self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
+    vocabulary: AdaptiveVocabulary
+
+    def _init_params(self, param_dtype: Any, rngs: nnx.Rngs) -> None:
+        config, bound = self.config, self.config.embedding_range
         width, output, vocab = config.embedding_width, config.output_dim, config.vocab_size
-        bound = config.embedding_range
         draw = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
         options: dict[str, Any] = dict(draw=draw, param_dtype=param_dtype, rngs=rngs)
         clusters: dict[str, Any] = {n: getattr(config, n) for n in ("cutoffs", "div_val", "projection_std")}
-        # An embedding of another width than the output is a table of its own, and the vocabulary decodes alone.
+        # An embedding whose width differs from the output's is a separate table; the vocabulary then only decodes.
         self.vocabulary = AdaptiveVocabulary(vocab, output, tie=config.tie or width != output, **clusters, **options)
         self.embedding = nnx.Param(draw(rngs.params(), (vocab, width), param_dtype)) if width != output else None
         self.cell = TrellisNetCell(config, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
-
-    def __call__(
-        self,
-        tokens: Int[Array, "batch time"],
-        history: History | None = None,
-        *,
-        z0: State | None = None,
-        key: Array | None = None,
-        solver: Solver | None = None,
-        adjoint: Adjoint | None = None,
-        probe: Probe | None = None,
-    ) -> Output:
-        """Logits for the token after each of `tokens`, the history for the next segment, and the `Solution`.
-
-        A `key` turns dropout on, None is evaluation. `z0` defaults to zeros. Raises TypeError or ValueError,
-        before tracing, for tokens, a history or a z0 that do not fit. A token id outside the vocabulary, also
-        a negative one, cannot be seen then: it gives NaN, and the status NONFINITE.
-        """
-        hidden, history, solution, _ = self.hidden(
-            tokens, history, z0=z0, key=key, solver=solver, adjoint=adjoint, probe=probe
-        )
-        return Output(self.decode(hidden), history, solution)
 
     def hidden(
         self,
@@ -244,70 +196,42 @@ class DEQTrellisNet(nnx.Module):
         probe: Probe | None = None,
         aux_every: int = 0,
     ) -> Hidden:
-        """All but the logits: `decode` gives them, and `nll` a loss without them.
+        """A call without the logits: `decode` computes them, and `nll` computes a loss without them.
 
-        With `aux_every` the outputs of layers aux_every, 2 aux_every, … below `solver.max_steps` come too, under the
-        same output mask. With `Unroll` their gradient is that of the network of so many layers, for which the solver
-        has to be `Picard`; with any other adjoint they are states of `deq.trajectory`, with `Phantom`'s gradient.
+        `aux_every` adds the outputs of layers aux_every, 2 aux_every, … below `solver.max_steps`, with the same output
+        mask. With `Unroll`, their gradient is that of the network with that many layers, and the solver must be
+        `Picard`. With any other adjoint, they are states of `deq.trajectory`, with the gradient of `Phantom`.
         """
-        history, embedded, context = self._prepared(tokens, history, key)
-        shape = (*tokens.shape, self.config.channels)
-        start = State(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) if z0 is None else State(*z0)
-        for name, leaf in zip(State._fields, start, strict=True):
-            require(leaf.shape == shape, f"z0.{name} must have shape {shape}, got {leaf.shape}")
-        start = State(start.h.astype(self.dtype), start.c.astype(self.dtype))
-        options: dict[str, Any] = {
-            "solver": self.solver if solver is None else solver,
-            "adjoint": self.adjoint if adjoint is None else adjoint,
-            "batch_ndim": 1,
-            "probe": probe,
-        }
-        solution, states = _solve(self.cell.f, start, context, aux_every, options)
+        previous, embedded, context = self._prepare(tokens, history, key)
+        zeros = jnp.zeros((*tokens.shape, self.config.channels), self.dtype)
+        start = common.initial_state(None if z0 is None else State(*z0), State(zeros, zeros))
+        solution, states = _solve(self.cell.f, start, context, aux_every, self._options(solver, adjoint, probe))
         read = lambda z: drop(z.h[..., self.config.hidden_dim :], context.masks.output)
-        past = self.config.kernel - 1
-        join = lambda old, new, keep: jnp.concatenate([old, new], axis=1)[:, old.shape[1] + new.shape[1] - keep :]
-        z = solution.value
-        after = History(join(history.h, z.h, past), z.c[:, -1:], join(history.embedded, embedded, past))
+        z, past = solution.value, self.config.kernel - 1
+        last = lambda old, new: jnp.concatenate([old, new], axis=1)[:, old.shape[1] + new.shape[1] - past :]
+        after = History(last(previous.h, z.h), z.c[:, -1:], last(previous.embedded, embedded))
         return Hidden(read(z), jax.lax.stop_gradient(after), solution, tuple(map(read, states)))
 
-    def decode(self, hidden: Float[Array, "*batch output"]) -> Float[Array, "*batch vocab"]:
-        """Logits h Eᵀ + b, in float32 or wider; of an adaptive softmax, log p itself."""
-        return self.vocabulary.logits(hidden.astype(wide(self.dtype)))
-
-    def nll(self, hidden: Float[Array, "*batch output"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
-        """−log p of each target given the `hidden` of its column, in nats: never all logits of a large vocabulary."""
-        return self.vocabulary.nll(hidden.astype(wide(self.dtype)), targets)
-
-    def context(
-        self, tokens: Int[Array, "batch time"], history: History | None = None, *, key: Array | None = None
-    ) -> Context:
-        """What `model.cell.f(z, context)` is solved with: for penalties and diagnostics at the equilibrium.
-
-        With a call's own `key` it is that call's context, masks included, and under jit computed once.
-        """
-        return self._prepared(tokens, history, key)[2]
+    @property
+    def softmax(self) -> SoftmaxWeights:
+        """The arrays of the decoder."""
+        return self.vocabulary.softmax
 
     def empty_history(self, batch: int) -> History:
-        """The history of a first segment: zeros, as before the beginning of every sequence."""
+        """The history of a first segment: zeros, as before the start of any sequence."""
         config, past = self.config, self.config.kernel - 1
         zeros = lambda columns, width: jnp.zeros((batch, columns, width), self.dtype)
         return History(zeros(past, config.channels), zeros(1, config.channels), zeros(past, config.embedding_width))
 
-    def _prepared(self, tokens, history, key) -> tuple[History, Array, Context]:
-        """The history, or an empty one, the embedded tokens, and the context, once it is known that all fit."""
-        history = jax.lax.stop_gradient(checked_history(tokens, history, self.empty_history))
+    def _prepare(self, tokens: Array, history: History | None, key: Array | None) -> Prepared:
+        history = jax.lax.stop_gradient(common.checked_history(tokens, history, self.empty_history))
         masks = draw_masks(self.config, key, len(tokens), dtype=self.dtype)
         embedded = self._embed(tokens)
         if masks.words is not None:
-            # No gradient and no NaN comes from an id outside: `embed` has dealt with it.
+            # An id outside the vocabulary may take any word's mask: its embedding is NaN already.
             embedded = embedded * jnp.take(masks.words, tokens, axis=0, mode="clip")[..., None]
         embedded = drop(embedded, masks.embedding)
-        return history, embedded, self.cell.context(embedded, history, masks)
-
-    def _embed(self, tokens):
-        if self.embedding is None:
-            return self.vocabulary.embed(tokens, self.dtype)
-        return adaptive.embed(tokens, EmbeddingWeights((self.embedding[...],), (None,)), self.dtype)
+        return Prepared(history, embedded, self.cell.context(embedded, history, masks))
 
 
 class TrellisNetCell(nnx.Module):
@@ -318,7 +242,7 @@ class TrellisNetCell(nnx.Module):
         self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
 
         def weight(width: int) -> Weight:
-            # Sums over taps and channels: weight norm is that of PyTorch's convolution over dim=0.
+            # It sums over taps and channels, so weight norm is that of PyTorch's convolution with dim=0.
             shape = (config.kernel, width, 4, config.channels)
             options: dict[str, Any] = dict(weight_norm=config.weight_norm, fan_in_axes=2)
             return Weight(shape, config.init_std, **options, param_dtype=param_dtype, rngs=rngs)
@@ -329,7 +253,7 @@ class TrellisNetCell(nnx.Module):
 
     @property
     def f(self) -> Callable[[State, Context], State]:
-        """The function that is solved, f(z, context): pure, and the same object at every call."""
+        """The function f(z, context) to solve: pure, and the same object at every call."""
         return step
 
     def context(
@@ -338,8 +262,8 @@ class TrellisNetCell(nnx.Module):
         history: History,
         masks: Masks = Masks(),  # noqa: B008
     ) -> Context:
-        """All of f that does not depend on z, and so is computed once."""
-        # x̃ = W_x * x + b, from the last columns of the segment before on.
+        """The part of f that does not depend on z, computed once."""
+        # x̃ = W_x * x + b, starting from the last columns of the previous segment.
         x, bias = jnp.concatenate([history.embedded, embedded], axis=1), self.bias[...].astype(self.dtype)
         injection = causal_convolution(x, self.inject(self.dtype, masks.inject)) + bias[None, None]
         kernel = self.kernel(self.dtype, masks.kernel)
@@ -349,21 +273,21 @@ class TrellisNetCell(nnx.Module):
 def step(z: State, context: Context) -> State:
     """f(z; x): one layer of a TrellisNet.
 
-    i, o, g, f = x̃ + W * h, then the gates of an LSTM, whose memory is c one column before:
+    i, o, g, f = x̃ + W * h are the gates of an LSTM, whose memory is c at the previous column:
     c' = σ(f) ∘ c₋₁ + σ(i) ∘ tanh(g),  h' = σ(o) ∘ tanh(c').
     """
     h = jnp.concatenate([context.past_h, drop(z.h, context.masks.hidden)], axis=1)
     a = causal_convolution(h, context.kernel) + context.injection
     i, o, g, f = (a[:, :, gate] for gate in range(4))
-    before = jnp.concatenate([context.past_c, z.c[:, :-1]], axis=1)
-    c = jax.nn.sigmoid(f) * before + jax.nn.sigmoid(i) * jnp.tanh(g)
+    previous = jnp.concatenate([context.past_c, z.c[:, :-1]], axis=1)
+    c = jax.nn.sigmoid(f) * previous + jax.nn.sigmoid(i) * jnp.tanh(g)
     return z._replace(h=jax.nn.sigmoid(o) * jnp.tanh(c), c=c)
 
 
 def causal_convolution(
     x: Float[Array, "batch columns width"], kernel: Float[Array, "taps width 4 channels"]
 ) -> Float[Array, "batch time 4 channels"]:
-    """Σ_j x[t + j] W[j] for t = 0 … columns − taps: the last tap is the column itself, the others come before it."""
+    """Σ_j x[t + j] W[j] for t = 0 … columns − taps: the last tap reads the column itself, the others earlier ones."""
     taps = kernel.shape[0]
     time = x.shape[1] - taps + 1
     windows = jnp.stack([x[:, j : j + time] for j in range(taps)], axis=2)
@@ -383,16 +307,15 @@ def draw_masks(config: TrellisNetConfig, key: Array | None, batch: int, *, dtype
         hidden=(config.hidden_dropout, (batch, 1, channels)),
         output=(config.output_dropout, (batch, 1, config.output_dim)),
     )
-    keys = jax.random.split(key, len(draws))
-    masks: dict[str, Any] = {name: keep_mask(key, *draws[name], dtype) for name, key in zip(draws, keys, strict=True)}
-    for name in ("inject", "kernel"):  # as in the paper's code, weights in time alone are dropped
+    masks = common.keep_masks(key, draws, dtype)
+    for name in ("inject", "kernel"):  # as in the paper's code, only taps on earlier columns are dropped
         if masks[name] is not None:
             masks[name] = jnp.concatenate([masks[name], jnp.ones_like(masks[name], shape=(1, *masks[name].shape[1:]))])
     return Masks(**masks)
 
 
 def _solve(f, z0: State, context: Context, aux_every: int, options: dict) -> tuple[Solution, list[State]]:
-    """The solution, and the states after every `aux_every` steps before it."""
+    """The solution, and the states after every `aux_every` steps before the last step."""
     solver, adjoint = options["solver"], options["adjoint"]
     at = range(aux_every, solver.max_steps, aux_every) if aux_every else ()
     if not at:
@@ -401,15 +324,13 @@ def _solve(f, z0: State, context: Context, aux_every: int, options: dict) -> tup
         found = trajectory(f, z0, context, at=tuple(at), correction=Phantom(), **options)
         return Solution(found.value, found.stats), list(found.states)
 
-    # L layers are n times aux_every layers and the rest: one after the other, for `Unroll` has a gradient in z0.
+    # L layers are n blocks of aux_every layers and a remainder. Each block starts where the previous one ended; the
+    # gradient flows through all of them, because `Unroll` is differentiable in z0.
     if not isinstance(solver, Picard):
         raise ValueError(f"auxiliary outputs through Unroll need solver=Picard, got {type(solver).__name__}")
-    some: dict[str, Any] = options | {"solver": dataclasses.replace(solver, max_steps=aux_every)}
-    rest: dict[str, Any] = options | {
-        "solver": dataclasses.replace(solver, max_steps=solver.max_steps - aux_every * len(at))
-    }
-    states = []
+    with_steps = lambda steps: {**options, "solver": dataclasses.replace(solver, max_steps=steps)}
+    states, done = [], aux_every * len(at)
     for _ in at:
-        states.append(z0 := fixed_point(f, z0, context, **some).value)
-    value, stats = fixed_point(f, z0, context, **rest)
-    return Solution(value, stats._replace(steps=stats.steps + aux_every * len(at))), states
+        states.append(z0 := fixed_point(f, z0, context, **with_steps(aux_every)).value)
+    value, stats = fixed_point(f, z0, context, **with_steps(solver.max_steps - done))
+    return Solution(value, stats._replace(steps=stats.steps + done)), states

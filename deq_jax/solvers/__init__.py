@@ -1,23 +1,24 @@
-"""Solvers: frozen numbers with two pure functions, driven by the one loop in `base`."""
+"""Solvers: frozen numbers with two pure functions, driven by the one loop in `loop`."""
 
 from deq_jax.solvers.anderson import Anderson
-from deq_jax.solvers.base import Fold, Seen, Solved, Solver, Stats, Status, solve
 from deq_jax.solvers.broyden import Broyden
+from deq_jax.solvers.loop import run_loop
 from deq_jax.solvers.newton_krylov import NewtonKrylov
 from deq_jax.solvers.picard import Picard
+from deq_jax.solvers.protocol import Evaluation, Fold, Solver, SolveResult, Stats, Status
 from deq_jax.solvers.robust import Robust
 
 __all__ = [
     "Anderson",
     "Broyden",
+    "Evaluation",
     "Fold",
     "NewtonKrylov",
     "Picard",
     "Robust",
-    "Seen",
-    "Solved",
+    "SolveResult",
     "Solver",
     "Stats",
     "Status",
-    "solve",
+    "run_loop",
 ]

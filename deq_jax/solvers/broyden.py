@@ -1,4 +1,28 @@
-"""Broyden's good method with limited memory: a secant model of the inverse Jacobian, held as the steps taken."""
+"""Broyden's good method with limited memory: a secant model of the inverse Jacobian, held as the steps taken.
+
+With g = f(z) − z, a step asks for f at z + s,
+
+    (1)  s = −t B g,  B = −I + Σ coreᵢⱼ sᵢ sⱼᵀ
+
+where t is the step size and the sᵢ are the steps before. If the step taken is a multiple of s, dz = scaling · s, then
+t stands for scaling · t below. With the new residual g⁺ and dg = g⁺ − g, the least change of B for which B dg = dz is
+
+    (2)  B⁺ = B + u dzᵀB,  u = α (dz − B dg),  α = 1 / dzᵀB dg
+
+By (1), B g = −dz / t, so B g⁺ is the only product needed: B dg = B g⁺ + dz / t. With slope = dzᵀB g⁺
+
+    (3)  dzᵀB dg = slope + ‖dz‖² / t,  u = α ((1 − 1/t) dz − B g⁺)
+
+The next direction d is −B⁺ g⁺ from the new iterate, or −B⁺ g from the old one if the step is rejected:
+
+    (4)  accepted  d = −(1 − α slope) B g⁺ − α slope (1 − 1/t) dz
+         rejected  d = −(α ‖dz‖² / t) B g⁺ + (1 + α ‖dz‖² (1 − 1/t)) / t dz
+
+Solved for B g⁺, (4) gives u in terms of dz and d, hence of dz and the next step, the two vectors that are stored:
+
+    (5)  accepted  u = α (1 − 1/t) / (1 − α slope) dz + α / (1 − α slope) d
+         rejected  u = −1 / ‖dz‖² dz + t / ‖dz‖² d
+"""
 
 from typing import NamedTuple
 
@@ -6,41 +30,57 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._config import Budget, check_number, check_stopping, config
-from deq_jax.solvers.base import at_most, choose, norm, one_hot, per_problem, root, write_slot, zeros_from
+from deq_jax import _low_rank
+from deq_jax._arrays import at_most, dot, norm, one_hot, per_problem, ratio, safe_sqrt, write_slot, zeros_from
+from deq_jax._checks import check_number, check_sees_all
+from deq_jax._config import Number, config
+from deq_jax._states import choose
+from deq_jax.solvers.protocol import LoopOptions
 
-GROWTH = 1.5  # a residual that grew by this factor is a step too far
+GROWTH = 1.5  # a step that makes the residual grow by this factor is rejected
 DAMPED_BELOW = 0.1  # Moré & Trangenstein's σ: an update may shrink det B⁻¹ by no more than this
-USELESS = 1e-6  # B g this much shorter than g, and no step to take, is the end of a memory
+USELESS = 1e-6  # reset the memory when ‖B g‖ is less than this part of ‖g‖ and the step rounds to zero
 
 
 class BroydenState(NamedTuple):
-    """B = −I + Σ middleᵢⱼ sᵢ sⱼᵀ estimates the inverse Jacobian of g = f(z) − z."""
+    """B = −I + Σ coreᵢⱼ sᵢ sⱼᵀ estimates the inverse Jacobian of g = f(z) − z."""
 
     count: Int[Array, ""]  # residuals seen
-    z: Float[Array, "*batch dim"]  # the last iterate that was kept
+    z: Float[Array, "*batch dim"]  # the last iterate that was accepted
     g: Float[Array, "*batch dim"]  # and its residual
     g_norm: Float[Array, "*batch"]
     known: Bool[Array, "*batch"]  # whether z and g belong to this f
-    steps: Float[Array, "*batch slots dim"]  # sᵢ: the steps taken, then that asked for now; others hold anything finite
-    middle: Float[Array, "*batch slots slots"]  # zero for slots not in use
-    stretch: Float[Array, "*batch"]  # the step asked for is −stretch · B g
+    steps: Float[Array, "*batch slots dim"]  # sᵢ: the steps taken, then the next one; other slots hold anything finite
+    core: Float[Array, "*batch slots slots"]  # zero for slots not in use
+    step_size: Float[Array, "*batch"]  # t: the next step is −t B g
     cuts: Int[Array, "*batch"]  # of the present step
-    ask: Float[Array, "*batch dim"]  # where f is to be evaluated next
+    next_z: Float[Array, "*batch dim"]  # where f is to be evaluated next
+
+
+class Move(NamedTuple):
+    """How z has moved since the last iterate that was accepted."""
+
+    dz: Float[Array, "*batch dim"]
+    dz_dz: Float[Array, "*batch"]  # ‖dz‖²
+    in_steps: Float[Array, "*batch slots"]  # dz = Σ in_stepsᵢ sᵢ where taken
+    moved: Bool[Array, "*batch"]
+    taken: Bool[Array, "*batch"]  # whether dz is the step that was asked for, up to rounding and a factor
+    scaling: Float[Array, "*batch"]  # that factor; 1 where not taken
+    step_size: Float[Array, "*batch"]  # t with dz = −t B g; 1 where not taken
 
 
 @config
-class Broyden:
+class Broyden(LoopOptions):
     """Broyden's good method, paper Eq 10, holding `rank` updates; when they are full, their sum is compressed.
 
-    Memory is rank + 1 states, half of what pairs take; a problem of few entries holds twice as many updates as entries,
+    Memory is rank + 1 states, half of what pairs take. A problem of few entries holds twice as many updates as entries,
     for no more are of use (Gay 1979). An update adds a multiple of (dz − B dg) dzᵀB. Where dz = −t B g was a step of
     this method, dz − B dg is in the span of dz and of the next step: so steps are all that is kept of the past
     (Kelley 1995, §7.3), around a small matrix (Byrd, Nocedal & Schnabel 1994).
 
     A full memory is never overwritten as a ring: what is left after dropping the oldest update is not an inverse of
     anything. Instead B + I is projected on the `keep` directions that lead in it and in its transpose, half of `rank`
-    by default (compare Broyden rank reduction, van de Rotten & Verduyn Lunel 2005); 0 starts afresh from −I. The
+    by default (compare Broyden rank reduction, van de Rotten & Verduyn Lunel 2005); 0 restarts from −I. The
     update is damped where it would make B singular (Moré & Trangenstein 1976). A step that makes the residual grow by
     half, or f not finite, is taken back and shortened, up to `line_search` times in a row; its pair still improves B.
     One cut solves more of the random cells of experiments/robustness_study.py at no more evaluations; four pay on
@@ -51,18 +91,16 @@ class Broyden:
     12
     """
 
-    rtol: float = 1e-4
-    atol: float = 0.0
-    max_steps: Budget = 100
     rank: int = 20
-    damping: float = 1.0
+    damping: Number = 1.0
     keep: int | None = None
     line_search: int = 1
 
     scale_free = True
 
     def __post_init__(self):
-        check_stopping(self)
+        super().__post_init__()
+        check_sees_all(self, "Broyden")
         check_number(self, "rank", at_least=1)
         check_number(self, "damping", above=0, at_most=2)
         if self.keep is not None:
@@ -80,12 +118,12 @@ class Broyden:
     def init(self, z: Float[Array, "*batch dim"]) -> BroydenState:
         zero, slots = zeros_from(z), at_most(self.rank, 2 * z.shape[-1]) + 1
         steps, none = jnp.stack([zero] * slots, axis=-2), zero[..., 0]
-        middle, cuts = jnp.stack([steps[..., 0]] * slots, axis=-1), none.astype(jnp.int32)
+        core, cuts = jnp.stack([steps[..., 0]] * slots, axis=-1), none.astype(jnp.int32)
         count = jnp.zeros((), jnp.int32)
-        return BroydenState(count, zero, zero, none, none > 0, steps, middle, none + 1, cuts, z)
+        return BroydenState(count, zero, zero, none, none > 0, steps, core, none + 1, cuts, z)
 
     def next_point(self, state: BroydenState, z: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        return state.ask
+        return state.next_z
 
     def resume(self, state: BroydenState) -> BroydenState:
         """The memory of a solve of a similar problem: its estimate is a start, its last residual is not ours."""
@@ -94,79 +132,55 @@ class Broyden:
     def update(
         self, residual: Float[Array, "*batch dim"], state: BroydenState, z: Float[Array, "*batch dim"]
     ) -> tuple[Float[Array, "*batch dim"], BroydenState]:
-        # Slots are filled in turn; when the last one is, what they hold is put into the first ones.
+        # Slots are filled in turn. Once the last one is filled, the memory is compressed into the first ones.
         rank = state.steps.shape[-2] - 1
         last, new = self._slot(state.count - 1, rank, compressed=True), self._slot(state.count, rank)
-        is_last, is_new = (one_hot(slot, rank + 1, z) for slot in (last, new))
-        dot = lambda x, y: jnp.einsum("...d,...d->...", x, y)
-
-        # Was the step that was asked for also taken, but for rounding and a factor (of an optax chain)? It was not
-        # where a problem that stopped is shown its best z; where z does not move at all, what is held must survive.
-        asked = jax.lax.dynamic_index_in_dim(state.steps, last, axis=-2, keepdims=False)
-        dz = z - state.z
-        length, onto, planned = dot(dz, dz), dot(dz, asked), dot(asked, asked)
-        share = onto / jnp.where(planned > 0, planned, 1)
-        moved = ~state.known | (length > 0)
-        taken = state.known & (onto > 0) & (onto * share > 0.9 * length)
-        share, stretch = jnp.where(taken, share, 1), jnp.where(taken, state.stretch * share, 1)
-
-        # A step that makes the residual grow is not kept: its pair is, and the next step begins where it began.
+        is_new = one_hot(new, rank + 1, z)
+        move = last_move(state, z, last)
         g_norm = norm(residual)
         finite = jnp.isfinite(g_norm)
-        worse = g_norm > GROWTH * state.g_norm
-        back = taken & jnp.where(finite, worse & (state.cuts < self.line_search), self.line_search > 0)
         g = jnp.where(finite[..., None], residual, 0)
-        here_z, here_g, here_norm = choose(back, (state.z, state.g, state.g_norm), (z, g, g_norm))
+        # A rejected step is taken back: its pair improves B, and the next step starts where it started.
+        grown = g_norm > GROWTH * state.g_norm
+        rejected = move.taken & jnp.where(finite, grown & (state.cuts < self.line_search), self.line_search > 0)
+        from_z, from_g, from_norm = choose(rejected, (state.z, state.g, state.g_norm), (z, g, g_norm))
 
-        # A slot in turn that is in use is held still, in a memory that was resumed: the estimate starts afresh.
+        # A resumed memory may still use the slot whose turn it is: B is reset to −I then.
         in_turn = jnp.maximum(is_new[..., :, None], is_new[..., None, :])
-        afresh = moved & jnp.any(state.middle * in_turn != 0, axis=(-2, -1))
-        middle = jnp.where(afresh[..., None, None], 0, state.middle)
-        steps, dz_in_steps = write_slot(state.steps, dz / share[..., None], last, taken), share[..., None] * is_last
-        along = lambda x: jnp.einsum("...sd,...d->...s", steps, x)  # a pass for each: as one product they are slower
-        s_g = along(g)
-        weights = jnp.einsum("...ij,...j->...i", middle, s_g)  # B g = −g + Σ weightsᵢ sᵢ
-        row = jnp.einsum("...ij,...i->...j", middle, along(dz)) - dz_in_steps  # dzᵀB = Σ rowⱼ sⱼᵀ
-        slope = jnp.einsum("...s,...s->...", row, s_g)  # dzᵀB g
+        reset = move.moved & jnp.any(state.core * in_turn != 0, axis=(-2, -1))
+        core = jnp.where(reset[..., None, None], 0, state.core)
+        steps = write_slot(state.steps, move.dz / move.scaling[..., None], last, move.taken)
+        products = products_with(core, steps, g, move)
+        curvature = products.slope + move.dz_dz / move.step_size  # (3)
+        alpha, usable = damped(curvature, move.dz_dz, move.taken & finite & ~reset)
+        direction = next_direction(products, steps, g, move, alpha, rejected)
+        step, step_size, useless = self._next_step(direction, from_z, from_g, from_norm, move, rejected, finite)
 
-        # B ← B + (dz − B dg) dzᵀB / (dzᵀB dg): the secant equation B dg = dz, least change. B dg is B g + dz / stretch.
-        factor, usable = damped(slope + length / stretch, length, taken & finite & ~afresh)
-
-        # With u = factor (dz − B dg) the next direction is −(B + u dzᵀB) g: of the new g it is −B g less slope u; of
-        # the old one, where a step is taken back, dz / stretch plus u length / stretch.
-        rest, idle = 1 - factor * slope, 1 - 1 / stretch
-        of_bg = jnp.where(back, -factor * length / stretch, -rest)
-        of_dz = jnp.where(back, (1 + factor * length * idle) / stretch, -factor * slope * idle)
-        mixed = of_bg[..., None] * weights + of_dz[..., None] * dz_in_steps
-        direction = jnp.einsum("...s,...sd->...d", mixed, steps) - of_bg[..., None] * g
-
-        # At most half as far as the step that failed, a tenth where f was not finite.
-        step, cuts = per_problem(self.damping) * direction, jnp.where(back, state.cuts + 1, 0)
-        reach, ahead = jnp.where(finite, 0.5, 0.1) * root(length), norm(step)
-        short = jnp.where(back & (ahead > reach), reach / jnp.where(ahead > 0, ahead, 1), 1)
-        step, next_stretch = short[..., None] * step, short * self.damping
-        # A memory that has overflowed, or that leaves nothing to do about a residual, is given up.
-        stays = jnp.all(here_z + step == here_z, axis=-1)
-        lost = ~jnp.isfinite(ahead) | (stays & (ahead < USELESS * here_norm))
-        step = jnp.where(lost[..., None], per_problem(self.damping) * here_g, step)
-        next_stretch = jnp.where(lost, self.damping, next_stretch)
-
-        # The same the other way around: u by dz and by the step that follows.
-        safe = jnp.where(length > 0, length, 1)
-        u_dz = jnp.where(back, -1 / safe, factor * idle / rest)
-        u_new = jnp.where(back, stretch / safe, factor / rest) / jnp.where(next_stretch > 0, next_stretch, 1)
-        u = u_dz[..., None] * dz_in_steps + u_new[..., None] * is_new
-        middle = middle + jnp.where(usable[..., None, None], u[..., :, None] * row[..., None, :], 0)
-        middle = jnp.where((lost & moved)[..., None, None], 0, middle)
-        steps = write_slot(steps, step, new, moved)
-
+        u = u_in_steps(products, move, alpha, rejected, step_size, is_new)
+        core = core + jnp.where(usable[..., None, None], u[..., :, None] * products.dz_B[..., None, :], 0)  # (2)
+        core = jnp.where((useless & move.moved)[..., None, None], 0, core)
+        steps = write_slot(steps, step, new, move.moved)
         # By the count that all problems share: to ask whether one is full is one more collective in a sharded solve.
-        compress = lambda: self._compressed(moved, steps, middle, step, next_stretch, here_g)
-        steps, middle, step = jax.lax.cond(new == rank, compress, lambda: (steps, middle, step))
-        ask = here_z + step
-        known = state.known | True
-        memory = BroydenState(state.count + 1, here_z, here_g, here_norm, known, steps, middle, next_stretch, cuts, ask)
-        return ask - z, memory
+        compress = lambda: self._compressed(move.moved, steps, core, step, step_size, from_g)
+        steps, core, step = jax.lax.cond(new == rank, compress, lambda: (steps, core, step))
+        next_z, known, cuts = from_z + step, state.known | True, jnp.where(rejected, state.cuts + 1, 0)
+        start = state.count + 1, from_z, from_g, from_norm, known
+        return next_z - z, BroydenState(*start, steps, core, step_size, cuts, next_z)
+
+    def _next_step(
+        self, direction: Array, z: Array, g: Array, g_norm: Array, move: Move, rejected: Array, finite: Array
+    ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"], Bool[Array, "*batch"]]:
+        """(step, t, useless): the step (1) from z. Where the memory is useless, it is to be reset: a plain step."""
+        # At most half as far as the step that was rejected, a tenth where f was not finite.
+        step = per_problem(self.damping) * direction
+        length, longest = norm(step), jnp.where(finite, 0.5, 0.1) * safe_sqrt(move.dz_dz)
+        cut = jnp.where(rejected & (length > longest), ratio(longest, length), 1)
+        step, step_size = cut[..., None] * step, cut * self.damping
+        # A memory is useless if it has overflowed, or if it gives no step although there is a residual.
+        stays = jnp.all(z + step == z, axis=-1)
+        useless = ~jnp.isfinite(length) | (stays & (length < USELESS * g_norm))
+        step = jnp.where(useless[..., None], per_problem(self.damping) * g, step)
+        return step, jnp.where(useless, self.damping, step_size), useless
 
     def _slot(self, count: Int[Array, ""], rank: int, compressed: bool = False) -> Int[Array, ""]:
         """Where the step after `count` earlier residuals is written, or where it is once the memory is compressed."""
@@ -177,70 +191,88 @@ class Broyden:
     def _kept(self, rank: int) -> int:
         return rank // 2 if self.keep is None else min(self.keep, rank - 1)
 
-    def _compressed(self, where, steps, middle, step, stretch, g) -> tuple:
-        """(steps, middle, step) with B + I projected, in the problems of `where`, and the step −stretch · B g anew."""
+    def _compressed(self, where, steps, core, step, step_size, g) -> tuple:
+        """(steps, core, step) with B + I projected, in the problems of `where`, and the step −t B g computed anew."""
         kept = self._kept(steps.shape[-2] - 1)
-        rows, core = projected(steps, middle, kept)
-        weights = jnp.einsum("...ij,...j->...i", core, jnp.einsum("...kd,...d->...k", rows, g))
-        again = stretch[..., None] * (g - jnp.einsum("...k,...kd->...d", weights, rows))
+        rows, small = _low_rank.projected(steps, core, kept)
+        weights = jnp.einsum("...ij,...j->...i", small, jnp.einsum("...kd,...d->...k", rows, g))
+        again = step_size[..., None] * (g - jnp.einsum("...k,...kd->...d", weights, rows))
         rows = jnp.concatenate([rows, again[..., None, :]], axis=-2)
-        rim = (0, middle.shape[-1] - kept)
-        core = jnp.pad(core, [(0, 0)] * (core.ndim - 2) + [rim, rim])
-        rows, core, again = choose(where, (rows, core, again), (steps[..., : kept + 1, :], middle, step))
-        return jax.lax.dynamic_update_slice_in_dim(steps, rows, 0, axis=-2), core, again
+        rim = (0, core.shape[-1] - kept)
+        small = jnp.pad(small, [(0, 0)] * (small.ndim - 2) + [rim, rim])
+        rows, small, again = choose(where, (rows, small, again), (steps[..., : kept + 1, :], core, step))
+        return jax.lax.dynamic_update_slice_in_dim(steps, rows, 0, axis=-2), small, again
+
+
+# ---- one update --------------------------------------------------------------------------------------------
+
+
+def last_move(state: BroydenState, z: Float[Array, "*batch dim"], last: Int[Array, ""]) -> Move:
+    """How z has moved, compared with the step that was asked for, which stands in slot `last`.
+
+    An optax chain may scale the step. A problem that stopped is shown its best z again, which is another point. Where z
+    does not move at all, the state must not change.
+    """
+    s = jax.lax.dynamic_index_in_dim(state.steps, last, axis=-2, keepdims=False)
+    dz = z - state.z
+    dz_dz, dz_s, s_s = dot(dz, dz), dot(dz, s), dot(s, s)
+    scaling = dz_s / jnp.where(s_s > 0, s_s, 1)  # not `ratio`: `taken` masks it
+    taken = state.known & (dz_s > 0) & (dz_s * scaling > 0.9 * dz_dz)
+    scaling, step_size = jnp.where(taken, scaling, 1), jnp.where(taken, state.step_size * scaling, 1)
+    in_steps = scaling[..., None] * one_hot(last, state.steps.shape[-2], z)
+    return Move(dz, dz_dz, in_steps, ~state.known | (dz_dz > 0), taken, scaling, step_size)
+
+
+class Products(NamedTuple):
+    """Products with B, in coordinates of the steps."""
+
+    weights: Float[Array, "*batch slots"]  # B g⁺ = −g⁺ + Σ weightsᵢ sᵢ
+    dz_B: Float[Array, "*batch slots"]  # dzᵀB = Σ dz_Bⱼ sⱼᵀ
+    slope: Float[Array, "*batch"]  # dzᵀB g⁺
+
+
+def products_with(core: Array, steps: Array, g: Array, move: Move) -> Products:
+    """B g⁺, dzᵀB and dzᵀB g⁺, from two passes over the steps."""
+    along = lambda x: jnp.einsum("...sd,...d->...s", steps, x)  # a pass for each: as one product they are slower
+    s_g = along(g)
+    weights = jnp.einsum("...ij,...j->...i", core, s_g)
+    dz_B = jnp.einsum("...ij,...i->...j", core, along(move.dz)) - move.in_steps
+    return Products(weights, dz_B, dot(dz_B, s_g))
 
 
 def damped(
-    curvature: Float[Array, "*batch"], length: Float[Array, "*batch"], where: Bool[Array, "*batch"]
+    curvature: Float[Array, "*batch"], dz_dz: Float[Array, "*batch"], where: Bool[Array, "*batch"]
 ) -> tuple[Float[Array, "*batch"], Bool[Array, "*batch"]]:
-    """(factor, usable): 1 / dzᵀB dg, or θ over what it is with B dg drawn to dz where B would become singular.
+    """(α, usable): α = 1 / dzᵀB dg of (2); where B would become singular, θ over what it is with B dg drawn to dz.
 
-    curvature is dzᵀB dg, length dzᵀdz; factor is 0 where the pair is not usable, as out of `where`.
+    curvature is dzᵀB dg. α is 0 where the pair is not usable, as out of `where`.
     """
-    gamma = curvature / jnp.where(length > 0, length, 1)
+    gamma = curvature / jnp.where(dz_dz > 0, dz_dz, 1)  # not `ratio`: `where` masks it
     sign = jnp.where(gamma < 0, -1, 1)
     near_singular = jnp.abs(gamma) < DAMPED_BELOW
     theta = jnp.where(near_singular, (1 - sign * DAMPED_BELOW) / jnp.where(near_singular, 1 - gamma, 1), 1)
-    denominator = (1 - theta) * length + theta * curvature
+    denominator = (1 - theta) * dz_dz + theta * curvature
     usable = where & (denominator != 0) & jnp.isfinite(denominator)
-    return jnp.where(usable, theta / jnp.where(usable, denominator, 1), 0), usable
+    return ratio(theta, denominator, where=usable), usable
 
 
-def projected(
-    steps: Float[Array, "*batch slots dim"], middle: Float[Array, "*batch slots slots"], keep: int
-) -> tuple[Float[Array, "*batch keep dim"], Float[Array, "*batch keep keep"]]:
-    """A = Σ middleᵢⱼ sᵢ sⱼᵀ, projected on what leads in A and Aᵀ: (orthonormal rows, the middle between them)."""
-    # All in coordinates of the steps, made unit: no LAPACK calls on small matrices, one pass over the steps each way.
-    lengths = norm(steps)
-    inverse = jnp.where(lengths > 0, 1 / jnp.where(lengths > 0, lengths, 1), 0)
-    times = lambda x, y: jnp.einsum("...ij,...jk->...ik", x, y)
-    turned = lambda x: jnp.swapaxes(x, -2, -1)
-    gram = jnp.einsum("...id,...jd->...ij", steps, steps) * inverse[..., :, None] * inverse[..., None, :]
-    middle = middle * lengths[..., :, None] * lengths[..., None, :]
-    images = jnp.concatenate([times(gram, middle), times(gram, turned(middle))], axis=-2)  # of the steps, by Aᵀ and A
-    rows = leading_rows(images, gram, keep)
-    onto = times(rows, gram)
-    core = times(times(onto, middle), turned(onto))
-    return jnp.einsum("...ks,...sd->...kd", rows * inverse[..., None, :], steps), core
+def next_direction(
+    products: Products, steps: Array, g: Array, move: Move, alpha: Array, rejected: Array
+) -> Float[Array, "*batch dim"]:
+    """d of (4)."""
+    t, dz_dz, slope = move.step_size, move.dz_dz, products.slope
+    of_Bg = jnp.where(rejected, -alpha * dz_dz / t, -(1 - alpha * slope))
+    of_dz = jnp.where(rejected, (1 + alpha * dz_dz * (1 - 1 / t)) / t, -alpha * slope * (1 - 1 / t))
+    in_steps = of_Bg[..., None] * products.weights + of_dz[..., None] * move.in_steps
+    return jnp.einsum("...s,...sd->...d", in_steps, steps) - of_Bg[..., None] * g
 
 
-def leading_rows(
-    x: Float[Array, "*batch rows slots"], gram: Float[Array, "*batch slots slots"], keep: int
-) -> Float[Array, "*batch keep slots"]:
-    """Gram–Schmidt in the inner product of `gram`, by turns on the longest row that is left; zeros where none is."""
-    lowered = jnp.einsum("...rs,...st->...rt", x, gram)
-    squares = lambda x, lowered: jnp.einsum("...rs,...rs->...r", x, lowered)
-    enough = jnp.finfo(x.dtype).eps * jnp.max(squares(x, lowered), axis=-1)  # below is what `gram` has rounded
-
-    def pick(i, carry):
-        x, lowered, picked = carry
-        square = squares(x, lowered)
-        longest, most = one_hot(jnp.argmax(square, axis=-1), x.shape[-2], square), jnp.max(square, axis=-1)
-        scale = jnp.where(most > enough, 1 / jnp.sqrt(jnp.where(most > enough, most, 1)), 0)
-        unit, down = (scale[..., None] * jnp.einsum("...r,...rs->...s", longest, y) for y in (x, lowered))
-        along = jnp.einsum("...rs,...s->...r", x, down)[..., None]
-        picked = jax.lax.dynamic_update_index_in_dim(picked, unit, i, axis=-2)
-        return x - along * unit[..., None, :], lowered - along * down[..., None, :], picked
-
-    none = zeros_from(x[..., :keep, :])
-    return jax.lax.fori_loop(0, keep, pick, (x, lowered, none))[2] if keep else none
+def u_in_steps(
+    products: Products, move: Move, alpha: Array, rejected: Array, step_size: Array, is_new: Array
+) -> Float[Array, "*batch slots"]:
+    """u of (5), in coordinates of the steps; d is the next step over its size. NaN, if any, is found a step later."""
+    t, remaining = move.step_size, 1 - alpha * products.slope
+    dz_dz = jnp.where(rejected, move.dz_dz, 1)  # positive: a step that is rejected was taken
+    of_dz = jnp.where(rejected, -1 / dz_dz, alpha * (1 - 1 / t) / remaining)
+    of_new = ratio(jnp.where(rejected, t / dz_dz, alpha / remaining), step_size)
+    return of_dz[..., None] * move.in_steps + of_new[..., None] * is_new

@@ -1,44 +1,61 @@
-"""Newton–Krylov for hard roots: derivative-free, a trust region inside the Krylov space, one evaluation a step."""
+"""Newton–Krylov for hard roots: derivative-free, a trust region inside the Krylov space, one evaluation a step.
 
-from typing import NamedTuple
+An evaluation of g = f(z) − z serves one of two purposes. Most are made at z + h q, near the iterate z, for a product
+with the Jacobian J of g. The Krylov space of `_krylov` grows by it until it holds a p with ‖g + J p‖ ≤ forcing · ‖g‖:
+
+    (1)  J q = (g(z + h q) − g(z)) / h,  h = difference · ‖z‖
+
+The others are trials of a step p of at most the trust radius. What a trial brings is compared with the model:
+
+    (2)  ρ = (‖g(z)‖² − ‖g(z + p)‖²) / (‖g(z)‖² − ‖g + J p‖²)
+    (3)  accepted  ρ > ACCEPTED:  z ← z + p; the radius grows if ρ > GOOD and shrinks if ρ < POOR
+         rejected  the radius shrinks, and the next trial goes less far in the same space
+
+An accepted step begins a new space, whose forcing term is that of Eisenstat & Walker (1996), choice 2:
+
+    (4)  forcing = min(0.9 (‖g‖ / ‖g_prev‖)², forcing_max), and no less than half the tolerance over ‖g‖
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from deq_jax._config import Budget, check_number, check_stopping, config
-from deq_jax.solvers import arnoldi
-from deq_jax.solvers.base import at_most, norm, ratio, zeros_from
+from deq_jax import _krylov
+from deq_jax._arrays import at_most, norm, ratio, zeros_from
+from deq_jax._checks import check_number, check_sees_all
+from deq_jax._config import Number, config
+from deq_jax.solvers.protocol import LoopOptions
 
 ACCEPTED = 1e-4  # part of the predicted decrease of ‖g‖² that a step must bring
 NOISE = 30  # units in the last place of g: a difference that changes it by less is lost in rounding
-SLOW = 0.99  # a step that leaves more of ‖g‖ than this
+SLOW = 0.99  # a step that leaves more of ‖g‖ than this is slow
 POOR, GOOD = 0.25, 0.75  # below, the radius shrinks; above, it may grow
 
 
 class NewtonKrylovState(NamedTuple):
-    known: Bool[Array, "*batch"]  # whether base and base_g belong to this f
-    trial: Bool[Array, "*batch"]  # the last request was a step; otherwise a difference for a product J q
-    base: Float[Array, "*batch dim"]  # the iterate
-    base_g: Float[Array, "*batch dim"]  # and its residual
-    ask: Float[Array, "*batch dim"]  # where f is to be evaluated next
+    known: Bool[Array, "*batch"]  # whether z and g belong to this f
+    trial: Bool[Array, "*batch"]  # whether the next evaluation is a trial; otherwise it is for a product J q
+    z: Float[Array, "*batch dim"]  # the iterate
+    g: Float[Array, "*batch dim"]  # and its residual
+    next_z: Float[Array, "*batch dim"]  # where f is to be evaluated next
     radius: Float[Array, "*batch"]  # of the trust region
     forcing: Float[Array, "*batch"]
     predicted: Float[Array, "*batch"]  # ‖g + J p‖ of the trial step p; below zero for one taken whatever it brings
-    widened: Float[Array, "*batch"]  # factor of the difference h, for an h that was lost in rounding
-    krylov: arnoldi.Krylov
+    widening: Float[Array, "*batch"]  # factor of the difference h, for an h that was lost in rounding
+    krylov: _krylov.Krylov
 
 
 @config
-class NewtonKrylov:
+class NewtonKrylov(LoopOptions):
     """Newton's method whose linear systems are solved in a Krylov space of f's own differences.
 
-    For roots where the secant solvers fail: Brown & Saad (1990), with Powell's dogleg in the Krylov space
-    (the step never leaves a region where the linear model has predicted well, and a step to where f is not
-    finite is cut). Between two steps it evaluates f up to `krylov` times at z + h q, each one a product of the
-    Jacobian with q, until the model is solved to `forcing` times ‖g‖, or as far as Eisenstat & Walker (1996) ask
-    near the root. Memory is `krylov` + 4 states. `difference` is h relative to ‖z‖, by default the square root of
-    the machine epsilon.
+    For roots where the secant solvers fail: Brown & Saad (1990), with Powell's dogleg in the Krylov space. The step
+    never leaves a region where the linear model has predicted well, and a step to where f is not finite is cut. Between
+    two steps it evaluates f up to `krylov` times at z + h q, each one a product of the Jacobian with q, until the model
+    is solved to `forcing` times ‖g‖, or as far as Eisenstat & Walker (1996) ask near the root. Memory is `krylov` + 4
+    states. `difference` is h relative to ‖z‖, by default the square root of the machine epsilon.
 
     For an affine f, `NewtonKrylov(krylov=…, forcing=0.0, difference=1.0)` is restarted GMRES: differences are
     exact then, and the space grows until the tolerance is met.
@@ -50,19 +67,17 @@ class NewtonKrylov:
     10
     """
 
-    rtol: float = 1e-4
-    atol: float = 0.0
-    max_steps: Budget = 100
     krylov: int = 20
-    forcing: float = 0.01
-    difference: float | None = None
+    forcing: Number = 0.01
+    difference: Number | None = None
 
     recovers = True  # a trial that is not finite is not the end: the step is cut
 
     scale_free = True
 
     def __post_init__(self):
-        check_stopping(self)
+        super().__post_init__()
+        check_sees_all(self, "NewtonKrylov")
         check_number(self, "krylov", at_least=1)
         check_number(self, "forcing", at_least=0, at_most=1)
         if self.difference is not None:
@@ -76,98 +91,129 @@ class NewtonKrylov:
     def init(self, z: Float[Array, "*batch dim"]) -> NewtonKrylovState:
         zero = zeros_from(z)
         none = zero[..., 0]
-        krylov = arnoldi.empty(zero, at_most(self.krylov, z.shape[-1]))
-        return NewtonKrylovState(
-            none > 0, none > 0, zero, zero, z, none + jnp.inf, none + self.forcing, none, none + 1, krylov
-        )
+        krylov = _krylov.empty(zero, at_most(self.krylov, z.shape[-1]))
+        no, radius, forcing = none > 0, none + jnp.inf, none + self.forcing
+        return NewtonKrylovState(no, no, zero, zero, z, radius, forcing, none, none + 1, krylov)
 
     def resume(self, state: NewtonKrylovState) -> NewtonKrylovState:
         """Nothing of an earlier solve is a start for this one."""
-        return self.init(zeros_from(state.base))
+        return self.init(zeros_from(state.z))
 
     def can_backtrack(self, state: NewtonKrylovState) -> Bool[Array, "*batch"]:
         return state.known | True
 
     def next_point(self, state: NewtonKrylovState, z: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        return state.ask
+        return state.next_z
 
     def update(
         self, residual: Float[Array, "*batch dim"], state: NewtonKrylovState, z: Float[Array, "*batch dim"]
     ) -> tuple[Float[Array, "*batch dim"], NewtonKrylovState]:
-        eps = float(jnp.finfo(z.dtype).eps)
-        g_norm, base_norm = norm(residual), norm(state.base_g)
-        finite = jnp.isfinite(g_norm)
-
-        # A product: J q = (g(z + h q) − g(z)) / h.
-        length = norm(z - state.base)
-        usable = state.known & ~state.trial & finite & (length > 0) & jnp.isfinite(length)
-        change = jnp.where(usable[..., None], residual - state.base_g, 0)
-        lost = usable & (norm(change) <= NOISE * eps * base_norm) & (length < eps**0.25 * base_norm)
-        usable = usable & ~lost
-        product = change / jnp.where(usable, length, 1)[..., None]
-        krylov = arnoldi.extend(state.krylov, product, usable)
-        enough = krylov.closed | (krylov.left <= state.forcing * base_norm)
-        ready = state.known & ~state.trial & (enough | ~(usable | lost))
-
-        # A trial: ρ compares what the step brought with what the model ‖g + J p‖ had promised.
-        cut = state.known & state.trial
-        gain = (base_norm - g_norm) * (base_norm + g_norm)
-        promise = (base_norm - state.predicted) * (base_norm + state.predicted)
-        rho = jnp.where(finite & (promise > 0), gain / jnp.where(promise > 0, promise, 1), -1)
-        accepted = cut & finite & (rho > ACCEPTED)
-        shrunk = jnp.where(finite, 0.25, 0.1) * jnp.minimum(state.radius, length)
-        moved = jnp.where(rho < POOR, jnp.maximum(0.5 * length, 0.25 * state.radius), state.radius)
-        moved = jnp.where(rho > GOOD, jnp.maximum(moved, 2 * length), moved)
-        radius = jnp.where(cut, jnp.where(accepted, moved, shrunk), state.radius)
-        # No step that the arithmetic can tell from none has helped: a local minimum of ‖g‖. Newton's own step
-        # leaves it, whatever it brings.
-        stuck = cut & ~accepted & (radius <= 4 * eps * norm(state.base))
-        # How far a step may go is a decision, not a function of the inputs, and may be infinite: constant in `Unroll`.
-        radius = jax.lax.stop_gradient(jnp.where(stuck, jnp.inf, radius))
-        forced = stuck | (state.known & (state.predicted < 0) & ~cut)
+        g_norm, last_norm, distance = norm(residual), norm(state.g), norm(z - state.z)
+        product = jacobian_product(state, residual, distance, g_norm, last_norm)
+        krylov = _krylov.extend(state.krylov, product.value, product.usable)
+        solved = krylov.closed | (krylov.residual <= state.forcing * last_norm)
+        ready = state.known & ~state.trial & (solved | ~(product.usable | product.lost))
+        trial = assess_trial(state, distance, g_norm, last_norm)
 
         # A new iterate begins a new space.
-        new = ~state.known | accepted | (cut & finite & (state.predicted < 0))
-        base = jnp.where(new[..., None], z, state.base)
-        base_g = jnp.where(new[..., None], residual, state.base_g)
-        last, base_norm = base_norm, norm(base_g)
-        krylov = arnoldi.restart(krylov, base_g, base_norm, new)
-        target = 0.5 * ratio(self.atol + self.rtol * norm(base + base_g), base_norm)
-        fallen = jnp.where(state.known, ratio(base_norm, jnp.where(last > 0, last, 1)), jnp.inf)
+        new = trial.new
+        state = state._replace(
+            z=jnp.where(new[..., None], z, state.z), g=jnp.where(new[..., None], residual, state.g), radius=trial.radius
+        )
+        base_norm = norm(state.g)
+        krylov = _krylov.restart(krylov, state.g, base_norm, new)
+        forcing = jnp.where(new, self._forcing(state, base_norm, last_norm), state.forcing)
+
+        stepping = ready | trial.rejected
+        step, predicted = trial_step(krylov, state.g, base_norm, trial.radius, jnp.any(stepping))
+        predicted = jnp.where(trial.forced, -1, predicted)
+        eps = float(jnp.finfo(z.dtype).eps)
+        widening = jnp.where(new, 1, jnp.where(product.lost, state.widening * eps**-0.25, state.widening))
+        h = self._difference(norm(state.z), base_norm, eps) * widening  # (1)
+        next_z = state.z + jnp.where(stepping[..., None], step, h[..., None] * _krylov.newest(krylov))
+        return next_z - z, state._replace(
+            known=state.known | True,
+            trial=stepping,
+            next_z=next_z,
+            forcing=forcing,
+            predicted=jnp.where(stepping, predicted, 0),
+            widening=widening,
+            krylov=krylov,
+        )
+
+    def _forcing(
+        self, state: NewtonKrylovState, base_norm: Float[Array, "*batch"], last_norm: Float[Array, "*batch"]
+    ) -> Float[Array, "*batch"]:
+        """The forcing term (4) of a new iterate."""
+        tolerance: Any = self.atol + self.rtol * norm(state.z + state.g)
+        target = 0.5 * ratio(tolerance, base_norm)
+        fallen = jnp.where(state.known, ratio(base_norm, last_norm), jnp.inf)
         # Where the last step brought little, small components of the step are what is missing.
         most = jnp.where((fallen > SLOW) & (fallen < 1), self.forcing**2, self.forcing)
-        forcing = jnp.maximum(jnp.minimum(0.9 * fallen**2, most), jnp.minimum(target, 0.5))
-        forcing = jnp.where(new, forcing, state.forcing)
+        return jnp.maximum(jnp.minimum(0.9 * fallen**2, most), jnp.minimum(target, 0.5))
 
-        stepping = ready | (cut & ~new)
-        step, predicted = jax.lax.cond(
-            jnp.any(stepping),
-            lambda: arnoldi.dogleg(krylov, radius),
-            lambda: (zeros_from(z), zeros_from(base_norm)),
-        )
-        # Without a single product there is no model: the plain iteration, within the radius.
-        plain = krylov.used == 0
-        short = ratio(jnp.minimum(radius, base_norm), base_norm)
-        step = jnp.where(plain[..., None], short[..., None] * base_g, step)
-        predicted = jnp.where(plain, (1 - 0.5 * short) * base_norm, predicted)
-        predicted = jnp.where(forced, -1, predicted)
+    def _difference(
+        self, size: Float[Array, "*batch"], base_norm: Float[Array, "*batch"], eps: float
+    ) -> Float[Array, "*batch"]:
+        """h of (1) before it is widened; relative to ‖g‖ at z = 0."""
+        difference: Any = eps**0.5 if self.difference is None else self.difference
+        return difference * jnp.where(size > 0, size, base_norm)
 
-        difference = eps**0.5 if self.difference is None else self.difference
-        widened = jnp.where(new, 1, jnp.where(lost, state.widened * eps**-0.25, state.widened))
-        size = norm(base)
-        size = jnp.where(size > 0, size, base_norm)
-        probe = (difference * size * widened)[..., None] * arnoldi.newest(krylov)
-        ask = base + jnp.where(stepping[..., None], step, probe)
-        state = NewtonKrylovState(
-            state.known | True,
-            stepping,
-            base,
-            base_g,
-            ask,
-            radius,
-            forcing,
-            jnp.where(stepping, predicted, 0),
-            widened,
-            krylov,
-        )
-        return ask - z, state
+
+class ProductResult(NamedTuple):
+    value: Float[Array, "*batch dim"]  # J q where usable
+    usable: Bool[Array, "*batch"]
+    lost: Bool[Array, "*batch"]  # whether the difference was lost in rounding: h is widened, and q tried again
+
+
+def jacobian_product(
+    state: NewtonKrylovState, residual: Array, distance: Array, g_norm: Array, last_norm: Array
+) -> ProductResult:
+    """The product (1), in the problems where the last evaluation was for one; `distance` is h."""
+    eps = float(jnp.finfo(residual.dtype).eps)
+    asked = state.known & ~state.trial & jnp.isfinite(g_norm) & (distance > 0) & jnp.isfinite(distance)
+    change = jnp.where(asked[..., None], residual - state.g, 0)
+    lost = asked & (norm(change) <= NOISE * eps * last_norm) & (distance < eps**0.25 * last_norm)
+    usable = asked & ~lost
+    return ProductResult(change / jnp.where(usable, distance, 1)[..., None], usable, lost)
+
+
+class TrialResult(NamedTuple):
+    new: Bool[Array, "*batch"]  # whether z is a new iterate
+    rejected: Bool[Array, "*batch"]  # whether a shorter step is to be tried
+    forced: Bool[Array, "*batch"]  # whether the next step is taken whatever it brings
+    radius: Float[Array, "*batch"]
+
+
+def assess_trial(state: NewtonKrylovState, distance: Array, g_norm: Array, last_norm: Array) -> TrialResult:
+    """(2) and (3), in the problems where the last evaluation was a trial; `distance` is ‖p‖."""
+    eps, finite, tried = float(jnp.finfo(state.z.dtype).eps), jnp.isfinite(g_norm), state.known & state.trial
+    gain = (last_norm - g_norm) * (last_norm + g_norm)
+    promise = (last_norm - state.predicted) * (last_norm + state.predicted)
+    rho = jnp.where(finite & (promise > 0), ratio(gain, promise), -1)
+    accepted = tried & finite & (rho > ACCEPTED)
+    shrunk = jnp.where(finite, 0.25, 0.1) * jnp.minimum(state.radius, distance)
+    adapted = jnp.where(rho < POOR, jnp.maximum(0.5 * distance, 0.25 * state.radius), state.radius)
+    adapted = jnp.where(rho > GOOD, jnp.maximum(adapted, 2 * distance), adapted)
+    radius = jnp.where(tried, jnp.where(accepted, adapted, shrunk), state.radius)
+    # No step that the arithmetic can tell from zero has helped: a local minimum of ‖g‖. Newton's own step leaves it,
+    # whatever it brings.
+    stuck = tried & ~accepted & (radius <= 4 * eps * norm(state.z))
+    # How far a step may go is a decision, not a function of the inputs, and may be infinite: constant in `Unroll`.
+    radius = jax.lax.stop_gradient(jnp.where(stuck, jnp.inf, radius))
+    new = ~state.known | accepted | (tried & finite & (state.predicted < 0))
+    return TrialResult(new, tried & ~new, stuck | (state.known & (state.predicted < 0) & ~tried), radius)
+
+
+def trial_step(
+    krylov: _krylov.Krylov, g: Array, g_norm: Array, radius: Array, wanted: Bool[Array, ""]
+) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
+    """The step p of at most `radius`, and the norm ‖g + J p‖ that the model predicts. Zeros unless `wanted`."""
+    step, predicted = jax.lax.cond(
+        wanted, lambda: _krylov.dogleg(krylov, radius), lambda: (zeros_from(g), zeros_from(g_norm))
+    )
+    # Without a single product there is no model: the plain iteration, within the radius.
+    plain = krylov.count == 0
+    part = ratio(jnp.minimum(radius, g_norm), g_norm)
+    step = jnp.where(plain[..., None], part[..., None] * g, step)
+    return step, jnp.where(plain, (1 - 0.5 * part) * g_norm, predicted)

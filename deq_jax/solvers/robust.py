@@ -1,43 +1,46 @@
-"""Robust: several solvers in turn, each problem moving on to the next when the present one fails."""
+"""Robust: several solvers in turn. Each problem moves on to the next one when the present one fails."""
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._config import Budget, check_sees_all, check_solver, check_stopping, config
-from deq_jax.solvers.base import can_backtrack, choose, next_point, norm, zeros_from
+from deq_jax._arrays import norm, zeros_from
+from deq_jax._checks import check_sees_all, check_solver
+from deq_jax._config import config
+from deq_jax._states import choose
 from deq_jax.solvers.broyden import Broyden
 from deq_jax.solvers.newton_krylov import NewtonKrylov
+from deq_jax.solvers.protocol import LoopOptions, Solver, member
 
 BLOWN_UP = 1e4  # a residual this many times the best one ends a stage
 
 
 class RobustState(NamedTuple):
     stage: Int[Array, "*batch"]  # index of the solver in charge
-    start: Float[Array, "*batch dim"]
-    start_g: Float[Array, "*batch dim"]
-    first: Float[Array, "*batch"]  # ‖start_g‖; inf before it is known
-    least: Float[Array, "*batch"]  # the least residual so far
+    z0: Float[Array, "*batch dim"]
+    g0: Float[Array, "*batch dim"]  # its residual
+    g0_norm: Float[Array, "*batch"]  # inf before it is known
+    least: Float[Array, "*batch"]  # the smallest residual so far
     mark: Float[Array, "*batch"]  # the residual that has to be halved
     since: Int[Array, "*batch"]  # evaluations since it was
-    ask: Float[Array, "*batch dim"]  # where f is to be evaluated next
+    next_z: Float[Array, "*batch dim"]  # where f is to be evaluated next
     inner: tuple  # a state for each solver
 
 
 @config
-class Robust:
+class Robust(LoopOptions):
     """Starts cheap and falls back: each problem goes through `stages`, each of which begins at z0.
 
-    Where one solver went astray is seldom a start for another: from the best iterate of the stage before,
-    Newton–Krylov solved fewer of the classical systems of experiments/robustness_study.py, and no more random cells.
-    A problem moves on when its residual is not halved within as many evaluations as `stall` says for its stage,
-    or blows up; the last stage keeps it. Only the stages in use are computed; the tolerances are those of the
-    composite. Memory is that of all stages together, so it is a bad choice where memory is short or where one
-    solver is known to work.
+    The point where one solver went astray is seldom a good start for another. Started from the best iterate of the
+    stage before, Newton–Krylov solved fewer of the classical systems of experiments/robustness_study.py, and no more
+    random cells. A problem moves on when its residual is not halved within as many evaluations as `stall` says for its
+    stage, or when its residual blows up; the last stage keeps it. Only the stages in use are computed, and the
+    tolerances are those of the composite. Memory is that of all stages together, so this is a bad choice where memory
+    is short or where one solver is known to work.
 
     Broyden comes first because it was cheapest in evaluations as well (experiments/robustness_study.py); a short
     Anderson stage before it cost evaluations and solved fewer problems.
@@ -46,10 +49,7 @@ class Robust:
     ['Broyden', 'NewtonKrylov']
     """
 
-    rtol: float = 1e-4
-    atol: float = 0.0
-    max_steps: Budget = 100
-    stages: tuple[Any, ...] = (Broyden(rank=60), NewtonKrylov())
+    stages: tuple[Solver, ...] = (Broyden(rank=60), NewtonKrylov())
     stall: tuple[int, ...] = (60,)
 
     recovers = True
@@ -57,7 +57,8 @@ class Robust:
     scale_free = True
 
     def __post_init__(self):
-        check_stopping(self)
+        super().__post_init__()
+        check_sees_all(self, "Robust")
         if not isinstance(self.stages, tuple) or not self.stages:
             raise TypeError(f"Robust.stages must be a tuple of solvers, got {self.stages!r}")
         for stage in self.stages:
@@ -73,7 +74,7 @@ class Robust:
     @property
     def patience(self) -> int:
         """Evaluations that may pass without a better residual."""
-        return max(getattr(stage, "patience", 0) for stage in self.stages) + max((0, *self.stall))
+        return max(member(stage, "patience") for stage in self.stages) + max((0, *self.stall))
 
     def init(self, z: Float[Array, "*batch dim"]) -> RobustState:
         zero = zeros_from(z)
@@ -87,59 +88,69 @@ class Robust:
 
     def resume(self, state: RobustState) -> RobustState:
         """From the first stage again, with what each of them remembers."""
-        resumed = [getattr(stage, "resume", lambda s: s)(s) for stage, s in zip(self.stages, state.inner, strict=True)]
-        return self.init(zeros_from(state.start))._replace(inner=tuple(resumed))
+        resumed = [member(stage, "resume")(s) for stage, s in zip(self.stages, state.inner, strict=True)]
+        return self.init(zeros_from(state.z0))._replace(inner=tuple(resumed))
 
     def can_backtrack(self, state: RobustState) -> Bool[Array, "*batch"]:
         return state.stage >= 0
 
     def next_point(self, state: RobustState, z: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        return state.ask
+        return state.next_z
 
     def update(
         self, residual: Float[Array, "*batch dim"], state: RobustState, z: Float[Array, "*batch dim"]
     ) -> tuple[Float[Array, "*batch dim"], RobustState]:
-        g_norm, last = norm(residual), len(self.stages) - 1
-        new = state.first == jnp.inf
-        start = jnp.where(new[..., None], z, state.start)
-        start_g = jnp.where(new[..., None], residual, state.start_g)
-        first = jnp.where(new, g_norm, state.first)
-        # As in `solve`: so far out that rounding in z is more than the whole residual at the start, g says nothing.
-        lost = ~new & (float(jnp.finfo(z.dtype).eps) * norm(z) > first)
+        g_norm = norm(residual)
+        first = state.g0_norm == jnp.inf
+        z0, g0, g0_norm = choose(first, (z, residual, g_norm), (state.z0, state.g0, state.g0_norm))
+        # So far out that rounding in z is more than the whole residual at z0, g says nothing; see (2) of `stopping`.
+        lost = ~first & (float(jnp.finfo(z.dtype).eps) * norm(z) > g0_norm)
         least = jnp.where(~lost & (g_norm < state.least), g_norm, state.least)  # false for NaN
         halved = ~lost & (g_norm <= 0.5 * state.mark)
         since = jnp.where(halved, 0, state.since + 1)
 
-        limit = jnp.asarray((*self.stall[:last], 0), jnp.int32)[state.stage]
-        safe = jnp.asarray([getattr(stage, "recovers", False) for stage in self.stages])[state.stage]
-        backs = [
-            can_backtrack(stage, old, new) & (state.stage == i)
-            for i, (stage, old) in enumerate(zip(self.stages, state.inner, strict=True))
-        ]
-        ended = jnp.where(jnp.isfinite(g_norm), g_norm > BLOWN_UP * least, ~functools.reduce(jnp.logical_or, backs))
-        blown = (lost | ended) & ~safe
-        switch = ((since >= limit) | blown) & (state.stage < last) & (least < jnp.inf)
+        switch = self._has_failed(state, g_norm, lost, least, since)
         stage = state.stage + switch.astype(jnp.int32)
         since = jnp.where(switch, 0, since)
         mark = jnp.where(switch, jnp.inf, jnp.where(halved, g_norm, state.mark))
-
         # The next stage sees z0 and its residual, both known: no evaluation is spent on the change.
-        here = jnp.where(switch[..., None], start, z)
-        g = jnp.where(switch[..., None], start_g, residual)
-        ask, inner = here, []
-        for i, (solver, old) in enumerate(zip(self.stages, state.inner, strict=True)):
-            solver = dataclasses.replace(solver, rtol=self.rtol, atol=self.atol)
-            mine = stage == i
-            enters = mine & switch
+        here, g = choose(switch, (z0, g0), (z, residual))
+        next_z, inner = self._run_stages(stage, switch, state.inner, here, g)
+        return next_z - z, RobustState(stage, z0, g0, g0_norm, least, mark, since, next_z, inner)
 
-            def run(old, solver=solver, enters=enters):
-                fresh = lambda: choose(enters, solver.init(here), old)
-                new = jax.lax.cond(jnp.any(enters), fresh, lambda: old)
-                step, new = solver.update(g, new, here)
-                return next_point(solver, new, here + step), new
+    def _has_failed(
+        self, state: RobustState, g_norm: Array, lost: Array, least: Array, since: Array
+    ) -> Bool[Array, "*batch"]:
+        """Where the stage in charge has failed, and there is another one."""
+        last = len(self.stages) - 1
+        limit = jnp.asarray((*self.stall[:last], 0), jnp.int32)[state.stage]
+        recovers = jnp.asarray([member(stage, "recovers") for stage in self.stages])[state.stage]
+        can_backtrack = [
+            member(stage, "can_backtrack")(inner) & (state.stage == i)
+            for i, (stage, inner) in enumerate(zip(self.stages, state.inner, strict=True))
+        ]
+        can_backtrack = functools.reduce(jnp.logical_or, can_backtrack)
+        ended = jnp.where(jnp.isfinite(g_norm), g_norm > BLOWN_UP * least, ~can_backtrack)
+        failed = (since >= limit) | ((lost | ended) & ~recovers)
+        return failed & (state.stage < last) & (least < jnp.inf)
 
-            point, new = jax.lax.cond(jnp.any(mine), run, lambda old: (here, old), old)
-            ask = jnp.where(mine[..., None], point, ask)
-            inner.append(new)
-        state = RobustState(stage, start, start_g, first, least, mark, since, ask, tuple(inner))
-        return ask - z, state
+    def _run_stages(
+        self, stage: Array, enters: Array, inner: tuple, z: Array, g: Array
+    ) -> tuple[Float[Array, "*batch dim"], tuple]:
+        """(next_z, inner) after one update of each solver that is in charge of a problem."""
+        next_z, updated = z, []
+        for i, (solver, old) in enumerate(zip(self.stages, inner, strict=True)):
+            solver = dataclasses.replace(solver, rtol=self.rtol, atol=self.atol)  # pyright: ignore[reportArgumentType]
+            in_charge = stage == i
+            begins = in_charge & enters
+
+            def run(old, solver=solver, begins=begins):
+                fresh = lambda: choose(begins, solver.init(z), old)
+                state = jax.lax.cond(jnp.any(begins), fresh, lambda: old)
+                step, state = solver.update(g, state, z)
+                return member(solver, "next_point")(state, z + step), state
+
+            point, new = jax.lax.cond(jnp.any(in_charge), run, lambda old: (z, old), old)
+            next_z = jnp.where(in_charge[..., None], point, next_z)
+            updated.append(new)
+        return next_z, tuple(updated)

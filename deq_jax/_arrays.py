@@ -1,0 +1,115 @@
+"""Arithmetic on arrays whose leading axes index independent problems. Knows nothing of solvers or adjoints."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# ---- division and roots ------------------------------------------------------------------------------------
+
+
+def ratio(
+    a: Float[Array, "*#shape"] | float, b: Float[Array, "*#shape"], where: Bool[Array, "*#shape"] | None = None
+) -> Float[Array, "..."]:
+    """a / b, and 0 where b ≤ 0, or where `where` is false if it is given. NaN stays NaN.
+
+    The way to divide in this library: neither the value nor its derivative is ever that of a division by zero.
+
+    >>> ratio(jnp.array([1.0, 1.0, 0.0]), jnp.array([2.0, 0.0, 0.0])).tolist()
+    [0.5, 0.0, 0.0]
+    """
+    allowed = ~(b <= 0) if where is None else where
+    return jnp.where(allowed, a / jnp.where(allowed, b, 1), 0)
+
+
+def reciprocal(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """1 / x, and 0 where x ≤ 0."""
+    return ratio(1, x)
+
+
+def safe_sqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """√x, and 0 with a derivative of 0 where x ≤ 0. NaN stays NaN."""
+    none = x <= 0
+    return jnp.where(none, 0, jnp.sqrt(jnp.where(none, 1, x)))
+
+
+# ---- norms and scales --------------------------------------------------------------------------------------
+
+
+def dot(x: Float[Array, "*batch dim"], y: Float[Array, "*batch dim"]) -> Float[Array, "*batch"]:
+    """⟨x, y⟩ over the last axis."""
+    return jnp.einsum("...d,...d->...", x, y)
+
+
+def norm(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch"]:
+    """‖x‖₂ over the last axis, also where the squares leave the range of the dtype.
+
+    x is scaled by a power of two, which changes no bit where no scaling was needed. The scaling is unconditional,
+    because a branch would add a collective to each step of a sharded solve.
+    """
+    scale = leading_power(jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1))  # has no part in the derivative
+    unit = x * (1 / scale)[..., None]
+    return scale * safe_sqrt(dot(unit, unit))
+
+
+def leading_power(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """2^⌊log₂ x⌋ of x ≥ 0: the exponent's bits alone, since frexp and ldexp take thirty operations for it.
+
+    Clipped so that both the power and its reciprocal are normal numbers (XLA flushes the others to zero): x = 0 gives
+    the smallest such power, Inf and NaN the largest.
+    """
+    info, bits = jnp.finfo(x.dtype), jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    mask = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, x.dtype), bits)
+    power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, bits) & mask, x.dtype)
+    return jnp.clip(power, 2.0 ** (info.minexp + 2), 2.0 ** (info.maxexp - 3))
+
+
+def half_power(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """A power of two near √x; 1 where x is zero or not finite.
+
+    Divided by it, vectors of size x are as far from one end of the dtype's range as vectors of size 1 are from the
+    other end, so the squares of both are in range.
+    """
+    usable = (x > 0) & jnp.isfinite(x)
+    return leading_power(jnp.sqrt(jnp.where(usable, x, 1)))
+
+
+# ---- shapes ------------------------------------------------------------------------------------------------
+
+
+def at_most(limit: int, size: Any) -> int:
+    """The smaller of the two. A symbolic size, as in `jax.export`, counts as large."""
+    return min(limit, size) if isinstance(size, int) else limit
+
+
+def zeros_from(x: Array) -> Array:
+    """Zeros with the shape, dtype and sharding of x: jax 0.12's zeros_like drops an explicit sharding."""
+    return jnp.where(False, x, jnp.zeros((), x.dtype))
+
+
+def per_problem(option: Any) -> Any:
+    """An option given as one number, or as one number a problem, in a shape that multiplies vectors."""
+    return jnp.asarray(option)[..., None] if jnp.ndim(option) else option
+
+
+def aligned(x: Array, like: Array) -> Array:
+    """x with as many leading axes of size one as make its rank that of `like`."""
+    return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
+
+
+def one_hot(index: Any, size: int, like: Float[Array, "*batch dim"]) -> Float[Array, "..."]:
+    """1 at one index of a last axis of this size and 0 elsewhere, with the rank and dtype of `like`."""
+    here = jnp.asarray(index, jnp.int32)[..., None]
+    return (aligned(jnp.arange(size, dtype=jnp.int32), like) == aligned(here, like)).astype(like.dtype)
+
+
+def write_slot(
+    slots: Float[Array, "*batch slots dim"],
+    new: Float[Array, "*batch dim"],
+    slot: Int[Array, ""],
+    where: Bool[Array, "*batch"],
+) -> Float[Array, "*batch slots dim"]:
+    """slots with `new` written at one index, in the problems of `where`. In a loop XLA writes it in place."""
+    old = jax.lax.dynamic_index_in_dim(slots, slot, axis=-2, keepdims=False)
+    return jax.lax.dynamic_update_index_in_dim(slots, jnp.where(where[..., None], new, old), slot, axis=-2)

@@ -1,0 +1,89 @@
+"""f and a fold as traced functions: everything they read becomes an argument, so that nothing can go stale."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from deq_jax._arrays import zeros_from
+from deq_jax._checks import check_output, describe
+from deq_jax._states import corner, wide_dtype
+from deq_jax._trace import Traced, check_arrays, hoist, vary, varying_axes
+from deq_jax.solvers import Evaluation, Fold
+
+
+def hoist_cell(f: Callable, z0: PyTree, args: tuple, has_aux: bool = False) -> tuple[Traced, PyTree, list, list]:
+    """(cell, z0, inputs, other) with f(z, *args) = cell(z, inputs, other), and z0 in the type that cell returns."""
+
+    def typed(z, *args):
+        out = check_arrays(f(z, *args))
+        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(f"with has_aux=True, f must return a pair (z, aux), got {describe(out)}")
+        value = out[0] if has_aux else out
+        if jax.tree.structure(value) == jax.tree.structure(z):
+            value = jax.tree.map(_with_strong_type, value, z)
+        return (value, out[1]) if has_aux else value
+
+    cell, inputs, other = hoist(typed, z0, args=args)
+    out = cell.out[0] if has_aux else cell.out
+    check_output(out, z0)
+    start = jax.tree.map(_typed_like, z0, out)
+    if any(jax.typeof(a) != jax.typeof(b) for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(z0), strict=True)):
+        cell, inputs, other = hoist(typed, start, args=args)
+    return cell, start, inputs, other
+
+
+def _with_strong_type(leaf: Any, like: jax.Array) -> jax.Array:
+    """A number in the dtype of z0; an array unchanged."""
+    array = jnp.asarray(leaf)
+    loses_imaginary_part = jnp.iscomplexobj(array) and not jnp.iscomplexobj(like)
+    return array.astype(like.dtype) if jax.typeof(array).weak_type and not loses_imaginary_part else array
+
+
+def _typed_like(z: jax.Array, out: Any) -> jax.Array:
+    """z with the explicit sharding of f(z), and varying over the axes of `shard_map` that f(z) varies over."""
+    sharding = getattr(out, "sharding", None)
+    if sharding is not None and sharding != jax.typeof(z).sharding:
+        z = jax.sharding.reshard(z, sharding)  # jnp.zeros_like drops it on jax 0.12
+    missing = varying_axes(out) - varying_axes(jax.typeof(z))
+    return vary(z, tuple(missing)) if missing else z
+
+
+# ---- folds -------------------------------------------------------------------------------------------------
+
+
+class HoistedFold(NamedTuple):
+    """A fold made of the traced methods of another one."""
+
+    traced_init: Traced
+    traced_update: Traced
+    reads: tuple
+
+    def init(self, z0: PyTree, batch_ndim: int) -> Any:
+        return self.traced_init(z0, *self.reads[0])
+
+    def update(self, folded: Any, seen: Evaluation) -> Any:
+        return self.traced_update(folded, seen, *self.reads[1])
+
+
+def hoist_fold(fold: Fold | None, z0: PyTree, batch_ndim: int) -> tuple[tuple, tuple]:
+    """((init, update), reads): the traced methods of a fold, and the arrays that they read."""
+    if fold is None:
+        return (None, None), ()
+    init, *init_reads = hoist(lambda z0: fold.init(z0, batch_ndim), z0)
+    residual = zero_residuals(z0, batch_ndim)
+    evaluation = Evaluation(jnp.zeros((), jnp.int32), z0, z0, residual, residual, residual == 0)
+    update, *update_reads = hoist(fold.update, init(z0, *init_reads), evaluation)
+    return (init, update), (init_reads, update_reads)
+
+
+def with_fold(init: Traced | None, update: Traced | None, reads: tuple) -> Fold | None:
+    """The fold that `hoist_fold` took apart."""
+    return None if init is None or update is None else HoistedFold(init, update, reads)
+
+
+def zero_residuals(z0: PyTree, batch_ndim: int) -> Float[Array, "*batch"]:
+    """A zero for each problem, in the dtype of its residual and with the sharding of z0."""
+    return zeros_from(corner(z0, batch_ndim).real.astype(wide_dtype(z0)))

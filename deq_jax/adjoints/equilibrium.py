@@ -1,0 +1,130 @@
+"""The rules that give a fixed point its derivative at the equilibrium, in reverse mode or in every mode."""
+
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from deq_jax._reverse_only import FORWARD_MODE, reverse_mode_only
+from deq_jax._states import frozen
+from deq_jax._trace import is_array_like
+from deq_jax.adjoints.linear_map import linear_map
+from deq_jax.adjoints.protocol import (
+    Adjoint,
+    EquilibriumAdjoint,
+    ForwardResult,
+    IterationAdjoint,
+    Probe,
+    Problem,
+    member,
+)
+from deq_jax.solvers import Solver, Stats, run_loop
+
+
+def solve_differentiably(
+    adjoint: Adjoint, problem: Problem, z0: PyTree, solver: Solver, probe: Probe
+) -> tuple[PyTree, Stats]:
+    """The fixed point of the problem, with the derivative of this adjoint."""
+    if isinstance(adjoint, IterationAdjoint):
+        return adjoint.run(problem, z0, solver)
+    # The derivative is that of the rule at the equilibrium alone, so the loop must not be differentiated.
+    z0, solver = frozen((z0, solver))
+    result = run_loop(problem.frozen, z0, solver, problem.batch_ndim)
+    forward = ForwardResult(result.value, result.stats, result.memory, solver)
+    return at_equilibrium(adjoint, problem, forward, probe), result.stats
+
+
+def at_equilibrium(adjoint: EquilibriumAdjoint, problem: Problem, forward: ForwardResult, probe: Probe) -> PyTree:
+    """z* = forward.z, differentiable in `problem.inputs`; the cotangent of `probe` is the backward pass's report."""
+    has_forward_mode = member(adjoint, "pushforward") is not None
+    adjoint, forward = _boxed((adjoint, member(adjoint, "keep")(problem, forward)))
+    if has_forward_mode:
+        return _value_in_every_mode(adjoint, forward, problem, probe)
+    try:
+        return _value(adjoint, forward, _reverse_only(problem), probe)
+    except TypeError as error:  # under jit(jacfwd(...)) JAX's own refusal comes first
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(FORWARD_MODE) from error
+
+
+# ---- reverse mode ------------------------------------------------------------------------------------------
+
+
+def _take_z(adjoint, forward, problem, probe):
+    return forward.z
+
+
+_value: Any = jax.custom_vjp(_take_z)
+
+
+def _value_fwd(adjoint, forward, problem, probe):
+    # Through the rule itself: z* depends on the inputs, so a second derivative takes the implicit path again.
+    z_star = _value(adjoint, forward, _reverse_only(problem), probe)
+    return z_star, (adjoint, forward._replace(z=z_star), problem)
+
+
+def _value_bwd(saved, z_bar):
+    adjoint, forward, problem = saved
+    inputs_bar, probe_bar = _pull(adjoint, forward, problem, z_bar)
+    return None, None, Problem(problem.f, inputs_bar, None, problem.batch_ndim), probe_bar
+
+
+_value.defvjp(_value_fwd, _value_bwd)
+
+
+def _pull(adjoint, forward, problem, z_bar):
+    adjoint, forward = _unboxed((adjoint, forward))
+    inputs_bar, probe_bar = adjoint.pullback(problem, forward, z_bar)
+    return inputs_bar, Probe.unmeasured(0, z_bar, problem.batch_ndim) if probe_bar is None else probe_bar
+
+
+def _reverse_only(problem: Problem) -> Problem:
+    return Problem(problem.f, reverse_mode_only(problem.inputs), problem.other, problem.batch_ndim)
+
+
+# ---- every mode --------------------------------------------------------------------------------------------
+
+
+_value_in_every_mode: Any = jax.custom_jvp(_take_z)
+
+
+@_value_in_every_mode.defjvp
+def _value_jvp(primals, tangents):
+    adjoint, forward, problem, probe = primals
+    *_, problem_dot, probe_dot = tangents
+    # Through the rule itself: z* depends on the inputs, so derivatives of the rule are right as well.
+    z_star = _value_in_every_mode(adjoint, forward, problem, probe)
+
+    def push(saved, dots):
+        (adjoint, forward, problem), (inputs_dot, _) = saved, dots
+        adjoint, forward = _unboxed((adjoint, forward))
+        return adjoint.pushforward(problem, forward, inputs_dot)
+
+    def pull(saved, z_bar):
+        adjoint, forward, problem = saved
+        return _pull(adjoint, forward, problem, z_bar)
+
+    saved = adjoint, forward._replace(z=z_star), problem
+    return z_star, linear_map(push, pull, saved, (problem_dot.inputs, probe_dot))
+
+
+# ---- solvers and adjoints that are no pytrees --------------------------------------------------------------
+
+
+@jax.tree_util.register_static
+class _Box:
+    """An object as a node without leaves, compared by identity."""
+
+    def __init__(self, content: Any):
+        self.content = content
+
+
+def _boxed(tree: PyTree) -> PyTree:
+    """The tree as JAX takes it: a leaf that is no array, such as an adjoint of a plain class, goes into a box."""
+    return jax.tree.map(lambda leaf: leaf if is_array_like(leaf) else _Box(leaf), tree)
+
+
+def _unboxed(tree: PyTree) -> PyTree:
+    is_box = lambda x: isinstance(x, _Box)
+    return jax.tree.map(lambda x: x.content if is_box(x) else x, tree, is_leaf=is_box)

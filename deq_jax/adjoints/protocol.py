@@ -1,0 +1,145 @@
+"""What an adjoint is: two kinds, and what they are given.
+
+An adjoint decides how a fixed point z = f(z, a) is differentiated in a, which is all that f reads. One kind works at
+the equilibrium: it turns the cotangent of z* into that of a, and does not care how z* was found. The other kind works
+through the iterations: it runs them itself, in a way that JAX can differentiate.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from deq_jax._arrays import zeros_from
+from deq_jax._states import corner
+from deq_jax._trace import Bound
+from deq_jax.solvers import Solver, Stats, Status
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The equation z = f(z, inputs, other), as a pytree.
+
+    `problem(z)` is f at z, and `problem(z, inputs)` is f with other inputs: differentiate that one.
+
+    >>> problem = Problem(lambda z, inputs, other: inputs[0] * z, [jnp.array(3.0)], [], batch_ndim=0)
+    >>> float(problem(2.0)), float(problem(2.0, [jnp.array(5.0)]))
+    (6.0, 10.0)
+    """
+
+    f: Callable  # pure
+    inputs: Any  # all float arrays that f reads, arguments and captured values alike: a list, mostly
+    other: Any  # all other arrays that f reads: ints, keys, masks
+    batch_ndim: int
+
+    def __call__(self, z: PyTree, inputs: PyTree = None) -> PyTree:
+        return self.f(z, self.inputs if inputs is None else inputs, self.other)
+
+    @property
+    def axes(self) -> tuple:
+        """Named axes along which f communicates, and so couples the problems."""
+        return getattr(self.f, "axes", ())
+
+    @property
+    def frozen(self) -> Callable[[PyTree], PyTree]:
+        """f of z alone, with no derivative in the inputs."""
+        return Bound(self.f, jax.lax.stop_gradient(self.inputs), self.other)
+
+
+jax.tree_util.register_dataclass(Problem, data_fields=["inputs", "other"], meta_fields=["f", "batch_ndim"])
+
+
+class ForwardResult(NamedTuple):
+    """What the forward solve leaves for the backward pass, as far as the adjoint keeps it (see `Defaults.keep`)."""
+
+    z: PyTree  # the equilibrium
+    stats: Stats | None  # None where another solver found z
+    memory: Any  # of the solver; None where another solver found z
+    solver: Any  # the solver that found z, or another one that the adjoint has put here
+
+
+class Probe(NamedTuple):
+    """The statistics of the backward solve, returned as a cotangent: one entry a problem.
+
+    Pass zeros, differentiate with respect to them, and read. Calls that share one probe add up in it. An adjoint
+    that solves no backward equation reports its vector-Jacobian products, and a residual of inf; `Unroll` and
+    `Reversible` leave the zeros as they are, and forward mode has no cotangents to report in.
+
+    >>> import jax, jax.numpy as jnp, deq_jax as deq
+    >>> def loss(w, probe):
+    ...     return deq.fixed_point(lambda z: jnp.cos(w * z), jnp.zeros(()), probe=probe).value
+    >>> _, backward = jax.grad(loss, argnums=(0, 1))(1.0, deq.Probe.zeros())
+    >>> bool(backward.steps > 0), deq.Status(int(backward.status)).name
+    (True, 'CONVERGED')
+    """
+
+    steps: Float[Array, "*batch"]  # Jᵀ-vector products
+    residual: Float[Array, "*batch"]  # ‖z̄ + Jᵀu − u‖₂ / ‖z̄ + Jᵀu‖₂
+    status: Float[Array, "*batch"]  # a Status, as a float
+
+    @classmethod
+    def zeros(cls, batch_shape: tuple[int, ...] = ()) -> "Probe":
+        """What to pass as `probe=`."""
+        zero = jnp.zeros(batch_shape, jnp.float32)
+        return cls(zero, zero, zero)
+
+    @classmethod
+    def like(cls, z: PyTree, batch_ndim: int) -> "Probe":
+        """Zeros made from z, so that they share its sharding."""
+        zero = zeros_from(corner(z, batch_ndim).real.astype(jnp.float32))
+        return cls(zero, zero, zero)
+
+    @classmethod
+    def of(cls, stats: Stats) -> "Probe":
+        """The statistics of a backward solve."""
+        return jax.tree.map(lambda x: x.astype(jnp.float32), cls(stats.steps, stats.relative_residual, stats.status))
+
+    @classmethod
+    def unmeasured(cls, products: int, z: PyTree, batch_ndim: int) -> "Probe":
+        """The report of a pullback that solves no equation and takes so many vector-Jacobian products."""
+        zero = cls.like(z, batch_ndim)
+        return cls(zero.steps + products, zero.residual + jnp.inf, zero.status + Status.MAX_STEPS)
+
+
+@runtime_checkable
+class EquilibriumAdjoint(Protocol):
+    """An adjoint at the equilibrium. Any class with this method is one.
+
+    `pullback` returns the cotangents of `problem.inputs`, and what `Probe` is to report (None: nothing was measured).
+    """
+
+    def pullback(self, problem: Problem, forward: ForwardResult, z_bar: PyTree) -> tuple[list, Probe | None]: ...
+
+
+@runtime_checkable
+class IterationAdjoint(Protocol):
+    """An adjoint through the iterations: `run` solves the problem in a way that JAX can differentiate."""
+
+    def run(self, problem: Problem, z0: PyTree, solver: Solver) -> tuple[PyTree, Stats]: ...
+
+
+Adjoint = EquilibriumAdjoint | IterationAdjoint
+
+
+class Defaults:
+    """The optional members of an adjoint, with what is assumed where an adjoint leaves them out."""
+
+    pushforward: Any = None
+    """`(problem, forward, inputs_dot) -> z_dot`, the tangent of z*: with it, an adjoint has forward mode too."""
+
+    @staticmethod
+    def keep(problem: Problem, forward: ForwardResult) -> ForwardResult:
+        """What the backward pass reads of the forward solve: nothing else is kept until then."""
+        return forward._replace(memory=None, solver=None)
+
+    @staticmethod
+    def check(z0: PyTree, solver: Solver) -> None:
+        """Called before tracing, while numbers are still numbers: raises, or warns, about what does not fit."""
+
+
+def member(adjoint: Adjoint, name: str) -> Any:
+    """An optional member of an adjoint: its own, or that of `Defaults`."""
+    return getattr(adjoint, name, getattr(Defaults, name))

@@ -1,0 +1,74 @@
+"""`check`: raise where a solve has failed, for those who would rather stop than look at `Stats`."""
+
+import functools
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from deq_jax.solvers import Solver, Stats, Status
+
+S = TypeVar("S")
+NAMED = 3  # problems that a message names
+
+
+class SolveError(RuntimeError):
+    """A solve has failed: what `check` raises."""
+
+
+def check(solution: S, solver: Solver | None = None) -> S:
+    """The solution itself, or an error where the solve of a problem has failed.
+
+    A solve has failed unless its status is CONVERGED, or STALLED: at the floor of the dtype there is nothing better.
+
+    Under jit the check is made when the program runs, by a callback to the host that a failure alone reaches. The error
+    then comes as JAX's own RuntimeError, with the same message, where the result is first waited for.
+
+    Args:
+      solution: what `fixed_point`, `solve`, `trajectory` or a layer returns, or anything else with `stats`.
+      solver: the solver that was used, for a message that tells its tolerances.
+
+    Raises:
+      SolveError: a RuntimeError that names the problems, their status, evaluations and residual.
+      TypeError: for a value without `stats`.
+
+    >>> import jax.numpy as jnp, deq_jax as deq
+    >>> z, stats = check(deq.fixed_point(jnp.cos, jnp.zeros(2)))
+    >>> solver = deq.Picard(max_steps=3)
+    >>> check(deq.fixed_point(jnp.cos, jnp.zeros(2), solver=solver), solver)
+    Traceback (most recent call last):
+    deq_jax.check.SolveError: the solve failed: MAX_STEPS after 3 evaluations, relative residual 0.37; rtol is ...
+    """
+    stats = getattr(solution, "stats", None)
+    if not isinstance(stats, Stats):
+        raise TypeError(f"check takes a result with stats, such as that of fixed_point; got {type(solution).__name__}")
+    tolerances = () if solver is None else (solver.rtol, solver.atol)
+    if not any(isinstance(x, Tracer) for x in jax.tree.leaves((stats, tolerances))):
+        _raise_if_failed(stats, tolerances)
+        return solution
+    report = functools.partial(jax.debug.callback, _raise_if_failed, stats, tolerances)
+    jax.lax.cond(jnp.all(stats.sound), lambda: None, report)
+    return solution
+
+
+def _raise_if_failed(stats: Stats, tolerances: tuple) -> None:
+    steps, _, relative, status = map(np.asarray, stats)
+    failed = np.argwhere((status != Status.CONVERGED) & (status != Status.STALLED))
+    if not len(failed):
+        return
+
+    def describe(index: Any) -> str:
+        ended = f"{Status(int(status[index])).name} after {steps[index]} evaluations"
+        return f"{ended}, relative residual {relative[index]:.3g}"
+
+    several = [f"problem {index}: {describe(tuple(index))}" for index in failed[:NAMED].tolist()]
+    if not status.ndim:
+        message = f"the solve failed: {describe(())}"
+    else:
+        message = f"{len(failed)} of {status.size} solves failed; {'; '.join(several)}{'; …' * (len(failed) > NAMED)}"
+    if tolerances:
+        rtol, atol = (np.asarray(x) for x in tolerances)
+        message += f"; rtol is {rtol}, atol {atol}"
+    raise SolveError(message)

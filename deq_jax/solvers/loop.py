@@ -1,0 +1,239 @@
+"""One loop for every solver: it calls f, tests convergence, counts, freezes and keeps the best iterate."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from deq_jax._arrays import half_power, per_problem, zeros_from
+from deq_jax._config import cast_options
+from deq_jax._states import Layout, wide_dtype
+from deq_jax.solvers.protocol import Evaluation, Fold, Solver, SolveResult, Stats, Status, member
+from deq_jax.solvers.stopping import (
+    RUNNING,
+    STALE_EVALUATIONS,
+    Growth,
+    Norms,
+    assess,
+    by_leaf,
+    coupling,
+    grown,
+    guards,
+    has_converged,
+    is_out_of_scale,
+    next_status,
+    norms_at,
+    progress,
+    relative_residual,
+    whole,
+)
+
+
+class Carry(NamedTuple):
+    """What the loop carries from evaluation to evaluation."""
+
+    z: Float[Array, "*batch dim"]  # where f is evaluated next
+    best: Float[Array, "*batch dim"]
+    best_norms: Norms  # of the residual and of f(z) at the best z
+    first_scale: Float[Array, "*batch"]  # max(‖f(z0)‖, ‖f(z0) − z0‖)
+    growth: Growth
+    stale: Int[Array, "*batch"]  # evaluations since the best residual last fell
+    steps: Int[Array, "*batch"]
+    status: Int[Array, "*batch"]
+    solver: Any
+    folded: Any
+    evaluation: Int[Array, ""]
+
+
+def run_loop(
+    f: Callable, z0: PyTree, solver: Solver, batch_ndim: int = 0, *, memory: Any = None, fold: Fold | None = None
+) -> SolveResult:
+    """Iterate `solver` on f(z) = z from z0 until each problem has stopped.
+
+    A solver works on one vector a problem, float32 or wider, so that inner products run over the whole state; f sees
+    the state in its own structure and dtypes. The loop is native to the batch: a problem that has stopped is frozen at
+    its best iterate, and the loop ends with the last one. `memory` is that of an earlier solve with the same solver and
+    shapes. If f communicates along named axes (`f.axes`, see `_trace.Bound`), the problems along them are one coupled
+    problem, and stop together.
+    """
+    solver = cast_options(solver, wide_dtype(z0))
+    body = make_body(f, z0, solver, batch_ndim, fold)
+    carry = init_carry(z0, solver, batch_ndim, memory, fold)
+    end = jax.lax.while_loop(lambda carry: jnp.any(carry.status == RUNNING), body, carry)
+    return finalize(end, z0, batch_ndim)
+
+
+def init_carry(z0: PyTree, solver: Solver, batch_ndim: int, memory: Any = None, fold: Fold | None = None) -> Carry:
+    """The carry before the first evaluation."""
+    layout = Layout(z0, batch_ndim)
+    z = layout.ravel(z0)
+    # Carries are made from the data, never from a bare constant: under sharding they inherit its type.
+    zero = zeros_from(z[..., 0])
+    norms = jnp.stack([zero] * len(layout.leaves), axis=-1) if layout.several else zero
+    count = zero.astype(jnp.int32)
+    status = jnp.where(jnp.asarray(solver.max_steps) > 0, RUNNING, Status.MAX_STEPS).astype(jnp.int32) + count
+    return Carry(
+        z=z,
+        best=z,
+        best_norms=Norms(norms + jnp.inf, norms),
+        first_scale=zero,
+        growth=Growth(scale=norms, worst=norms, before=norms + jnp.inf, largest=norms),
+        stale=count,
+        steps=count,
+        status=status,
+        solver=solver.init(z) if memory is None else member(solver, "resume")(memory),
+        folded=None if fold is None else fold.init(z0, batch_ndim),
+        evaluation=jnp.zeros((), jnp.int32),
+    )
+
+
+def make_body(
+    f: Callable, z0: PyTree, solver: Solver, batch_ndim: int, fold: Fold | None = None
+) -> Callable[[Carry], Carry]:
+    """The body of the loop: one evaluation that is tested, after `test_every` − 1 that only move z."""
+    layout = Layout(z0, batch_ndim)
+    tested = make_evaluation(f, layout, solver, fold)
+    if member(solver, "test_every") == 1:
+        return tested
+    untested = make_plain_steps(f, layout, solver)
+    return lambda carry: tested(untested(carry))
+
+
+def finalize(end: Carry, z0: PyTree, batch_ndim: int) -> SolveResult:
+    """The result of a loop, with values in the structure of z0."""
+    layout = Layout(z0, batch_ndim)
+    relative = relative_residual(end.best_norms, layout)
+    stats = Stats(end.steps, whole(end.best_norms.residuals, layout), relative, end.status)
+    return SolveResult(layout.unravel(end.best), stats, end.solver, end.folded)
+
+
+# ---- one evaluation ----------------------------------------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    """What one evaluation says of each problem."""
+
+    status: Int[Array, "*batch"]
+    better: Bool[Array, "*batch"]  # whether this z is the best one so far
+    first_scale: Float[Array, "*batch"]
+    growth: Growth
+    stale: Int[Array, "*batch"]
+    steps: Int[Array, "*batch"]
+
+
+def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | None) -> Callable[[Carry], Carry]:
+    """One evaluation of f, what it says of each problem, and the next iterate."""
+    verdict_on = make_verdict(layout, solver, getattr(f, "axes", ()))
+
+    def evaluate(carry: Carry) -> Carry:
+        z_tree = layout.unravel(carry.z)
+        with jax.named_scope("f"):
+            fz_tree = f(z_tree)
+        fz = layout.ravel(fz_tree)
+        norms = norms_at(carry.z, fz, layout)
+        verdict = verdict_on(carry, norms)
+        best = jnp.where(verdict.better[..., None], carry.z, carry.best)
+        with jax.named_scope(type(solver).__name__):
+            z, state = advance(solver, carry.solver, fz - carry.z, carry.z, half_power(verdict.first_scale))
+        better = by_leaf(verdict.better, layout)
+        return Carry(
+            z=jnp.where((verdict.status == RUNNING)[..., None], layout.round(z), best),
+            best=best,
+            best_norms=Norms(*(jnp.where(better, *pair) for pair in zip(norms, carry.best_norms, strict=True))),
+            first_scale=verdict.first_scale,
+            growth=verdict.growth,
+            stale=verdict.stale,
+            steps=verdict.steps,
+            status=verdict.status,
+            solver=state,
+            folded=None if fold is None else fold.update(carry.folded, shown(carry, z_tree, fz_tree, norms, layout)),
+            evaluation=carry.evaluation + 1,
+        )
+
+    return evaluate
+
+
+def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry, Norms], Verdict]:
+    """The function that turns the norms at an evaluated z into a verdict on each problem."""
+    patience, recovers = max(STALE_EVALUATIONS, member(solver, "patience")), member(solver, "recovers")
+    coupled = coupling(axes)
+
+    def verdict_on(carry: Carry, norms: Norms) -> Verdict:
+        running, first = carry.status == RUNNING, carry.steps == 0
+        residual, scale = (whole(x, layout) for x in norms)
+        steps = carry.steps + running.astype(jnp.int32)
+        first_scale = jnp.where(first, jnp.maximum(residual, scale), carry.first_scale)
+        finite = coupled.everywhere(jnp.isfinite(residual) & jnp.isfinite(scale))
+        growth = grown(carry.growth, norms, by_leaf(finite, layout))
+        lost, reduced = guards(growth, norms, layout, coupled)
+        converged = coupled.everywhere(has_converged(norms, solver, layout)) & finite & ~lost & reduced
+        made = progress(norms, carry.best_norms, growth, layout, coupled)
+        stale = jnp.where(finite & made.enough, 0, carry.stale + 1)
+
+        spent = steps >= solver.max_steps
+        out_of_scale = coupled.anywhere(is_out_of_scale(residual, first_scale, spent))
+        status = next_status(
+            converged=converged,
+            finite=finite | (member(solver, "can_backtrack")(carry.solver) & ~first),
+            diverged=(lost | out_of_scale) & (not recovers),
+            stalled=made.at_floor & (stale >= patience),
+            spent=spent,
+        )
+        status = jnp.where(running, status, carry.status).astype(jnp.int32)
+        # An iterate so far out that its residual is all rounding is not a better one.
+        better = running & finite & ~lost & (converged | made.improved)
+        return Verdict(status, better, first_scale, growth, stale, steps)
+
+    return verdict_on
+
+
+def shown(carry: Carry, z: PyTree, fz: PyTree, norms: Norms, layout: Layout) -> Evaluation:
+    """This evaluation, as a fold sees it."""
+    residual, relative = whole(norms.residuals, layout), relative_residual(norms, layout)
+    return Evaluation(carry.evaluation, z, fz, residual, relative, carry.status == RUNNING)
+
+
+def advance(solver: Solver, state: Any, residual: Array, z: Array, unit: Array) -> tuple[Array, Any]:
+    """The next iterate, and the solver's state."""
+    next_point = member(solver, "next_point")
+    if not member(solver, "scale_free"):
+        step, state = solver.update(residual, state, z)
+        return next_point(state, z + step), state
+    scale, inverse = unit[..., None], (1 / unit)[..., None]
+    solver = dataclasses.replace(solver, atol=solver.atol / unit)  # pyright: ignore[reportArgumentType]
+    step, state = solver.update(residual * inverse, state, z * inverse)
+    return scale * member(solver, "next_point")(state, z * inverse + step), state
+
+
+# ---- evaluations that are not tested -----------------------------------------------------------------------
+
+
+def make_plain_steps(f: Callable, layout: Layout, solver: Solver) -> Callable[[Carry], Carry]:
+    """The evaluations between two that are tested: steps of damping · (f(z) − z), and nothing else."""
+    every, damping = member(solver, "test_every"), per_problem(member(solver, "damping"))
+
+    def untested(carry: Carry) -> Carry:
+        running = carry.status == RUNNING
+        # z0 is tested, for its residual sets the scale, and so is the last evaluation of the budget.
+        left = jnp.min(jnp.asarray(solver.max_steps, jnp.int32)) - carry.evaluation
+        count = jnp.where(carry.evaluation == 0, 0, jnp.clip(left, 1, every) - 1)
+
+        def move(_, z):
+            step: Any = damping * (layout.ravel(f(layout.unravel(z))) - z)
+            return jnp.where(running[..., None], layout.round(z + step), z)
+
+        z = jax.lax.fori_loop(0, count, move, carry.z)
+        steps = carry.steps + count * running.astype(jnp.int32)
+        return carry._replace(z=z, steps=steps, evaluation=carry.evaluation + count)
+
+    return untested
+
+
+def stats_at(f: Callable, z: PyTree, solver: Solver, steps: Any, batch_ndim: int) -> Stats:
+    """The stats of a z that is returned as it is, after `steps` evaluations and the one that is made here."""
+    layout = Layout(z, batch_ndim)
+    norms = norms_at(layout.ravel(z), layout.ravel(f(z)), layout)
+    return assess(norms, solver, steps + 1, layout)

@@ -1,0 +1,176 @@
+"""What a solver is, and what a solve reports."""
+
+import dataclasses
+import enum
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from deq_jax._checks import check_number, check_stopping
+from deq_jax._config import Budget, Number
+
+T = TypeVar("T")
+Z = TypeVar("Z")
+
+
+class Status(enum.IntEnum):
+    """Why the solve of one problem ended."""
+
+    CONVERGED = 0  # ‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ in each leaf of z, and all of it is finite
+    MAX_STEPS = 1  # the budget of evaluations is spent
+    STALLED = 2  # the dtype's floor is reached: more evaluations find nothing better
+    DIVERGED = 3  # the residual grew without bound, or z grew until its rounding exceeded all residuals
+    NONFINITE = 4  # f returned NaN or Inf, or a norm overflowed
+
+
+class Stats(NamedTuple):
+    """What a solve reports, one entry a problem. No gradient flows through it."""
+
+    steps: Int[Array, "*batch"]  # evaluations of f
+    residual: Float[Array, "*batch"]  # ‖f(z) − z‖₂ at the z that is returned; inf if f was never finite there
+    relative_residual: Float[Array, "*batch"]  # ‖f(z) − z‖₂ / ‖f(z)‖₂, the largest of the leaves'
+    status: Int[Array, "*batch"]  # a Status
+
+    @property
+    def converged(self) -> Bool[Array, "*batch"]:
+        return self.status == Status.CONVERGED
+
+    @property
+    def sound(self) -> Bool[Array, "*batch"]:
+        """Converged, or stopped where rounding hides all progress."""
+        return (self.status == Status.CONVERGED) | (self.status == Status.STALLED)
+
+
+def plain_at_runtime(cls: T) -> T:
+    """The named tuple, generic for type checkers alone: beartype (0.23) refuses one whose bases include Generic."""
+    generic: Any = cls
+    plain: Any = NamedTuple(generic.__name__, list(generic.__annotations__.items()))
+    for name in ("__doc__", "__module__", "__qualname__"):
+        setattr(plain, name, getattr(generic, name))
+    plain.__class_getitem__ = classmethod(lambda cls, _: cls)
+    return plain
+
+
+@plain_at_runtime
+class SolveResult(NamedTuple, Generic[Z]):
+    """What `solve` returns; not differentiable."""
+
+    value: Z  # as z0: structure, shapes and dtypes
+    stats: Stats
+    memory: Any  # the solver's state after its last update: a start for the solve of a similar problem
+    folded: Any  # the fold's result, or None
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """A solver: three numbers and two pure functions, with optax's signature. It never calls f.
+
+    The loop calls `init(z)` once, and `update(residual, state, z)` after each evaluation, with residual = f(z) − z;
+    the next iterate is z + step. All problems of a batch are updated at once. A problem that has stopped is evaluated
+    at its best z again while others run. So if z has not moved, `update` must leave what it remembers unchanged.
+
+    Any class with these members is a solver. What a solver may define besides is in `Defaults`.
+    """
+
+    @property
+    def rtol(self) -> Any: ...
+    @property
+    def atol(self) -> Any: ...
+    @property
+    def max_steps(self) -> Any: ...
+
+    def init(self, z: Float[Array, "*batch dim"]) -> Any: ...
+
+    def update(
+        self, residual: Float[Array, "*batch dim"], state: Any, z: Float[Array, "*batch dim"]
+    ) -> tuple[Float[Array, "*batch dim"], Any]: ...
+
+
+class Defaults:
+    """The optional members of a solver, with what the loop assumes where a solver leaves them out."""
+
+    test_every = 1
+    """Of `test_every` evaluations only the last is tested for convergence and shown to `update`."""
+    damping = 1.0
+    """The evaluations before it are followed by steps of damping · (f(z) − z)."""
+    patience = 0
+    """How many evaluations may pass without a better residual before a solve counts as stalled."""
+    recovers = False
+    """Whether some steps are trials: a huge residual is then no failure, and only the best iterate is of use."""
+    scale_free = False
+    """Whether `update` is to see vectors in a unit, a power of two, in which products of two stay in range.
+
+    There is one unit for each problem, and `atol` is given in it too."""
+
+    @staticmethod
+    def resume(memory: Any) -> Any:
+        """The memory of an earlier solve, made ready for this one. Its last iterate belongs to another f."""
+        return memory
+
+    @staticmethod
+    def can_backtrack(state: Any) -> Bool[Array, "*batch"] | bool:
+        """Where an evaluation that is not finite is no failure, because `update` returns to an earlier iterate."""
+        return False
+
+    @staticmethod
+    def next_point(state: Any, z: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        """The exact next iterate, for a solver that loses precision in z + step, which is given as `z`."""
+        return z
+
+
+def member(solver: Solver, name: str) -> Any:
+    """An optional member of a solver: its own, or that of `Defaults`."""
+    return getattr(solver, name, getattr(Defaults, name))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """What the loop, rather than the method, reads from a solver. All solvers of this library have these fields."""
+
+    rtol: Number = 1e-4
+    atol: Number = 0.0
+    max_steps: Budget = 100
+    test_every: int = dataclasses.field(default=1, kw_only=True)
+
+    def __post_init__(self):
+        check_stopping(self)
+        check_number(self, "test_every", at_least=1)
+
+
+# ---- folds -------------------------------------------------------------------------------------------------
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of f as a `Fold` sees it. With `test_every` above 1, only those that are tested are shown.
+
+    A problem that has stopped shows its best iterate again.
+    """
+
+    step: Int[Array, ""]  # 0 at z0, and one more at each evaluation
+    z: PyTree
+    fz: PyTree
+    residual: Float[Array, "*batch"]
+    relative_residual: Float[Array, "*batch"]
+    running: Bool[Array, "*batch"]  # problems that had not stopped before this evaluation
+
+
+@runtime_checkable
+class Fold(Protocol):
+    """Accumulates over the evaluations of a solve, inside its loop, without changing the solve.
+
+    It may also report while the solve runs. This one shows the progress of one problem:
+
+    >>> import jax, jax.numpy as jnp, deq_jax as deq
+    >>> class Progress:
+    ...     def init(self, z0, batch_ndim): ...
+    ...     def update(self, folded, seen):
+    ...         jax.debug.print("{} {:.0e}", seen.step, seen.relative_residual)
+    >>> solver = deq.Picard(rtol=1e-2)
+    >>> result = deq.solve(lambda z: 0.1 * jnp.cos(z), 0.0, solver=solver, fold=Progress()); jax.effects_barrier()
+    0 1e+00
+    1 5e-03
+    """
+
+    def init(self, z0: PyTree, batch_ndim: int) -> Any: ...
+
+    def update(self, folded: Any, seen: Evaluation) -> Any: ...

@@ -1,0 +1,208 @@
+"""When the solve of a problem ends, and as what.
+
+A problem has converged when each leaf of its state meets
+
+    (1)  ‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖
+
+in its own unit, if the residual is more than rounding. Two guards stand beside (1), for z ↦ z + 1 has no fixed point,
+and yet its relative residual 1/‖z‖ falls below any rtol as z runs away. The iterates are cut into stretches, within
+which ‖f(z)‖ grows by less than OUTGROWN. With the largest residual `worst` of the present stretch and the one before,
+
+    (2)  lost      worst < eps ‖f(z)‖: all residuals are less than a unit in the last place of z
+    (3)  reduced   ‖f(z) − z‖ ≤ worst / OUTGROWN: z may have grown, but its residual fell by itself
+
+and (1) counts only for a residual that is reduced and not lost. `*norms` is the shape of `Layout.norms`: that is
+`*batch leaves`, or `*batch` for a state of one leaf.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from deq_jax._arrays import norm, ratio, zeros_from
+from deq_jax._states import Layout
+from deq_jax.solvers.protocol import Solver, Stats, Status
+
+RUNNING = -1  # the status of a problem whose solve goes on
+STALE_EVALUATIONS = 10  # this many without a better residual, at the dtype's floor, end a solve as STALLED
+DIVERGED_GROWTH = 1e6  # a residual this many times the scale at the start, when the budget is spent, is DIVERGED
+HOPELESS_GROWTH = 1e15  # this many times ends a solve at once, unless all is small: tanh(3 z + h) grows from any h to 1
+OUTGROWN = 10  # a stretch ends where the iterate has grown by this factor; see (3)
+
+
+# ---- norms, leaf by leaf -----------------------------------------------------------------------------------
+
+
+class Norms(NamedTuple):
+    """The norms of f(z) − z and of f(z) at one z, leaf by leaf."""
+
+    residuals: Float[Array, "*norms"]
+    scales: Float[Array, "*norms"]
+
+
+def norms_at(z: Float[Array, "*batch dim"], fz: Float[Array, "*batch dim"], layout: Layout) -> Norms:
+    return Norms(layout.norms(fz - z), layout.norms(fz))
+
+
+def has_converged(norms: Norms, solver: Solver, layout: Layout) -> Bool[Array, "*batch"]:
+    """The stopping test (1). Asks for finite norms too, for inf ≤ rtol · inf is true."""
+    finite = jnp.isfinite(norms.residuals) & jnp.isfinite(norms.scales)
+    tolerance = by_leaf(solver.atol, layout) + by_leaf(solver.rtol, layout) * comparable(norms, layout)
+    return over_leaves(jnp.all, finite & (norms.residuals <= tolerance), layout)
+
+
+def comparable(norms: Norms, layout: Layout) -> Float[Array, "*norms"]:
+    """The norm that the residual of each leaf is compared with: that of the leaf's f(z).
+
+    A leaf that is zero up to the rounding of the whole state must not hold the solve up: it is compared with the whole.
+    """
+    residuals, scales = norms
+    if not layout.several:
+        return scales
+    total = whole(scales, layout)[..., None]
+    negligible = (scales <= layout.eps * total) & (residuals <= layout.eps * total)
+    return jnp.where(negligible, total, scales)
+
+
+def relative_residual(norms: Norms, layout: Layout) -> Float[Array, "*batch"]:
+    """The largest ‖f(z) − z‖ / ‖f(z)‖ of a leaf."""
+    return over_leaves(jnp.max, relative_to(norms.residuals, comparable(norms, layout)), layout)
+
+
+def relative_to(x: Float[Array, "*norms"], sizes: Float[Array, "*norms"]) -> Float[Array, "*norms"]:
+    """x over sizes: 0 where both are zero, and inf where the size alone is."""
+    return jnp.where((sizes == 0) & (x != 0), jnp.inf, ratio(x, sizes))
+
+
+def whole(norms: Float[Array, "*norms"], layout: Layout) -> Float[Array, "*batch"]:
+    """The norm of the state, from the norms of its leaves."""
+    return norm(norms) if layout.several else norms
+
+
+def over_leaves(reduce: Callable, norms: Array, layout: Layout) -> Array:
+    """A reduction over the leaves of each problem."""
+    return reduce(norms, axis=-1) if layout.several else norms
+
+
+def by_leaf(x: Any, layout: Layout) -> Any:
+    """What is given for each problem, or once for all, in a shape that goes with `*norms`."""
+    return jnp.asarray(x)[..., None] if layout.several and jnp.ndim(x) else x
+
+
+# ---- guards ------------------------------------------------------------------------------------------------
+
+
+class Growth(NamedTuple):
+    """How far the iterates have come, leaf by leaf; a stretch ends where ‖f(z)‖ has grown by OUTGROWN."""
+
+    scale: Float[Array, "*norms"]  # ‖f(z)‖ where the present stretch began
+    worst: Float[Array, "*norms"]  # the largest residual of the present stretch
+    before: Float[Array, "*norms"]  # of the stretch before; inf in the first one
+    largest: Float[Array, "*norms"]  # the largest ‖f(z)‖ of all
+
+
+def grown(growth: Growth, norms: Norms, finite: Bool[Array, "*norms"]) -> Growth:
+    """The growth after one more evaluation; one that is not finite changes nothing."""
+    residuals, scales = norms
+    first = growth.largest == 0
+    opens = first | (scales > OUTGROWN * growth.scale)
+    new = Growth(
+        scale=jnp.where(opens, jnp.where(first, jnp.maximum(residuals, scales), scales), growth.scale),
+        worst=jnp.where(opens, residuals, jnp.maximum(growth.worst, residuals)),
+        before=jnp.where(opens & ~first, growth.worst, growth.before),
+        largest=jnp.maximum(growth.largest, scales),
+    )
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, growth)
+
+
+class Coupling(NamedTuple):
+    """How what is known of each problem is brought together where f couples the problems along named axes."""
+
+    everywhere: Callable  # all
+    anywhere: Callable  # any
+    most: Callable  # max
+
+
+def coupling(axes: tuple) -> Coupling:
+    """The identity without axes: each problem then stands for itself."""
+    if not axes:
+        same = lambda x: x
+        return Coupling(same, same, same)
+    anywhere = lambda yes: jax.lax.pmax(yes.astype(jnp.int32), axes) > 0
+    return Coupling(lambda yes: ~anywhere(~yes), anywhere, lambda x: jax.lax.pmax(x, axes))
+
+
+def guards(
+    growth: Growth, norms: Norms, layout: Layout, coupled: Coupling
+) -> tuple[Bool[Array, "*batch"], Bool[Array, "*batch"]]:
+    """(lost, reduced), as in (2) and (3)."""
+    worst = jnp.maximum(growth.worst, growth.before)
+    lost = coupled.anywhere(over_leaves(jnp.any, layout.eps * norms.scales > worst, layout))
+    return lost, coupled.everywhere(over_leaves(jnp.all, norms.residuals <= worst / OUTGROWN, layout))
+
+
+class Progress(NamedTuple):
+    """What one evaluation brought, compared with the best one before."""
+
+    improved: Bool[Array, "*batch"]  # on the best residual so far
+    enough: Bool[Array, "*batch"]  # by 1 %, and not by rounding alone
+    at_floor: Bool[Array, "*batch"]  # the residual is so small that rounding may hide progress
+
+
+def progress(now: Norms, best: Norms, growth: Growth, layout: Layout, coupled: Coupling) -> Progress:
+    largest, eps = growth.largest, layout.eps
+
+    def error(norms: Norms) -> Float[Array, "*batch"]:
+        # A sum of leaves in their units means nothing: progress is that of the leaf that is the furthest from its goal.
+        if layout.several:
+            return coupled.most(relative_residual(norms._replace(scales=largest), layout))
+        return coupled.most(norms.residuals)
+
+    relative = lambda norms: coupled.most(relative_residual(norms, layout))
+    # Below the rounding of the largest f(z) of the solve, a residual that falls as z itself does is no progress.
+    rounded = coupled.everywhere(over_leaves(jnp.all, now.residuals <= eps * largest, layout))
+    enough = (error(now) < 0.99 * error(best)) & (~rounded | (relative(now) < 0.99 * relative(best)))
+    floor = min(64 * eps, 0.05)  # relative residual at which rounding in f may hide all progress
+    resolved = coupled.everywhere(whole(best.residuals, layout) <= floor * whole(best.scales, layout))
+    return Progress(error(now) < error(best), enough, resolved | rounded)
+
+
+# ---- verdicts ----------------------------------------------------------------------------------------------
+
+
+def next_status(
+    *,
+    converged: Bool[Array, "*batch"],
+    finite: Bool[Array, "*batch"],
+    diverged: Bool[Array, "*batch"],
+    stalled: Bool[Array, "*batch"],
+    spent: Bool[Array, "*batch"],
+) -> Int[Array, "*batch"]:
+    """The status of problems that were running, in order of priority: the last line first."""
+    # `jnp.select` would say the same, and compile to one kernel more: it takes an argmax over the conditions.
+    status = jnp.where(spent, Status.MAX_STEPS, RUNNING)
+    status = jnp.where(stalled, Status.STALLED, status)
+    status = jnp.where(diverged, Status.DIVERGED, status)
+    status = jnp.where(finite, status, Status.NONFINITE)
+    return jnp.where(converged, Status.CONVERGED, status)
+
+
+def is_out_of_scale(
+    residual: Float[Array, "*batch"], first_scale: Float[Array, "*batch"], spent: Bool[Array, "*batch"]
+) -> Bool[Array, "*batch"]:
+    """Whether a residual is so much larger than the problem was at its start that the solve has diverged."""
+    return residual > jnp.where(spent, DIVERGED_GROWTH * first_scale, jnp.maximum(HOPELESS_GROWTH * first_scale, 1))
+
+
+def assess(norms: Norms, solver: Solver, steps: Any, layout: Layout) -> Stats:
+    """The stats of a z that is returned as it is, known after `steps` evaluations."""
+    residual, relative = whole(norms.residuals, layout), relative_residual(norms, layout)
+    finite = jnp.isfinite(residual) & jnp.isfinite(whole(norms.scales, layout))
+    count = zeros_from(residual).astype(jnp.int32)
+    converged = has_converged(norms, solver, layout)
+    met = jnp.where(converged, count + Status.CONVERGED, count + Status.MAX_STEPS)
+    status = jnp.where(finite, met, count + Status.NONFINITE)
+    return Stats(count + steps, jnp.where(finite, residual, jnp.inf), jnp.where(finite, relative, jnp.inf), status)
