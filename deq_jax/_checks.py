@@ -78,7 +78,8 @@ def check_start(z0: PyTree) -> None:
     found = {where: leaf for where, leaf in named_leaves("z0", z0) if known(leaf)}
     if not found:
         return
-    with jax.ensure_compile_time_eval():
+    # JAX's own test for infinite entries compares with inf, which `jax.debug_infs` would raise on.
+    with jax.ensure_compile_time_eval(), jax.debug_infs(False):
         infinite = np.asarray(_infinite(list(found.values())))  # all leaves in one program and one transfer
     if infinite.any():
         where = list(found)[infinite.argmax()]

@@ -425,3 +425,9 @@ def test_a_weak_or_numpy_z0_is_taken():
     for start in (0.0, np.zeros(()), np.float32(0), jnp.zeros(())):
         z, stats = deq.fixed_point(cos, start, solver=deq.Picard())
         assert stats.converged and z.dtype == jnp.float32
+
+
+def test_the_look_for_infinite_entries_passes_the_flag_that_looks_for_them_too():
+    z0 = jnp.zeros((3, 1, 2))  # a shape that no other test has traced the check for
+    with jax.debug_infs(True):
+        assert deq.solve(lambda z: 0.5 * jnp.cos(z), z0).stats.converged
