@@ -89,6 +89,17 @@ def check_start(z0: PyTree) -> None:
 _infinite = jax.jit(lambda leaves: jnp.stack([jnp.any(jnp.isinf(leaf)) for leaf in leaves]))
 
 
+def check_like(tree: PyTree, like: PyTree, who: str, name: str) -> None:
+    """Raise TypeError or ValueError unless what `who` returned as `name` is of the type of `like`, leaf by leaf."""
+    got, expected = jax.tree.structure(tree), jax.tree.structure(like)
+    if got != expected:
+        raise TypeError(f"{who} must return {name} in the structure {expected}, got {got}")
+    for (where, leaf), want in zip(named_leaves(name, tree), jax.tree.leaves(like), strict=True):
+        leaf, want = (f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in (leaf, want))
+        if leaf != want:
+            raise ValueError(f"{who} must return {where} as {want}, got {leaf}")
+
+
 def check_output(out: PyTree, z0: PyTree) -> None:
     """Raise TypeError or ValueError unless `out`, the types of what f returned, are those of z0."""
     if jax.tree.structure(out) != jax.tree.structure(z0):
@@ -210,7 +221,13 @@ def check_solver(value: Any, where: str) -> None:
 
 def check_adjoint(value: Any, where: str) -> None:
     """Raise TypeError unless the value, which a user passed as `where`, is an adjoint of either kind."""
-    if isinstance(value, type) or not any(callable(getattr(value, name, None)) for name in ("pullback", "run")):
+    method = lambda name: getattr(value, name, None)
+    for name in ("pullback", "run", "pushforward", "keep", "check"):
+        if not isinstance(value, type) and method(name) is not None and not callable(method(name)):
+            raise TypeError(
+                f"{where}: {type(value).__name__}.{name} must be a method of an adjoint, got {method(name)!r}"
+            )
+    if isinstance(value, type) or not (method("pullback") or method("run")):
         raise TypeError(
             f"{where} must be an adjoint such as Implicit(), got {value!r}; an adjoint has "
             "pullback(problem, forward, z_bar), or run(problem, z0, solver)"

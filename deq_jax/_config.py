@@ -249,6 +249,14 @@ def cast_options(options: T, dtype: Any) -> T:
     return new
 
 
+def with_options(options: T, **changes: Any) -> T:
+    """A copy with other values, of an object of any class. They are not checked."""
+    new = copy.copy(options)
+    for name, value in changes.items():
+        object.__setattr__(new, name, value)
+    return new
+
+
 def _cast(value: Any, dtype: Any) -> Any:
     if not hasattr(value, "astype") or value.dtype == dtype:
         return value

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from deq_jax._checks import check_solver
 from deq_jax.solvers import Solver, Stats, Status
 
 S = TypeVar("S")
@@ -23,11 +24,12 @@ def check(solution: S, solver: Solver | None = None) -> S:
 
     A solve has failed unless its status is CONVERGED, or STALLED: at the floor of the dtype there is nothing better.
 
-    Under jit the check is made when the program runs, by a callback to the host that a failure alone reaches. The error
-    then comes as JAX's own RuntimeError, with the same message, where the result is first waited for.
+    Under jit the check is made when the program runs, by a callback to the host. The error then is JAX's own
+    RuntimeError, which ends with the same message, where the result is first waited for. `jax.export` cannot write a
+    program with such a callback.
 
     Args:
-      solution: what `fixed_point`, `solve`, `trajectory` or a layer returns, or anything else with `stats`.
+      solution: what `fixed_point`, `solve`, `trajectory` or a layer returns, or its `stats`.
       solver: the solver that was used, for a message that tells its tolerances.
 
     Raises:
@@ -41,9 +43,11 @@ def check(solution: S, solver: Solver | None = None) -> S:
     Traceback (most recent call last):
     deq_jax.check.SolveError: the solve failed: MAX_STEPS after 3 evaluations, relative residual 0.37; rtol is ...
     """
-    stats = getattr(solution, "stats", None)
+    stats = solution if isinstance(solution, Stats) else getattr(solution, "stats", None)
     if not isinstance(stats, Stats):
         raise TypeError(f"check takes a result with stats, such as that of fixed_point; got {type(solution).__name__}")
+    if solver is not None:
+        check_solver(solver, "solver")
     tolerances = () if solver is None else (solver.rtol, solver.atol)
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves((stats, tolerances))):
         _raise_if_failed(stats, tolerances)

@@ -16,7 +16,7 @@ from deq_jax._checks import check_arguments, check_solver, check_start
 from deq_jax._programs import run_compiled
 from deq_jax._reverse_only import first_order_only, reverse_mode_only
 from deq_jax._states import named_leaves
-from deq_jax._trace import hoist
+from deq_jax._trace import hoist, is_array_like
 from deq_jax.adjoints import Implicit, Probe, Problem
 from deq_jax.adjoints.backward import backward_cell, solve_backward
 from deq_jax.adjoints.implicit import default_backward
@@ -81,6 +81,9 @@ def compact(
     sizes = tuple(size for size in (count // 3, count // 9) if size) if sizes is None else tuple(sizes)
     if any(not 0 < small < large for small, large in zip(sizes, (count, *sizes), strict=False)):
         raise ValueError(f"sizes must decrease from below the batch of {count} to 1 at the least, got {sizes}")
+    for where, option in (("solver", solver), ("backward", backward)):
+        if not all(map(is_array_like, jax.tree.leaves(option))):
+            raise TypeError(f"compact: {where} must be a pytree, as deq.config makes a class, got {option!r}")
     cells, reads = _cells(f, z0, args, axes, (count, *sizes))
     probe = Probe.like(z0, 1) if probe is None else probe
     z0, solver, backward = jax.lax.stop_gradient((z0, solver, backward))

@@ -44,7 +44,7 @@ class Keeps(OneStep):
 class Iterates:
     def run(self, problem, z0, solver):
         z = jax.lax.fori_loop(0, 30, lambda k, z: problem(z), z0)
-        return z, deq.solve(problem.frozen, z, solver=solver, batch_ndim=problem.batch_ndim).stats
+        return z, problem.stats_at(z, solver, steps=30)
 
 
 def jfb(a):
@@ -126,6 +126,61 @@ def test_a_solver_written_for_the_first_edition_still_runs():
     result = deq.solve(f, z0, jnp.float32(0.1), **options)
     again = deq.solve(f, result.value, jnp.float32(0.1), memory=result.memory, **options)
     assert again.stats.steps.tolist() == [1] * 4
+
+
+class Overflows(FirstEdition):
+    scale_free = True
+    max_steps = 20
+
+
+def test_a_plain_class_may_be_scale_free_and_a_stage_of_robust():
+    f = lambda z: 0.5 * z + 1e-30
+    assert deq.fixed_point(f, jnp.zeros((1, 5)), solver=Overflows(), batch_ndim=1).stats.converged.all()
+    robust = deq.Robust(stages=(FirstEdition(), deq.Broyden()))
+    assert deq.fixed_point(f, jnp.zeros((1, 5)), solver=robust, batch_ndim=1).stats.converged.all()
+    with pytest.raises(TypeError, match="compact: solver must be a pytree, as deq.config makes a class, got <"):
+        deq.compact(f, jnp.zeros((3, 5)), axes=(), solver=FirstEdition())
+
+
+def test_stats_of_iterations_are_those_of_the_value_they_return():
+    solver = deq.Picard(rtol=1e-9)
+    solution = deq.fixed_point(cell, jnp.zeros(3), A, adjoint=Iterates(), solver=solver, batch_ndim=1)
+    np.testing.assert_array_equal(solution.stats.residual, jnp.abs(cell(solution.value, A) - solution.value))
+    assert solution.stats.steps.tolist() == [31] * 3
+
+
+def returning(result, name="pullback"):
+    return type("Own", (OneStep,) if name == "pullback" else (), {name: lambda *_: result})()
+
+
+@pytest.mark.parametrize(
+    ("adjoint", "words"),
+    [
+        (returning(None), r"Own.pullback must return the cotangents of problem.inputs and a Probe or None; got None"),
+        (returning([jnp.zeros(3)]), r"Own.pullback must return the cotangents of problem.inputs and a Probe"),
+        (returning(((jnp.zeros(3),), None)), r"Own.pullback must return inputs_bar in the structure .*, got "),
+        (
+            returning(([jnp.zeros(2)], None)),
+            r"Own.pullback must return inputs_bar\[0\] as float32\[3\], got float32\[2\]",
+        ),
+        (returning(([jnp.zeros(3, jnp.float16)], None)), r"as float32\[3\], got float16\[3\]"),
+        (returning((jnp.zeros(2), None), "run"), r"Own.run must return z as float32\[3\], got float32\[2\]"),
+        (type("Own", (OneStep,), {"keep": 3})(), r"adjoint: Own.keep must be a method of an adjoint, got 3"),
+    ],
+    ids=["none", "no pair", "structure", "shape", "dtype", "run", "reserved"],
+)
+def test_what_an_adjoint_returns_is_checked(adjoint, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        jax.grad(lambda a: value(a, adjoint).sum())(A)
+
+
+def test_a_step_of_another_shape_is_refused():
+    class Wrong(FirstEdition):
+        def update(self, residual, state, z):
+            return residual[:1], state
+
+    with pytest.raises(ValueError, match=r"Wrong.update must return a step of the shape of z, \(2, 5\); got \(1, 5\)"):
+        deq.fixed_point(lambda z: 0.5 * z, jnp.ones((2, 5)), solver=Wrong(), batch_ndim=1)
 
 
 def without(cls, name):

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from deq_jax._checks import check_like
 from deq_jax._reverse_only import FORWARD_MODE, reverse_mode_only
 from deq_jax._states import frozen
 from deq_jax._trace import is_array_like
@@ -26,7 +27,9 @@ def solve_differentiably(
 ) -> tuple[PyTree, Stats]:
     """The fixed point of the problem, with the derivative of this adjoint."""
     if isinstance(adjoint, IterationAdjoint):
-        return adjoint.run(problem, z0, solver)
+        z, stats = adjoint.run(problem, z0, solver)
+        check_like(z, z0, f"{type(adjoint).__name__}.run", "z")
+        return z, stats
     # The derivative is that of the rule at the equilibrium alone, so the loop must not be differentiated.
     z0, solver = frozen((z0, solver))
     result = run_loop(problem.frozen, z0, solver, problem.batch_ndim)
@@ -75,7 +78,11 @@ _value.defvjp(_value_fwd, _value_bwd)
 
 def _pull(adjoint, forward, problem, z_bar):
     adjoint, forward = _unboxed((adjoint, forward))
-    inputs_bar, probe_bar = adjoint.pullback(problem, forward, z_bar)
+    who, result = f"{type(adjoint).__name__}.pullback", adjoint.pullback(problem, forward, z_bar)
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Probe | None)):
+        raise TypeError(f"{who} must return the cotangents of problem.inputs and a Probe or None; got {result!r}")
+    inputs_bar, probe_bar = result
+    check_like(inputs_bar, problem.inputs, who, "inputs_bar")
     return inputs_bar, Probe.unmeasured(0, z_bar, problem.batch_ndim) if probe_bar is None else probe_bar
 
 
@@ -114,14 +121,14 @@ def _value_jvp(primals, tangents):
 
 @jax.tree_util.register_static
 class _Box:
-    """An object as a node without leaves, compared by identity."""
+    """An object as a node without leaves. JAX does not see what it holds: no traced array may be in it."""
 
     def __init__(self, content: Any):
         self.content = content
 
 
 def _boxed(tree: PyTree) -> PyTree:
-    """The tree as JAX takes it: a leaf that is no array, such as an adjoint of a plain class, goes into a box."""
+    """The tree as JAX takes it: a leaf that is no array, such as a solver of a plain class, goes into a box."""
     return jax.tree.map(lambda leaf: leaf if is_array_like(leaf) else _Box(leaf), tree)
 
 

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from deq_jax._arrays import zeros_from
-from deq_jax._states import corner
+from deq_jax._config import cast_options
+from deq_jax._states import corner, frozen, wide_dtype
 from deq_jax._trace import Bound
 from deq_jax.solvers import Solver, Stats, Status
+from deq_jax.solvers.loop import stats_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Problem:
     """
 
     f: Callable  # pure
-    inputs: Any  # all float arrays that f reads, arguments and captured values alike: a list, mostly
+    inputs: Any  # all float and complex arrays that f reads, arguments and captured values alike
     other: Any  # all other arrays that f reads: ints, keys, masks
     batch_ndim: int
 
@@ -42,6 +44,11 @@ class Problem:
     def axes(self) -> tuple:
         """Named axes along which f communicates, and so couples the problems."""
         return getattr(self.f, "axes", ())
+
+    def stats_at(self, z: PyTree, solver: Solver, steps: Any) -> Stats:
+        """The statistics of a z that was found in `steps` evaluations; one more is made here."""
+        solver = cast_options(frozen(solver), wide_dtype(z))
+        return stats_at(self.frozen, jax.lax.stop_gradient(z), solver, steps, self.batch_ndim)
 
     @property
     def frozen(self) -> Callable[[PyTree], PyTree]:
@@ -58,7 +65,7 @@ class ForwardResult(NamedTuple):
     z: PyTree  # the equilibrium
     stats: Stats | None  # None where another solver found z
     memory: Any  # of the solver; None where another solver found z
-    solver: Any  # the solver that found z, or another one that the adjoint has put here
+    solver: Any  # the solver of the call; `keep` may put another one here
 
 
 class Probe(NamedTuple):

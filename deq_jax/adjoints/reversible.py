@@ -25,7 +25,7 @@ from deq_jax._config import Number, cast_options, config
 from deq_jax._reverse_only import first_order_only, reverse_mode_only
 from deq_jax._states import Layout, add, conj, frozen, wide_dtype, zeros_like
 from deq_jax.adjoints.protocol import Problem
-from deq_jax.solvers import Solver, Stats, Status
+from deq_jax.solvers import Picard, Solver, Stats, Status
 from deq_jax.solvers.stopping import assess, has_converged, norms_at
 
 SPOILED = 1e-2  # relative error of a state walked back to z0 from which on we warn
@@ -78,7 +78,8 @@ class Reversible:
             )
 
     def run(self, problem: Problem, z0: PyTree, solver: Solver) -> tuple[PyTree, Stats]:
-        rules = cast_options(frozen((self.damping, solver)), _working_dtype(z0))
+        stopping = Picard(frozen(solver.rtol), frozen(solver.atol), frozen(solver.max_steps))
+        rules = cast_options((frozen(self.damping), stopping), _working_dtype(z0))
         z0, inputs = reverse_mode_only((z0, problem.inputs))
         return _solve(rules, z0, Problem(problem.f, inputs, problem.other, problem.batch_ndim))
 

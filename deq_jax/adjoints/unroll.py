@@ -11,10 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from deq_jax._arrays import zeros_from
 from deq_jax._checks import check_number, check_sees_all
 from deq_jax._config import cast_options, config
-from deq_jax._states import Layout, choose, frozen
+from deq_jax._states import Layout, choose
 from deq_jax.adjoints.protocol import Problem
 from deq_jax.solvers import Solver, Stats
-from deq_jax.solvers.loop import stats_at
 from deq_jax.solvers.protocol import member
 from deq_jax.solvers.stopping import Norms, by_leaf, comparable, has_converged, over_leaves, relative_to, whole
 
@@ -75,8 +74,7 @@ class Unroll:
             body = iterate
         end = self._scanned(body, start, solver.max_steps)
         z = layout.unravel(end.best if member(solver, "recovers") else end.z)
-        frozen_z, solver = frozen((z, solver))
-        return z, stats_at(problem.frozen, frozen_z, solver, end.steps, problem.batch_ndim)
+        return z, problem.stats_at(z, solver, end.steps)
 
     def _iteration(self, problem, layout, solver, z0) -> "tuple[Callable[[Iterate], Iterate], Iterate]":
         """The map from iterate to iterate, and the first one."""

@@ -1,5 +1,6 @@
 """Solvers: frozen numbers with two pure functions, driven by the one loop in `loop`."""
 
+from deq_jax._arrays import per_problem
 from deq_jax.solvers.anderson import Anderson
 from deq_jax.solvers.broyden import Broyden
 from deq_jax.solvers.loop import run_loop
@@ -20,5 +21,6 @@ __all__ = [
     "Solver",
     "Stats",
     "Status",
+    "per_problem",
     "run_loop",
 ]

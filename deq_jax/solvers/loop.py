@@ -1,6 +1,5 @@
 """One loop for every solver: it calls f, tests convergence, counts, freezes and keeps the best iterate."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from deq_jax._arrays import half_power, per_problem, zeros_from
-from deq_jax._config import cast_options
+from deq_jax._config import cast_options, with_options
 from deq_jax._states import Layout, wide_dtype
 from deq_jax.solvers.protocol import Evaluation, Fold, Solver, SolveResult, Stats, Status, member
 from deq_jax.solvers.stopping import (
@@ -198,14 +197,19 @@ def shown(carry: Carry, z: PyTree, fz: PyTree, norms: Norms, layout: Layout) -> 
 
 def advance(solver: Solver, state: Any, residual: Array, z: Array, unit: Array) -> tuple[Array, Any]:
     """The next iterate, and the solver's state."""
-    next_point = member(solver, "next_point")
-    if not member(solver, "scale_free"):
-        step, state = solver.update(residual, state, z)
-        return next_point(state, z + step), state
-    scale, inverse = unit[..., None], (1 / unit)[..., None]
-    solver = dataclasses.replace(solver, atol=solver.atol / unit)  # pyright: ignore[reportArgumentType]
-    step, state = solver.update(residual * inverse, state, z * inverse)
-    return scale * member(solver, "next_point")(state, z * inverse + step), state
+    if member(solver, "scale_free"):
+        scale, inverse = unit[..., None], (1 / unit)[..., None]
+        z, state = _next_point(with_options(solver, atol=solver.atol / unit), state, residual * inverse, z * inverse)
+        return scale * z, state
+    return _next_point(solver, state, residual, z)
+
+
+def _next_point(solver: Solver, state: Any, residual: Array, z: Array) -> tuple[Array, Any]:
+    step, state = solver.update(residual, state, z)
+    if step.shape != z.shape:
+        name = type(solver).__name__
+        raise ValueError(f"{name}.update must return a step of the shape of z, {z.shape}; got {step.shape}")
+    return member(solver, "next_point")(state, z + step), state
 
 
 # ---- evaluations that are not tested -----------------------------------------------------------------------
@@ -217,7 +221,7 @@ def make_plain_steps(f: Callable, layout: Layout, solver: Solver) -> Callable[[C
 
     def untested(carry: Carry) -> Carry:
         running = carry.status == RUNNING
-        # z0 is tested, for its residual sets the scale, and so is the last evaluation of the budget.
+        # z0 is tested, because its residual sets the scale. The last evaluation of the budget is tested too.
         left = jnp.min(jnp.asarray(solver.max_steps, jnp.int32)) - carry.evaluation
         count = jnp.where(carry.evaluation == 0, 0, jnp.clip(left, 1, every) - 1)
 

@@ -92,15 +92,15 @@ class Defaults:
     test_every = 1
     """Of `test_every` evaluations only the last is tested for convergence and shown to `update`."""
     damping = 1.0
-    """The evaluations before it are followed by steps of damping · (f(z) − z)."""
+    """With `test_every` above 1, each evaluation that is not tested is followed by a step of damping · (f(z) − z)."""
     patience = 0
     """How many evaluations may pass without a better residual before a solve counts as stalled."""
     recovers = False
     """Whether some steps are trials: a huge residual is then no failure, and only the best iterate is of use."""
     scale_free = False
-    """Whether `update` is to see vectors in a unit, a power of two, in which products of two stay in range.
+    """Whether the loop divides residual, z and `atol` by a power of two for each problem before it calls `update`.
 
-    There is one unit for each problem, and `atol` is given in it too."""
+    Products of two vectors are then within the range of the dtype."""
 
     @staticmethod
     def resume(memory: Any) -> Any:

@@ -1,6 +1,5 @@
 """Robust: several solvers in turn. Each problem moves on to the next one when the present one fails."""
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax._arrays import norm, zeros_from
 from deq_jax._checks import check_sees_all, check_solver
-from deq_jax._config import config
+from deq_jax._config import config, with_options
 from deq_jax._states import choose
 from deq_jax.solvers.broyden import Broyden
 from deq_jax.solvers.newton_krylov import NewtonKrylov
@@ -140,7 +139,7 @@ class Robust(LoopOptions):
         """(next_z, inner) after one update of each solver that is in charge of a problem."""
         next_z, updated = z, []
         for i, (solver, old) in enumerate(zip(self.stages, inner, strict=True)):
-            solver = dataclasses.replace(solver, rtol=self.rtol, atol=self.atol)  # pyright: ignore[reportArgumentType]
+            solver = with_options(solver, rtol=self.rtol, atol=self.atol)
             in_charge = stage == i
             begins = in_charge & enters
 
