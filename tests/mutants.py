@@ -218,7 +218,7 @@ MUTANTS = [
         "adjoints/backward.py",
         "scale = power_of_two(z_bar, problem.batch_ndim, problem.axes)\n    with",
         "scale = power_of_two(z_bar, problem.batch_ndim, problem.axes) * 0 + 1\n    with",
-        "test_adjoints.py -k proportional",
+        "test_adjoint_family.py -k float16",
     ),
     Mutant(
         "Unroll moves past the first iterate within tolerance",
@@ -348,9 +348,10 @@ MUTANTS = [
     ),
     Mutant(
         "a start that grows is called lost by where it began",
-        STOPPING,
-        "worst = jnp.maximum(growth.worst, growth.before)\n    lost",
-        "worst = growth.worst\n    lost",
+        LOOP,
+        "guards(growth, norms, layout, coupled)",
+        "guards(growth._replace(worst=jnp.where(growth.before < jnp.inf, first_scale, jnp.inf), before=0 * first_scale)"
+        ", norms, layout, coupled)",
         "test_convergence.py -k small_start",
     ),
     Mutant(
