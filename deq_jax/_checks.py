@@ -95,9 +95,9 @@ def check_like(tree: PyTree, like: PyTree, who: str, name: str) -> None:
     if got != expected:
         raise TypeError(f"{who} must return {name} in the structure {expected}, got {got}")
     for (where, leaf), want in zip(named_leaves(name, tree), jax.tree.leaves(like), strict=True):
-        leaf, want = (f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in (leaf, want))
-        if leaf != want:
-            raise ValueError(f"{who} must return {where} as {want}, got {leaf}")
+        wrong = TypeError if jnp.result_type(leaf) != jnp.result_type(want) else ValueError
+        if describe(leaf) != describe(want):
+            raise wrong(f"{who} must return {where} as {describe(want)}, got {describe(leaf)}")
 
 
 def check_output(out: PyTree, z0: PyTree) -> None:
@@ -232,12 +232,6 @@ def check_adjoint(value: Any, where: str) -> None:
             f"{where} must be an adjoint such as Implicit(), got {value!r}; an adjoint has "
             "pullback(problem, forward, z_bar), or run(problem, z0, solver)"
         )
-
-
-def check_sees_all(solver: Any, who: str) -> None:
-    """Raise ValueError if a solver sees only one iterate in `test_every`, when `who` needs each of them."""
-    if getattr(solver, "test_every", 1) > 1:
-        raise ValueError(f"{who} looks at each iterate, and {solver} at few of them: take test_every=1")
 
 
 def check_number(

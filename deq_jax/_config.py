@@ -239,14 +239,9 @@ def cast_options(options: T, dtype: Any) -> T:
         is_float = lambda leaf: is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
         return jax.tree.map(lambda leaf: _cast(leaf, dtype) if is_float(leaf) else leaf, options)
     targets = {Role.NUMBER: dtype, Role.BUDGET: jnp.dtype(jnp.int32)}
-    new = copy.copy(options)  # without __init__: these values have been checked
-    for name, role in roles.items():
-        value = getattr(options, name)
-        if role in targets:
-            object.__setattr__(new, name, _cast(value, targets[role]))
-        elif role is not Role.STRUCTURE:
-            object.__setattr__(new, name, cast_options(value, dtype))
-    return new
+    cast = lambda value, role: _cast(value, targets[role]) if role in targets else cast_options(value, dtype)
+    values = {name: (getattr(options, name), role) for name, role in roles.items() if role is not Role.STRUCTURE}
+    return with_options(options, **{name: cast(*value) for name, value in values.items()})
 
 
 def with_options(options: T, **changes: Any) -> T:

@@ -83,12 +83,17 @@ def hoist(f: Callable, *example: PyTree, args: tuple = ()) -> tuple[Traced, list
     return Traced(jaxpr, jax.tree.structure(out_shape), tuple(order)), inputs, other
 
 
+def axes_of(f: Callable) -> tuple:
+    """Named axes along which f communicates, as far as they are known: those of a `Traced` or `Bound` function."""
+    return getattr(f, "axes", ())
+
+
 class Bound:
     """f with its last arguments given, and the named axes along which f communicates."""
 
     def __init__(self, f: Callable, *reads: Any, axes: tuple | None = None):
         self.f, self.reads = f, reads
-        self.axes = getattr(f, "axes", ()) if axes is None else axes
+        self.axes = axes_of(f) if axes is None else axes
 
     def __call__(self, *args: PyTree) -> PyTree:
         return self.f(*args, *self.reads)

@@ -14,14 +14,15 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from deq_jax._checks import check_sees_all, check_stopping
+from deq_jax._checks import check_stopping
 from deq_jax._config import STATIC, Budget, Number, config
-from deq_jax._states import Layout
+from deq_jax._states import Layout, frozen
 from deq_jax._trace import hoist
 from deq_jax.adjoints import Adjoint, Implicit, Probe
 from deq_jax.fixed_point import Solution, attach
 from deq_jax.solvers import Anderson, Picard, Solver
 from deq_jax.solvers.loop import stats_at
+from deq_jax.solvers.protocol import check_sees_all
 
 
 def implicit(
@@ -73,7 +74,7 @@ def implicit(
         @functools.wraps(run)
         def differentiable(z0, *args, probe: Probe | None = None, **options):
             of_f = split(args, options)
-            found = run(_frozen(z0), *_frozen(args), **_frozen(options))
+            found = run(frozen(z0), *frozen(args), **frozen(options))
             z, aux = found if has_aux else (found, None)
             # f captures its options: arrays among them are still differentiable, and other objects pass unchanged.
             cell = lambda z, *args: f(z, *args, **of_f)
@@ -83,13 +84,6 @@ def implicit(
         return differentiable
 
     return decorate
-
-
-def _frozen(tree: PyTree) -> PyTree:
-    """The tree without derivatives. Flags, strings and functions stay the same objects."""
-    if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)):
-        return tree
-    return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
 
 
 def _split_options(f: Callable, run: Callable) -> Callable[[tuple, dict], dict]:

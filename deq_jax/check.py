@@ -30,7 +30,7 @@ def check(solution: S, solver: Solver | None = None) -> S:
 
     Args:
       solution: what `fixed_point`, `solve`, `trajectory` or a layer returns, or its `stats`.
-      solver: the solver that was used, for a message that tells its tolerances.
+      solver: the solver that was used, if the message should name its tolerances.
 
     Raises:
       SolveError: a RuntimeError that names the problems, their status, evaluations and residual.
@@ -58,21 +58,19 @@ def check(solution: S, solver: Solver | None = None) -> S:
 
 
 def _raise_if_failed(stats: Stats, tolerances: tuple) -> None:
-    steps, _, relative, status = map(np.asarray, stats)
-    failed = np.argwhere((status != Status.CONVERGED) & (status != Status.STALLED))
+    stats, tolerances = jax.device_get((stats, tolerances))
+    failed = np.argwhere(~stats.sound)
     if not len(failed):
         return
 
     def describe(index: Any) -> str:
-        ended = f"{Status(int(status[index])).name} after {steps[index]} evaluations"
-        return f"{ended}, relative residual {relative[index]:.3g}"
+        steps, _, relative, status = (x[index] for x in stats)
+        return f"{Status(int(status)).name} after {steps} evaluations, relative residual {relative:.3g}"
 
-    several = [f"problem {index}: {describe(tuple(index))}" for index in failed[:NAMED].tolist()]
-    if not status.ndim:
-        message = f"the solve failed: {describe(())}"
+    if stats.status.ndim:
+        several = [f"problem {index}: {describe(tuple(index))}" for index in failed[:NAMED].tolist()]
+        more = ["…"] * (len(failed) > NAMED)
+        message = "; ".join([f"{len(failed)} of {stats.status.size} solves failed", *several, *more])
     else:
-        message = f"{len(failed)} of {status.size} solves failed; {'; '.join(several)}{'; …' * (len(failed) > NAMED)}"
-    if tolerances:
-        rtol, atol = (np.asarray(x) for x in tolerances)
-        message += f"; rtol is {rtol}, atol {atol}"
-    raise SolveError(message)
+        message = f"the solve failed: {describe(())}"
+    raise SolveError(message + ("; rtol is {}, atol {}".format(*tolerances) if tolerances else ""))

@@ -4,6 +4,7 @@ This is a separate entry point, not an option of a solver, because f is called o
 which arguments have a batch axis, and f may capture nothing that has one.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -128,7 +129,7 @@ def _compact_bwd(axes, sizes, saved, cotangents):
     def solve(unit):
         def bind(gathered):  # linearizes f outside the loop, once for each size of the batch
             unit, z, *args = gathered
-            return backward_cell(Problem(problem.f, tuple(args), problem.other, 1), z, unit)
+            return backward_cell(dataclasses.replace(problem, inputs=tuple(args)), z, unit)
 
         gathered = unit, z, *problem.inputs
         result = run_loop_in_stages(bind, unit, gathered, (0, 0, *axes), backward, sizes)
@@ -136,7 +137,7 @@ def _compact_bwd(axes, sizes, saved, cotangents):
 
     args_bar, stats = solve_backward(problem, z, z_bar, solve)
     args_bar = _where_inexact(lambda x: first_order_only(x, "compact", "use fixed_point(..., batch_ndim=1)"), args_bar)
-    return None, None, None, Problem(problem.f, args_bar, None, 1), Probe.of(stats)
+    return None, None, None, dataclasses.replace(problem, inputs=args_bar, other=None), Probe.of(stats)
 
 
 _compact.defvjp(_compact_fwd, _compact_bwd)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from deq_jax._checks import check_arguments, check_found, check_memory, check_sees_all, check_start
+from deq_jax._checks import check_arguments, check_found, check_memory, check_start
 from deq_jax._hoisting import hoist_cell, hoist_fold, with_fold
 from deq_jax._programs import run_compiled
 from deq_jax._states import flat_type
@@ -16,7 +16,7 @@ from deq_jax.adjoints import Adjoint, ForwardResult, Implicit, IterationAdjoint,
 from deq_jax.adjoints.equilibrium import at_equilibrium, solve_differentiably
 from deq_jax.adjoints.protocol import member
 from deq_jax.solvers import Anderson, Fold, Solver, SolveResult, Stats, run_loop
-from deq_jax.solvers.protocol import plain_at_runtime
+from deq_jax.solvers.protocol import check_sees_all, plain_at_runtime
 
 Z = TypeVar("Z")
 Aux = TypeVar("Aux")

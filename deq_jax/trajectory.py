@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from deq_jax._arrays import one_hot
-from deq_jax._checks import check_count, check_sees_all
+from deq_jax._checks import check_count
 from deq_jax._config import with_suggestions
 from deq_jax._hoisting import zero_residuals
 from deq_jax._states import choose
@@ -18,7 +18,7 @@ from deq_jax._trace import flag
 from deq_jax.adjoints import Adjoint, Implicit, Phantom, Probe
 from deq_jax.fixed_point import attach, solve
 from deq_jax.solvers import Anderson, Evaluation, Solver, Stats, Status
-from deq_jax.solvers.protocol import plain_at_runtime
+from deq_jax.solvers.protocol import check_sees_all, plain_at_runtime
 
 Z = TypeVar("Z")
 

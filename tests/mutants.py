@@ -69,8 +69,8 @@ MUTANTS = [
     Mutant(
         "damping in the stopping test",
         LOOP,
-        "verdict = verdict_on(carry, norms)",
-        'verdict = verdict_on(carry, norms._replace(residuals=norms.residuals * member(solver, "damping")))',
+        "after = judged(carry, norms)",
+        'after = judged(carry, norms._replace(residuals=norms.residuals * member(solver, "damping")))',
         "test_solvers.py -k residual_is_undamped",
     ),
     Mutant(
@@ -139,7 +139,7 @@ MUTANTS = [
     Mutant(
         "a problem that stopped moves on",
         LOOP,
-        "z=jnp.where((verdict.status == RUNNING)[..., None], layout.round(z), best)",
+        "z=jnp.where((after.status == RUNNING)[..., None], layout.round(z), after.best)",
         "z=layout.round(z)",
         "test_solvers.py -k memory_of_a_problem_that_stopped",
     ),

@@ -1,5 +1,6 @@
 """The rules that give a fixed point its derivative at the equilibrium, in reverse mode or in every mode."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -70,7 +71,7 @@ def _value_fwd(adjoint, forward, problem, probe):
 def _value_bwd(saved, z_bar):
     adjoint, forward, problem = saved
     inputs_bar, probe_bar = _pull(adjoint, forward, problem, z_bar)
-    return None, None, Problem(problem.f, inputs_bar, None, problem.batch_ndim), probe_bar
+    return None, None, dataclasses.replace(problem, inputs=inputs_bar, other=None), probe_bar
 
 
 _value.defvjp(_value_fwd, _value_bwd)
@@ -87,7 +88,7 @@ def _pull(adjoint, forward, problem, z_bar):
 
 
 def _reverse_only(problem: Problem) -> Problem:
-    return Problem(problem.f, reverse_mode_only(problem.inputs), problem.other, problem.batch_ndim)
+    return dataclasses.replace(problem, inputs=reverse_mode_only(problem.inputs))
 
 
 # ---- every mode --------------------------------------------------------------------------------------------

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from deq_jax._arrays import zeros_from
-from deq_jax._config import cast_options
-from deq_jax._states import corner, frozen, wide_dtype
-from deq_jax._trace import Bound
+from deq_jax._states import corner, frozen
+from deq_jax._trace import Bound, axes_of
 from deq_jax.solvers import Solver, Stats, Status
 from deq_jax.solvers.loop import stats_at
 
@@ -43,12 +42,11 @@ class Problem:
     @property
     def axes(self) -> tuple:
         """Named axes along which f communicates, and so couples the problems."""
-        return getattr(self.f, "axes", ())
+        return axes_of(self.f)
 
     def stats_at(self, z: PyTree, solver: Solver, steps: Any) -> Stats:
         """The statistics of a z that was found in `steps` evaluations; one more is made here."""
-        solver = cast_options(frozen(solver), wide_dtype(z))
-        return stats_at(self.frozen, jax.lax.stop_gradient(z), solver, steps, self.batch_ndim)
+        return stats_at(self.frozen, jax.lax.stop_gradient(z), frozen(solver), steps, self.batch_ndim)
 
     @property
     def frozen(self) -> Callable[[PyTree], PyTree]:
@@ -139,12 +137,12 @@ class Defaults:
 
     @staticmethod
     def keep(problem: Problem, forward: ForwardResult) -> ForwardResult:
-        """What the backward pass reads of the forward solve: nothing else is kept until then."""
+        """The part of the forward result that the backward pass reads. Nothing else is kept until then."""
         return forward._replace(memory=None, solver=None)
 
     @staticmethod
     def check(z0: PyTree, solver: Solver) -> None:
-        """Called before tracing, while numbers are still numbers: raises, or warns, about what does not fit."""
+        """Called before tracing, when options are still Python numbers, to raise or warn about what does not fit."""
 
 
 def member(adjoint: Adjoint, name: str) -> Any:

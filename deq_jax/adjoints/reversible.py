@@ -11,6 +11,7 @@ A step can be undone, (2) first, so the backward pass walks back to z0 instead o
     (4)  y₋ = (y − β f(z₋)) / (1 − β)
 """
 
+import dataclasses
 import math
 import warnings
 from typing import Any, NamedTuple
@@ -78,10 +79,10 @@ class Reversible:
             )
 
     def run(self, problem: Problem, z0: PyTree, solver: Solver) -> tuple[PyTree, Stats]:
-        stopping = Picard(frozen(solver.rtol), frozen(solver.atol), frozen(solver.max_steps))
-        rules = cast_options((frozen(self.damping), stopping), _working_dtype(z0))
+        stopping = Picard(solver.rtol, solver.atol, solver.max_steps)  # the part of the solver that counts
+        rules = cast_options(frozen((self.damping, stopping)), _working_dtype(z0))
         z0, inputs = reverse_mode_only((z0, problem.inputs))
-        return _solve(rules, z0, Problem(problem.f, inputs, problem.other, problem.batch_ndim))
+        return _solve(rules, z0, dataclasses.replace(problem, inputs=inputs))
 
 
 def _working_dtype(z0: PyTree) -> Any:
@@ -168,7 +169,7 @@ def _solve_bwd(saved, cotangents):
     carry = y, z, zeros_from(z_bar), z_bar, zeros_like(problem.inputs)
     *_, y_bar, z_bar, inputs_bar = jax.lax.fori_loop(0, jnp.max(steps), undo, carry)
     z0_bar, inputs_bar = first_order_only((conj(layout.unravel(y_bar + z_bar)), inputs_bar), "Reversible")
-    return None, z0_bar, Problem(problem.f, inputs_bar, None, problem.batch_ndim)
+    return None, z0_bar, dataclasses.replace(problem, inputs=inputs_bar, other=None)
 
 
 def _pullback(problem: Problem, layout: Layout) -> Any:

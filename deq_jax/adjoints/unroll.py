@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from deq_jax._arrays import zeros_from
-from deq_jax._checks import check_number, check_sees_all
+from deq_jax._checks import check_number
 from deq_jax._config import cast_options, config
 from deq_jax._states import Layout, choose
 from deq_jax.adjoints.protocol import Problem
 from deq_jax.solvers import Solver, Stats
-from deq_jax.solvers.protocol import member
-from deq_jax.solvers.stopping import Norms, by_leaf, comparable, has_converged, over_leaves, relative_to, whole
+from deq_jax.solvers.protocol import check_sees_all, member
+from deq_jax.solvers.stopping import Norms, comparable, has_converged, over_leaves, relative_to, tolerances, whole
 
 ROUNDING = 8  # a relative residual of so many eps, of the solver's dtype, tells an acceleration nothing more
 
@@ -60,7 +60,7 @@ class Unroll:
     def check(self, z0: PyTree, solver: Solver) -> None:
         if not isinstance(solver.max_steps, int):
             raise TypeError(
-                "Unroll needs max_steps as a Python int, for it fixes the depth of the program; got "
+                "Unroll needs max_steps as a Python int, because it fixes the depth of the program; got "
                 f"{solver.max_steps}. Use Implicit, Phantom, Neumann or JFB to sweep a traced step budget."
             )
 
@@ -144,7 +144,7 @@ def _step(solver: Solver, layout: Layout, carry: Iterate, g: Array, held: Bool[A
 def _has_ended(norms: Norms, traveled: Float[Array, "*norms"], solver: Solver, layout: Layout) -> Bool[Array, "*batch"]:
     """Within the tolerance of the value, and of the distance from the start: that many times smaller is Jᵏ too."""
     sizes = comparable(norms, layout)
-    tolerance = by_leaf(solver.atol, layout) + by_leaf(solver.rtol, layout) * sizes
+    tolerance = tolerances(sizes, solver, layout)
     # What rounding hides is no contraction.
     residuals = jnp.maximum(norms.residuals, jnp.minimum(layout.eps * sizes, tolerance))
     contracted = over_leaves(jnp.all, residuals <= tolerance * relative_to(traveled, sizes), layout)

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from deq_jax._arrays import aligned
+from deq_jax._states import named_leaves
 
 T = TypeVar("T")
 
@@ -90,8 +91,7 @@ def initial_state(z0: T | None, zeros: T) -> T:
     """z0 in the dtype of `zeros`, or `zeros` for None; ValueError unless their shapes agree."""
     if z0 is None:
         return zeros
-    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(z0), jax.tree.leaves(zeros), strict=True):
-        name = f"z0{jax.tree_util.keystr(path)}"
+    for (name, got), want in zip(named_leaves("z0", z0), jax.tree.leaves(zeros), strict=True):
         require(got.shape == want.shape, f"{name} must have shape {want.shape}, got {got.shape}")
     return jax.tree.map(lambda x, zero: x.astype(zero.dtype), z0, zeros)
 

@@ -32,10 +32,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax import _low_rank
 from deq_jax._arrays import at_most, dot, norm, one_hot, per_problem, ratio, safe_sqrt, write_slot, zeros_from
-from deq_jax._checks import check_number, check_sees_all
+from deq_jax._checks import check_number
 from deq_jax._config import Number, config
 from deq_jax._states import choose
-from deq_jax.solvers.protocol import LoopOptions
+from deq_jax.solvers.protocol import LoopOptions, check_sees_all
 
 GROWTH = 1.5  # a step that makes the residual grow by this factor is rejected
 DAMPED_BELOW = 0.1  # Moré & Trangenstein's σ: an update may shrink det B⁻¹ by no more than this
@@ -109,7 +109,7 @@ class Broyden(LoopOptions):
 
     @property
     def recovers(self) -> bool:
-        """Whether a step to where f is huge or not finite is cut rather than the end."""
+        """Whether a step to a point where f is huge or not finite is cut, instead of ending the solve."""
         return self.line_search > 0
 
     def can_backtrack(self, state: BroydenState) -> Bool[Array, "*batch"]:

@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from deq_jax._arrays import half_power, per_problem, zeros_from
 from deq_jax._config import cast_options, with_options
 from deq_jax._states import Layout, wide_dtype
+from deq_jax._trace import axes_of
 from deq_jax.solvers.protocol import Evaluation, Fold, Solver, SolveResult, Stats, Status, member
 from deq_jax.solvers.stopping import (
     RUNNING,
@@ -112,20 +113,9 @@ def finalize(end: Carry, z0: PyTree, batch_ndim: int) -> SolveResult:
 # ---- one evaluation ----------------------------------------------------------------------------------------
 
 
-class Verdict(NamedTuple):
-    """What one evaluation says of each problem."""
-
-    status: Int[Array, "*batch"]
-    better: Bool[Array, "*batch"]  # whether this z is the best one so far
-    first_scale: Float[Array, "*batch"]
-    growth: Growth
-    stale: Int[Array, "*batch"]
-    steps: Int[Array, "*batch"]
-
-
 def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | None) -> Callable[[Carry], Carry]:
     """One evaluation of f, what it says of each problem, and the next iterate."""
-    verdict_on = make_verdict(layout, solver, getattr(f, "axes", ()))
+    judged = make_verdict(layout, solver, axes_of(f))
 
     def evaluate(carry: Carry) -> Carry:
         z_tree = layout.unravel(carry.z)
@@ -133,20 +123,11 @@ def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | No
             fz_tree = f(z_tree)
         fz = layout.ravel(fz_tree)
         norms = norms_at(carry.z, fz, layout)
-        verdict = verdict_on(carry, norms)
-        best = jnp.where(verdict.better[..., None], carry.z, carry.best)
+        after = judged(carry, norms)
         with jax.named_scope(type(solver).__name__):
-            z, state = advance(solver, carry.solver, fz - carry.z, carry.z, half_power(verdict.first_scale))
-        better = by_leaf(verdict.better, layout)
-        return Carry(
-            z=jnp.where((verdict.status == RUNNING)[..., None], layout.round(z), best),
-            best=best,
-            best_norms=Norms(*(jnp.where(better, *pair) for pair in zip(norms, carry.best_norms, strict=True))),
-            first_scale=verdict.first_scale,
-            growth=verdict.growth,
-            stale=verdict.stale,
-            steps=verdict.steps,
-            status=verdict.status,
+            z, state = advance(solver, carry.solver, fz - carry.z, carry.z, after.first_scale)
+        return after._replace(
+            z=jnp.where((after.status == RUNNING)[..., None], layout.round(z), after.best),
             solver=state,
             folded=None if fold is None else fold.update(carry.folded, shown(carry, z_tree, fz_tree, norms, layout)),
             evaluation=carry.evaluation + 1,
@@ -155,12 +136,12 @@ def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | No
     return evaluate
 
 
-def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry, Norms], Verdict]:
-    """The function that turns the norms at an evaluated z into a verdict on each problem."""
+def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry, Norms], Carry]:
+    """The function that brings the carry up to date with the norms at the z that was evaluated, except its z."""
     patience, recovers = max(STALE_EVALUATIONS, member(solver, "patience")), member(solver, "recovers")
     coupled = coupling(axes)
 
-    def verdict_on(carry: Carry, norms: Norms) -> Verdict:
+    def judged(carry: Carry, norms: Norms) -> Carry:
         running, first = carry.status == RUNNING, carry.steps == 0
         residual, scale = (whole(x, layout) for x in norms)
         steps = carry.steps + running.astype(jnp.int32)
@@ -184,9 +165,18 @@ def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry
         status = jnp.where(running, status, carry.status).astype(jnp.int32)
         # An iterate so far out that its residual is all rounding is not a better one.
         better = running & finite & ~lost & (converged | made.improved)
-        return Verdict(status, better, first_scale, growth, stale, steps)
+        pick = lambda new, old: jnp.where(by_leaf(better, layout), new, old)
+        return carry._replace(
+            best=jnp.where(better[..., None], carry.z, carry.best),
+            best_norms=Norms(*map(pick, norms, carry.best_norms)),
+            first_scale=first_scale,
+            growth=growth,
+            stale=stale,
+            steps=steps,
+            status=status,
+        )
 
-    return verdict_on
+    return judged
 
 
 def shown(carry: Carry, z: PyTree, fz: PyTree, norms: Norms, layout: Layout) -> Evaluation:
@@ -195,9 +185,10 @@ def shown(carry: Carry, z: PyTree, fz: PyTree, norms: Norms, layout: Layout) -> 
     return Evaluation(carry.evaluation, z, fz, residual, relative, carry.status == RUNNING)
 
 
-def advance(solver: Solver, state: Any, residual: Array, z: Array, unit: Array) -> tuple[Array, Any]:
+def advance(solver: Solver, state: Any, residual: Array, z: Array, first_scale: Array) -> tuple[Array, Any]:
     """The next iterate, and the solver's state."""
     if member(solver, "scale_free"):
+        unit = half_power(first_scale)
         scale, inverse = unit[..., None], (1 / unit)[..., None]
         z, state = _next_point(with_options(solver, atol=solver.atol / unit), state, residual * inverse, z * inverse)
         return scale * z, state
@@ -240,4 +231,4 @@ def stats_at(f: Callable, z: PyTree, solver: Solver, steps: Any, batch_ndim: int
     """The stats of a z that is returned as it is, after `steps` evaluations and the one that is made here."""
     layout = Layout(z, batch_ndim)
     norms = norms_at(layout.ravel(z), layout.ravel(f(z)), layout)
-    return assess(norms, solver, steps + 1, layout)
+    return assess(norms, cast_options(solver, layout.dtype), steps + 1, layout)

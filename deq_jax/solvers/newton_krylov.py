@@ -24,9 +24,9 @@ from jaxtyping import Array, Bool, Float
 
 from deq_jax import _krylov
 from deq_jax._arrays import at_most, norm, ratio, zeros_from
-from deq_jax._checks import check_number, check_sees_all
+from deq_jax._checks import check_number
 from deq_jax._config import Number, config
-from deq_jax.solvers.protocol import LoopOptions
+from deq_jax.solvers.protocol import LoopOptions, check_sees_all
 
 ACCEPTED = 1e-4  # part of the predicted decrease of ‖g‖² that a step must bring
 NOISE = 30  # units in the last place of g: a difference that changes it by less is lost in rounding

@@ -137,6 +137,12 @@ class LoopOptions:
         check_number(self, "test_every", at_least=1)
 
 
+def check_sees_all(solver: Solver, who: str) -> None:
+    """Raise ValueError if a solver sees only one iterate in `test_every`, when `who` needs each of them."""
+    if member(solver, "test_every") > 1:
+        raise ValueError(f"{who} looks at each iterate, and {solver} at few of them: take test_every=1")
+
+
 # ---- folds -------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +163,8 @@ class Evaluation(NamedTuple):
 @runtime_checkable
 class Fold(Protocol):
     """Accumulates over the evaluations of a solve, inside its loop, without changing the solve.
+
+    A fold that defines `sees_all = True` is refused with a solver whose `test_every` is above 1.
 
     It may also report while the solve runs. This one shows the progress of one problem:
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax._arrays import norm, zeros_from
-from deq_jax._checks import check_sees_all, check_solver
+from deq_jax._checks import check_solver
 from deq_jax._config import config, with_options
 from deq_jax._states import choose
 from deq_jax.solvers.broyden import Broyden
 from deq_jax.solvers.newton_krylov import NewtonKrylov
-from deq_jax.solvers.protocol import LoopOptions, Solver, member
+from deq_jax.solvers.protocol import LoopOptions, Solver, check_sees_all, member
 
 BLOWN_UP = 1e4  # a residual this many times the best one ends a stage
 

@@ -4,9 +4,10 @@ A problem has converged when each leaf of its state meets
 
     (1)  ‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖
 
-in its own unit, if the residual is more than rounding. Two guards stand beside (1), for z ↦ z + 1 has no fixed point,
+in its own unit, if the residual is more than rounding. Two guards are needed besides (1): z ↦ z + 1 has no fixed point,
 and yet its relative residual 1/‖z‖ falls below any rtol as z runs away. The iterates are cut into stretches, within
-which ‖f(z)‖ grows by less than OUTGROWN. With the largest residual `worst` of the present stretch and the one before,
+which ‖f(z)‖ grows by less than OUTGROWN. `worst` is the largest residual of the present stretch and the one before, and
+inf in the first stretch:
 
     (2)  lost      worst < eps ‖f(z)‖: all residuals are less than a unit in the last place of z
     (3)  reduced   ‖f(z) − z‖ ≤ worst / OUTGROWN: z may have grown, but its residual fell by itself
@@ -29,7 +30,7 @@ from deq_jax.solvers.protocol import Solver, Stats, Status
 RUNNING = -1  # the status of a problem whose solve goes on
 STALE_EVALUATIONS = 10  # this many without a better residual, at the dtype's floor, end a solve as STALLED
 DIVERGED_GROWTH = 1e6  # a residual this many times the scale at the start, when the budget is spent, is DIVERGED
-HOPELESS_GROWTH = 1e15  # this many times ends a solve at once, unless all is small: tanh(3 z + h) grows from any h to 1
+HOPELESS_GROWTH = 1e15  # this many times, and above 1, ends a solve at once: tanh(3 z + h) grows from any small h to 1
 OUTGROWN = 10  # a stretch ends where the iterate has grown by this factor; see (3)
 
 
@@ -48,10 +49,15 @@ def norms_at(z: Float[Array, "*batch dim"], fz: Float[Array, "*batch dim"], layo
 
 
 def has_converged(norms: Norms, solver: Solver, layout: Layout) -> Bool[Array, "*batch"]:
-    """The stopping test (1). Asks for finite norms too, for inf ≤ rtol · inf is true."""
+    """The stopping test (1). The norms must be finite too, because inf ≤ rtol · inf is true."""
     finite = jnp.isfinite(norms.residuals) & jnp.isfinite(norms.scales)
-    tolerance = by_leaf(solver.atol, layout) + by_leaf(solver.rtol, layout) * comparable(norms, layout)
+    tolerance = tolerances(comparable(norms, layout), solver, layout)
     return over_leaves(jnp.all, finite & (norms.residuals <= tolerance), layout)
+
+
+def tolerances(sizes: Float[Array, "*norms"], solver: Solver, layout: Layout) -> Float[Array, "*norms"]:
+    """atol + rtol · size, for each leaf."""
+    return by_leaf(solver.atol, layout) + by_leaf(solver.rtol, layout) * sizes
 
 
 def comparable(norms: Norms, layout: Layout) -> Float[Array, "*norms"]:
@@ -162,12 +168,13 @@ def progress(now: Norms, best: Norms, growth: Growth, layout: Layout, coupled: C
         return coupled.most(norms.residuals)
 
     relative = lambda norms: coupled.most(relative_residual(norms, layout))
+    error_now, error_best = error(now), error(best)
     # Below the rounding of the largest f(z) of the solve, a residual that falls as z itself does is no progress.
     rounded = coupled.everywhere(over_leaves(jnp.all, now.residuals <= eps * largest, layout))
-    enough = (error(now) < 0.99 * error(best)) & (~rounded | (relative(now) < 0.99 * relative(best)))
+    enough = (error_now < 0.99 * error_best) & (~rounded | (relative(now) < 0.99 * relative(best)))
     floor = min(64 * eps, 0.05)  # relative residual at which rounding in f may hide all progress
     resolved = coupled.everywhere(whole(best.residuals, layout) <= floor * whole(best.scales, layout))
-    return Progress(error(now) < error(best), enough, resolved | rounded)
+    return Progress(error_now < error_best, enough, resolved | rounded)
 
 
 # ---- verdicts ----------------------------------------------------------------------------------------------
