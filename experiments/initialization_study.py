@@ -19,7 +19,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 
 import deq_jax as deq
-from deq_jax._arrays import norm
 from deq_jax.models import DEQTransformer, TransformerConfig
 from deq_jax.models.transformer_cell import attention, feed_forward, post_norm_step, pre_norm_step
 from experiments import data, lm, plots, study
@@ -196,7 +195,7 @@ def stretch(
     """‖J‖₂ at z, by the power method for JᵀJ: at most 1 where f is non-expansive."""
     push = lambda v: jax.jvp(lambda z: f(z, context), (z,), (v,))[1]
     _, pull = jax.vjp(lambda z: f(z, context), z)
-    size = lambda v: norm(v.reshape(len(v), -1))[:, None, None]
+    size = lambda v: jnp.linalg.norm(v.reshape(len(v), -1), axis=-1)[:, None, None]
 
     def body(_, v):
         w = pull(push(v))[0]

@@ -431,3 +431,17 @@ def test_the_look_for_infinite_entries_passes_the_flag_that_looks_for_them_too()
     z0 = jnp.zeros((3, 1, 2))  # a shape that no other test has traced the check for
     with jax.debug_infs(True):
         assert deq.solve(lambda z: 0.5 * jnp.cos(z), z0).stats.converged
+
+
+@pytest.mark.parametrize("solver", [deq.Broyden, deq.NewtonKrylov, deq.Robust])
+def test_rarer_tests_are_refused_by_solvers_that_learn_from_each_step(solver):
+    assert solver(test_every=1).test_every == 1
+    words = rf"^{solver.__name__} looks at each iterate, and {solver.__name__}\(.*test_every=2.*take test_every=1$"
+    with pytest.raises(ValueError, match=words):
+        solver(test_every=2)
+
+
+def test_every_solver_has_the_options_of_the_loop_first():
+    for solver in (deq.Picard, deq.Anderson, deq.Broyden, deq.NewtonKrylov, deq.Robust):
+        names = [field.name for field in dataclasses.fields(solver)]
+        assert names[:4] == ["rtol", "atol", "max_steps", "test_every"]

@@ -24,6 +24,19 @@ def test_the_code_of_a_page_runs(page):
         exec(compile("\n" * line + block, str(page), "exec"), namespace)
 
 
+def test_the_first_block_of_the_readme_runs():
+    text = (PAGES[0].parent.parent / "README.md").read_text()
+    block = re.search(r"^```python\n(.*?)^```$", text, re.M | re.S).group(1)
+    namespace = {}
+    exec(compile(block, "README.md", "exec"), namespace)
+    assert "deq.check(" in block and jnp.all(jnp.isfinite(namespace["grads"]["w"]))
+
+
+@pytest.mark.parametrize("name", ["own_solver.md", "own_adjoint.md"])
+def test_a_page_on_writing_your_own_has_at_most_40_lines(name):
+    assert len((PAGES[0].parent / name).read_text().splitlines()) <= 40
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_names_in_prose_and_tables_exist(page):
     import deq_jax as deq

@@ -102,6 +102,21 @@ def test_imports_point_downward(name):
         assert not private, f"{name} imports {private} from {file}"
 
 
+EXPERIMENTS = ROOT.parent / "experiments"
+
+
+def test_experiments_use_public_modules_and_import_in_no_circle():
+    graph = {}
+    for path in EXPERIMENTS.rglob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        modules = {node.module for node in nodes if node.module}
+        assert not [m for m in modules if m.startswith("deq_jax._")], path.name
+        modules |= {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+        name = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
+        graph[name] = {m for m in modules if m.startswith("experiments.")} - {name}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(graph) > 30
+
+
 def test_no_imports_go_in_a_circle():
     graph = {name: {file for file, _ in imported(name)} - {name} for name in FILES}
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(FILES)

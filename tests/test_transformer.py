@@ -500,3 +500,8 @@ def test_the_other_fields_of_a_history_are_checked_too(field, value):
     model = build(jnp.float32)
     with pytest.raises(ValueError, match=f"history.{field} must be "):
         model(sequences(3), model.empty_history(2)._replace(**{field: value}))
+
+
+def test_a_misspelled_option_of_a_model_suggests_the_right_one():
+    with pytest.raises(TypeError, match="^TransformerConfig has no option 'head'; did you mean 'heads'?"):
+        TransformerConfig(27, head=2)
