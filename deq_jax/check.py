@@ -50,16 +50,16 @@ def check(solution: S, solver: Solver | None = None) -> S:
         check_solver(solver, "solver")
     tolerances = () if solver is None else (solver.rtol, solver.atol)
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves((stats, tolerances))):
-        _raise_if_failed(stats, tolerances)
+        _raise_if_failed(stats, stats.sound, tolerances)
         return solution
-    report = functools.partial(jax.debug.callback, _raise_if_failed, stats, tolerances)
+    report = functools.partial(jax.debug.callback, _raise_if_failed, stats, stats.sound, tolerances)
     jax.lax.cond(jnp.all(stats.sound), lambda: None, report)
     return solution
 
 
-def _raise_if_failed(stats: Stats, tolerances: tuple) -> None:
-    stats, tolerances = jax.device_get((stats, tolerances))
-    failed = np.argwhere(~stats.sound)
+def _raise_if_failed(stats: Stats, sound: Any, tolerances: tuple) -> None:
+    stats, sound, tolerances = jax.device_get((stats, sound, tolerances))
+    failed = np.argwhere(~sound)
     if not len(failed):
         return
 
