@@ -34,6 +34,7 @@ CELL_SLACK = 8 * float(np.finfo(np.float32).eps)
 MGH_ATOL = 1e-8  # ‖F(z)‖₂ of a solved system, whatever it was at the start; rtol is 0
 MGH_BUDGET = 2000  # evaluations of F: 50 Jacobians by differences at n = 40
 MGH_SLACK = 4 * float(np.finfo(np.float64).eps)  # times ‖z‖: f(z) − z = −F(z) loses what z rounds away
+MGH_FLOOR = 64 * float(np.finfo(np.float64).eps)  # times ‖(z, z0)‖: below it F may be rounding
 QUICK = ("tanh 0.9", "tanh 3", "rotation .9", "expanding −5…−1", "ReLU 1.5")
 QUICK_RUNS = tuple(run for run in RUNS if run[:2] in ((1, 2), (3, 2), (9, 10), (14, 10)))
 
@@ -204,13 +205,17 @@ def relative_residual(problems: Problems, z: Any) -> np.ndarray:
     return np.where(np.isfinite(ratio), ratio, np.inf)
 
 
-def judge(stats: deq.Stats, residual: np.ndarray, claimed: Any, refused: Any) -> Verdicts:
-    """A claim is false above `claimed`; a refusal is, at or below `refused`."""
+def judge(stats: deq.Stats, residual: np.ndarray, claimed: Any, refused: Any, floor: Any = 0.0) -> Verdicts:
+    """A claim is false above `claimed`; a refusal is, at or below `refused`.
+
+    STALLED claims that rounding is all that is left: that is false above `claimed` and above `floor`.
+    """
     status = np.asarray(stats.status)
-    converged = status == deq.Status.CONVERGED
+    converged, stalled = status == deq.Status.CONVERGED, status == deq.Status.STALLED
+    rounding = np.maximum(claimed, floor)
     return Verdicts(
         success=converged & (residual <= claimed),
-        false_claim=converged & ~(residual <= claimed),
+        false_claim=converged & ~(residual <= claimed) | stalled & ~(residual <= rounding),
         false_refusal=~converged & (residual <= refused),
         steps=np.asarray(stats.steps),
         status=status,
@@ -262,7 +267,9 @@ def system_results(solver: Any, runs: tuple[tuple[int, int, int], ...]) -> list[
             with np.errstate(all="ignore"):
                 residual = np.linalg.norm(classical(number, z), axis=-1)
                 slack = MGH_SLACK * np.linalg.norm(z, axis=-1)
-            judged = judge(stats, np.where(np.isfinite(residual), residual, np.inf), MGH_ATOL + slack, MGH_ATOL - slack)
+                floor = MGH_FLOOR * np.linalg.norm([z, z0[:starts]], axis=(0, -1))
+            residual = np.where(np.isfinite(residual), residual, np.inf)
+            judged = judge(stats, residual, MGH_ATOL + slack, MGH_ATOL - slack, floor)
             results += [
                 {
                     "number": number,
@@ -386,6 +393,7 @@ def markdown(record: dict[str, Any]) -> str:
         f"Cells: seeds {first} to {last} of each family, float32, rtol {RTOL:g}, at most {CELL_BUDGET} evaluations. "
         "Median evaluations over the problems solved, mean over all. A claim is false where the relative residual in "
         f"float64 is above {RTOL:g} + {CELL_SLACK:.1e}, a refusal where it is at most {RTOL:g} − {CELL_SLACK:.1e}. "
+        "STALLED is a claim too, of a residual at the dtype's floor. "
         f"MGH: f(z) = z − F(z) in float64, ‖F(z)‖₂ ≤ {MGH_ATOL:g} within {MGH_BUDGET} evaluations of F.",
         table(header, rows),
         table(

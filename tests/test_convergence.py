@@ -132,6 +132,26 @@ def test_a_fixed_point_of_zero_ends_at_the_rounding_of_where_the_solve_has_been(
     assert jnp.all(jnp.abs(z) < 1e-14)
 
 
+def test_one_evaluation_far_out_hides_no_progress_afterwards():
+    # From 1 the iteration is thrown to 1e12 and back; then 3 is approached by 0.5 % an evaluation.
+    f = lambda z: jnp.where(z == 1, 1e12, jnp.where(z > 100, 5.0, 3 + 0.995 * (z - 3)))
+    z, stats = deq.fixed_point(f, jnp.ones(()), solver=deq.Picard(rtol=1e-5, max_steps=2000))
+    assert name_of(stats) == "CONVERGED"
+    np.testing.assert_allclose(z, 3, rtol=5e-3)
+
+
+def test_what_is_returned_as_stalled_is_at_the_floor():
+    # The residual at z0 is 1e-30, and none is smaller: z0 is what comes back, two thirds off.
+    _, stats = deq.fixed_point(lambda z: jnp.tanh(3 * z + 1e-30), jnp.zeros(()), solver=deq.Picard(rtol=0.0))
+    assert not stats.sound and stats.relative_residual == 1
+    # A leaf that starts at zero has no scale before it is driven.
+    f = lambda z: {"a": 0.9 * z["a"], "b": 0.9 * z["b"] + 0.1 * z["a"], "c": 0.9 * z["c"] + 0.1 * z["b"]}
+    z0 = {"a": jnp.ones(2), "b": jnp.zeros(2), "c": jnp.zeros(2)}
+    z, stats = deq.fixed_point(f, z0, solver=deq.Picard(max_steps=2000))
+    assert name_of(stats) == "STALLED" and stats.steps < 300
+    assert max(jnp.max(x) for x in z.values()) < 1e-6
+
+
 @each_solver
 def test_what_has_no_fixed_point_nearby_is_not_converged(solver):
     solver = dataclasses.replace(solver, max_steps=400)

@@ -118,14 +118,16 @@ def test_a_family_has_the_fixed_point_it_claims(name):
 def test_the_referee_sees_through_claims_and_refusals():
     status = np.array([0, 0, 0, 1, 2, 4])
     stats = deq.Stats(np.full(6, 7), np.zeros(6), np.zeros(6), status)  # pyright: ignore
-    verdicts = judge(stats, np.array([1e-5, 1e-3, np.nan, 1e-5, 1e-3, np.inf]), 1e-4, 1e-4)
+    residual = np.array([1e-5, 1e-3, np.nan, 1e-5, 1e-3, np.inf])
+    verdicts = judge(stats, residual, 1e-4, 1e-4)
     assert verdicts.success.tolist() == [True, False, False, False, False, False]
-    assert verdicts.false_claim.tolist() == [False, True, True, False, False, False]
+    assert verdicts.false_claim.tolist() == [False, True, True, False, True, False]
+    assert not judge(stats, residual, 1e-4, 1e-4, floor=1e-2).false_claim[4]
     assert verdicts.false_refusal.tolist() == [False, False, False, True, False, False]
 
 
 def test_the_quick_study_finds_no_false_word(tmp_path, x64, capsys):
-    main(Config(quick=True, only=("Picard", "Anderson"), out=tmp_path))
+    main(Config(quick=True, only=("Picard", "Anderson", "Broyden"), out=tmp_path))
     record = json.loads((tmp_path / "results.json").read_text())
     for result in record["solvers"].values():
         assert result["all"]["of"] == 15 and result["mgh"]["of"] == 11

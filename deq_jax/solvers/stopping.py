@@ -107,19 +107,19 @@ class Growth(NamedTuple):
     scale: Float[Array, "*norms"]  # ‖f(z)‖ where the present stretch began
     worst: Float[Array, "*norms"]  # the largest residual of the present stretch
     before: Float[Array, "*norms"]  # of the stretch before; inf in the first one
-    largest: Float[Array, "*norms"]  # the largest ‖f(z)‖ of all
+    start: Float[Array, "*norms"]  # ‖z0‖, or the first ‖f(z)‖ that is not zero
 
 
 def grown(growth: Growth, norms: Norms, finite: Bool[Array, "*norms"]) -> Growth:
     """The growth after one more evaluation; one that is not finite changes nothing."""
     residuals, scales = norms
-    first = growth.largest == 0
+    first = growth.scale == 0
     opens = first | (scales > OUTGROWN * growth.scale)
     new = Growth(
         scale=jnp.where(opens, jnp.where(first, jnp.maximum(residuals, scales), scales), growth.scale),
         worst=jnp.where(opens, residuals, jnp.maximum(growth.worst, residuals)),
         before=jnp.where(opens & ~first, growth.worst, growth.before),
-        largest=jnp.maximum(growth.largest, scales),
+        start=jnp.where(growth.start == 0, scales, growth.start),
     )
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, growth)
 
@@ -159,22 +159,25 @@ class Progress(NamedTuple):
 
 
 def progress(now: Norms, best: Norms, growth: Growth, layout: Layout, coupled: Coupling) -> Progress:
-    largest, eps = growth.largest, layout.eps
+    start, eps = growth.start, layout.eps
 
     def error(norms: Norms) -> Float[Array, "*batch"]:
         # A sum of leaves in their units means nothing: progress is that of the leaf that is the furthest from its goal.
-        if layout.several:
-            return coupled.most(relative_residual(norms._replace(scales=largest), layout))
-        return coupled.most(norms.residuals)
+        if not layout.several:
+            return coupled.most(norms.residuals)
+        units = jnp.maximum(jnp.maximum(now.scales, best.scales), start)
+        return coupled.most(relative_residual(norms._replace(scales=units), layout))
+
+    def rounded(norms: Norms) -> Bool[Array, "*batch"]:
+        # Next to where the solve began it is zero: from here on z and its residual may fall together for ever.
+        return coupled.everywhere(over_leaves(jnp.all, norms.residuals <= eps * start, layout))
 
     relative = lambda norms: coupled.most(relative_residual(norms, layout))
     error_now, error_best = error(now), error(best)
-    # Below the rounding of the largest f(z) of the solve, a residual that falls as z itself does is no progress.
-    rounded = coupled.everywhere(over_leaves(jnp.all, now.residuals <= eps * largest, layout))
-    enough = (error_now < 0.99 * error_best) & (~rounded | (relative(now) < 0.99 * relative(best)))
+    enough = (error_now < 0.99 * error_best) & (~rounded(now) | (relative(now) < 0.99 * relative(best)))
     floor = min(64 * eps, 0.05)  # relative residual at which rounding in f may hide all progress
     resolved = coupled.everywhere(whole(best.residuals, layout) <= floor * whole(best.scales, layout))
-    return Progress(error_now < error_best, enough, resolved | rounded)
+    return Progress(error_now < error_best, enough, resolved | rounded(best))
 
 
 # ---- verdicts ----------------------------------------------------------------------------------------------
