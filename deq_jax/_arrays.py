@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 # ---- division and roots ------------------------------------------------------------------------------------
 
@@ -28,29 +28,18 @@ def reciprocal(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return ratio(1, x)
 
 
+def einsum(subscripts: str, *arrays: Array) -> Array:
+    """`jnp.einsum` in the full precision of the arrays: by default a GPU takes TF32, and a TPU bfloat16."""
+    return jnp.einsum(subscripts, *arrays, precision=jax.lax.Precision.HIGHEST)
+
+
 def safe_sqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """√x, and 0 with a derivative of 0 where x ≤ 0. NaN stays NaN."""
     none = x <= 0
     return jnp.where(none, 0, jnp.sqrt(jnp.where(none, 1, x)))
 
 
-# ---- norms and scales --------------------------------------------------------------------------------------
-
-
-def dot(x: Float[Array, "*batch dim"], y: Float[Array, "*batch dim"]) -> Float[Array, "*batch"]:
-    """⟨x, y⟩ over the last axis."""
-    return jnp.einsum("...d,...d->...", x, y)
-
-
-def norm(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch"]:
-    """‖x‖₂ over the last axis, also where the squares leave the range of the dtype.
-
-    x is scaled by a power of two, which changes no bit where no scaling was needed. The scaling is unconditional,
-    because a branch would add a collective to each step of a sharded solve.
-    """
-    scale = leading_power(jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1))  # has no part in the derivative
-    unit = x * (1 / scale)[..., None]
-    return scale * safe_sqrt(dot(unit, unit))
+# ---- scales --------------------------------------------------------------------------------------
 
 
 def leading_power(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -98,18 +87,7 @@ def aligned(x: Array, like: Array) -> Array:
     return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
 
 
-def one_hot(index: Any, size: int, like: Float[Array, "*batch dim"]) -> Float[Array, "..."]:
+def one_hot(index: Any, size: int, like: Float[Array, "*batch rows"]) -> Float[Array, "..."]:
     """1 at one index of a last axis of this size and 0 elsewhere, with the rank and dtype of `like`."""
     here = jnp.asarray(index, jnp.int32)[..., None]
     return (aligned(jnp.arange(size, dtype=jnp.int32), like) == aligned(here, like)).astype(like.dtype)
-
-
-def write_slot(
-    slots: Float[Array, "*batch slots dim"],
-    new: Float[Array, "*batch dim"],
-    slot: Int[Array, ""],
-    where: Bool[Array, "*batch"],
-) -> Float[Array, "*batch slots dim"]:
-    """slots with `new` written at one index, in the problems of `where`. In a loop XLA writes it in place."""
-    old = jax.lax.dynamic_index_in_dim(slots, slot, axis=-2, keepdims=False)
-    return jax.lax.dynamic_update_index_in_dim(slots, jnp.where(where[..., None], new, old), slot, axis=-2)

@@ -4,26 +4,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deq_jax._arrays import norm, one_hot, reciprocal, zeros_from
+from deq_jax._arrays import einsum, one_hot, reciprocal, zeros_from
+from deq_jax._vectors import Rows, combine_rows, gram, row_norms
 
 
 def projected(
-    steps: Float[Array, "*batch slots dim"], core: Float[Array, "*batch slots slots"], keep: int
-) -> tuple[Float[Array, "*batch keep dim"], Float[Array, "*batch keep keep"]]:
+    steps: Rows, core: Float[Array, "*batch slots slots"], keep: int
+) -> tuple[Rows, Float[Array, "*batch keep keep"]]:
     """A = Σ coreᵢⱼ sᵢ sⱼᵀ, projected on what leads in A and Aᵀ: (orthonormal rows, the small core between them)."""
     # All in coordinates of the steps, made unit: no LAPACK calls on small matrices, one pass over the steps each way.
-    lengths = norm(steps)
+    lengths = row_norms(steps)
     inverse = reciprocal(lengths)
-    times = lambda x, y: jnp.einsum("...ij,...jk->...ik", x, y)
+    times = lambda x, y: einsum("...ij,...jk->...ik", x, y)
     transposed = lambda x: jnp.swapaxes(x, -2, -1)
-    gram = jnp.einsum("...id,...jd->...ij", steps, steps) * inverse[..., :, None] * inverse[..., None, :]
+    products = gram(steps) * inverse[..., :, None] * inverse[..., None, :]
     core = core * lengths[..., :, None] * lengths[..., None, :]
     # The images of the steps by Aᵀ and by A.
-    images = jnp.concatenate([times(gram, core), times(gram, transposed(core))], axis=-2)
-    rows = leading_rows(images, gram, keep)
-    rows_s = times(rows, gram)  # inner products of the rows with the steps
+    images = jnp.concatenate([times(products, core), times(products, transposed(core))], axis=-2)
+    rows = leading_rows(images, products, keep)
+    rows_s = times(rows, products)  # inner products of the rows with the steps
     small = times(times(rows_s, core), transposed(rows_s))
-    return jnp.einsum("...ks,...sd->...kd", rows * inverse[..., None, :], steps), small
+    return combine_rows(rows * inverse[..., None, :], steps), small
 
 
 def leading_rows(
@@ -33,8 +34,8 @@ def leading_rows(
 
     Gram–Schmidt, always on the longest of the rows that remain.
     """
-    lowered = jnp.einsum("...rs,...st->...rt", x, gram)
-    squares = lambda x, lowered: jnp.einsum("...rs,...rs->...r", x, lowered)
+    lowered = einsum("...rs,...st->...rt", x, gram)
+    squares = lambda x, lowered: einsum("...rs,...rs->...r", x, lowered)
     floor = jnp.finfo(x.dtype).eps * jnp.max(squares(x, lowered), axis=-1)  # below it, `gram` is rounding
 
     def pick(i, carry):
@@ -42,8 +43,8 @@ def leading_rows(
         square = squares(x, lowered)
         is_longest, most = one_hot(jnp.argmax(square, axis=-1), x.shape[-2], square), jnp.max(square, axis=-1)
         scale = jnp.where(most > floor, 1 / jnp.sqrt(jnp.where(most > floor, most, 1)), 0)
-        unit, down = (scale[..., None] * jnp.einsum("...r,...rs->...s", is_longest, y) for y in (x, lowered))
-        along = jnp.einsum("...rs,...s->...r", x, down)[..., None]
+        unit, down = (scale[..., None] * einsum("...r,...rs->...s", is_longest, y) for y in (x, lowered))
+        along = einsum("...rs,...s->...r", x, down)[..., None]
         picked = jax.lax.dynamic_update_index_in_dim(picked, unit, i, axis=-2)
         return x - along * unit[..., None, :], lowered - along * down[..., None, :], picked
 

@@ -9,87 +9,108 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from deq_jax._arrays import norm, zeros_from
+from deq_jax._arrays import zeros_from
+from deq_jax._vectors import Vec, Vector, may_be_sharded, norm
 
-FEW_LEAVES = 16  # from here on, leaves of one size are measured together
+FEW_LEAVES = 16  # above, a state is laid out in one array
 
 
 class Layout:
-    """How a state is laid out as one vector a problem, `[*batch, dim]` in float32 or wider.
+    """How a state is laid out as the vectors that solvers work on, in float32 or wider.
 
-    A complex number is two reals, so that norms and inner products are real. Many leaves are sorted by size, and those
-    of one size are measured together: a thousand norms would take minutes to compile.
+    A state of one leaf is an array `[*batch, dim]`, and each of several leaves a part of a `Vector`. If the state may be
+    sharded over devices, each part keeps the shape of its leaf, else its axes are merged. With `flat`, and for more than
+    FEW_LEAVES, all leaves lie one after the other in one array: a thousand parts would take minutes to compile. There,
+    leaves are sorted by size, and those of one size are measured together. A complex number is two reals, so that norms
+    and inner products are real.
 
-    >>> layout = Layout({"a": jnp.ones((2, 3)), "b": jnp.zeros((2, 1))}, batch_ndim=1)
-    >>> flat = layout.ravel({"a": jnp.ones((2, 3)), "b": jnp.full((2, 1), 7.0)})
-    >>> flat.tolist(), layout.norms(flat).shape
+    >>> layout = Layout({"a": jnp.ones((2, 3)), "b": jnp.zeros((2, 1))}, batch_ndim=1, flat=True)
+    >>> vector = layout.pack({"a": jnp.ones((2, 3)), "b": jnp.full((2, 1), 7.0)})
+    >>> vector.tolist(), layout.norms(vector).shape
     ([[1.0, 1.0, 1.0, 7.0], [1.0, 1.0, 1.0, 7.0]], (2, 2))
     """
 
-    def __init__(self, example: PyTree, batch_ndim: int):
+    def __init__(self, example: PyTree, batch_ndim: int, flat: bool = False):
         self.leaves, self.treedef = jax.tree.flatten(example)
         self.batch_ndim = batch_ndim
         self.several = len(self.leaves) > 1
         self.dtype = wide_dtype(example)
         self.eps = eps_of(example)
+        self.keeps_shapes = not flat and any(map(may_be_sharded, self.leaves))
+        self.flat = flat or not (self.keeps_shapes or 1 < len(self.leaves) <= FEW_LEAVES)
         sizes = [self._reals(leaf) for leaf in self.leaves]
         self.order = list(range(len(sizes)))
-        if len(sizes) > FEW_LEAVES:
+        if self.flat and len(sizes) > FEW_LEAVES:
             self.order.sort(key=sizes.__getitem__)
-        self.sizes = [sizes[i] for i in self.order]  # in the order of the vector
+        self.sizes = [sizes[i] for i in self.order]  # in the order of a flat vector
         self._is_exact = all(leaf.real.dtype == self.dtype for leaf in self.leaves)
 
-    def ravel(self, tree: PyTree) -> Float[Array, "*batch dim"]:
+    def pack(self, tree: PyTree) -> Vec:
         """The state as vectors."""
-        values = jax.tree.leaves(tree)
-        flat = [self._ravel_leaf(values[i]) for i in self.order]
-        return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=-1)
+        reals = [self._to_reals(leaf) for leaf in jax.tree.leaves(tree)]
+        if not self.flat:
+            return Vector(tuple(itertools.chain.from_iterable(reals)), self.batch_ndim)
+        parts = [part for i in self.order for part in reals[i]]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
-    def unravel(self, flat: Float[Array, "*batch dim"]) -> PyTree:
+    def unpack(self, vector: Vec) -> PyTree:
         """The state that vectors stand for, in the structure and the dtypes of the example."""
-        values, ends = [flat] * len(self.leaves), list(itertools.accumulate(self.sizes, initial=0))
-        for i, start, end in zip(self.order, ends, ends[1:], strict=False):
-            part = jax.lax.slice_in_dim(flat, start, end, axis=-1) if self.several else flat
-            values[i] = self._unravel_leaf(part, self.leaves[i])
-        return jax.tree.unflatten(self.treedef, values)
+        values: list = [None] * len(self.leaves)
+        if self.flat:
+            ends = list(itertools.accumulate(self.sizes, initial=0))
+            for i, start, end in zip(self.order, ends, ends[1:], strict=False):
+                values[i] = jax.lax.slice_in_dim(vector, start, end, axis=-1) if self.several else vector
+                if jnp.iscomplexobj(self.leaves[i]):
+                    values[i] = jnp.split(values[i], 2, axis=-1)
+        else:
+            parts = iter(vector.parts)
+            for i, leaf in enumerate(self.leaves):
+                values[i] = [next(parts), next(parts)] if jnp.iscomplexobj(leaf) else next(parts)
+        return jax.tree.unflatten(self.treedef, map(self._from_reals, values, self.leaves))
 
-    def round(self, flat: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+    def round(self, vector: Vec) -> Vec:
         """The vectors, rounded to the dtypes of the leaves."""
-        return flat if self._is_exact else self.ravel(self.unravel(flat))
+        return vector if self._is_exact else self.pack(self.unpack(vector))
 
-    def norms(self, flat: Float[Array, "*batch dim"]) -> Float[Array, "*norms"]:
+    def norms(self, vector: Vec) -> Float[Array, "*norms"]:
         """The norm of each leaf: `*norms` is `*batch leaves`, or `*batch` for a single leaf.
 
         (A last axis of one entry would keep the compiler from vectorizing over problems.)
         """
         if not self.several:
-            return norm(flat)
+            return norm(vector)
+        if not self.flat:
+            parts = iter(vector.parts)
+            of_leaves = [tuple(itertools.islice(parts, 1 + jnp.iscomplexobj(leaf))) for leaf in self.leaves]
+            return jnp.stack([norm(Vector(parts, self.batch_ndim)) for parts in of_leaves], axis=-1)
         parts, start = [], 0
         for size, run in itertools.groupby(self.sizes):
             count = len(list(run))
-            part = jax.lax.slice_in_dim(flat, start, start + size * count, axis=-1)
-            parts.append(norm(part.reshape(*flat.shape[:-1], count, size)))
+            part = jax.lax.slice_in_dim(vector, start, start + size * count, axis=-1)
+            parts.append(norm(part.reshape(*vector.shape[:-1], count, size)))
             start += size * count
         return jnp.concatenate(parts, axis=-1)
 
     def _reals(self, leaf: Array) -> int:
         return math.prod(leaf.shape[self.batch_ndim :]) * (2 if jnp.iscomplexobj(leaf) else 1)
 
-    def _ravel_leaf(self, leaf: Array) -> Float[Array, "*batch dim"]:
-        flat = leaf.reshape(*leaf.shape[: self.batch_ndim], -1)
-        if jnp.iscomplexobj(flat):
-            flat = jnp.concatenate([flat.real, flat.imag], axis=-1)
-        return flat.astype(self.dtype)
+    def _to_reals(self, leaf: Array) -> list[Array]:
+        """The leaf as one or two real arrays, for vectors."""
+        parts = [leaf.real, leaf.imag] if jnp.iscomplexobj(leaf) else [leaf]
+        merged = lambda part: part if self.keeps_shapes else part.reshape(*part.shape[: self.batch_ndim], -1)
+        return [merged(part).astype(self.dtype) for part in parts]
 
-    def _unravel_leaf(self, flat: Float[Array, "*batch dim"], like: Array) -> Array:
+    def _from_reals(self, value: Any, like: Array) -> Array:
         if jnp.iscomplexobj(like):
-            flat = jax.lax.complex(*jnp.split(flat, 2, axis=-1))
-        return flat.reshape(*flat.shape[:-1], *like.shape[self.batch_ndim :]).astype(like.dtype)
+            value = jax.lax.complex(*value)
+        own = like.shape[self.batch_ndim :]
+        shaped = value if self.keeps_shapes else value.reshape(*value.shape[: self.batch_ndim], *own)
+        return shaped.astype(like.dtype)
 
 
 def ravel(tree: PyTree) -> Float[Array, " dim"]:
     """All entries of a tree as one vector, in float32 or wider; a complex number is two reals."""
-    return Layout(tree, 0).ravel(tree)
+    return Layout(tree, 0, flat=True).pack(tree)
 
 
 def eps_of(tree: PyTree) -> float:
@@ -168,12 +189,9 @@ def _with_scale(operation: Callable, leaf: Array, scale: Float[Array, "*batch"])
 def corner(tree: PyTree, batch_ndim: int) -> Array:
     """One entry a problem, of the first leaf: something of shape `*batch` with the sharding of the state."""
     leaf = jax.tree.leaves(tree)[0]
+    if may_be_sharded(leaf):  # where an entry may be on one of the devices
+        return jnp.min(leaf.real, axis=tuple(range(batch_ndim, leaf.ndim)))
     return leaf.reshape(*leaf.shape[:batch_ndim], -1)[..., 0]
-
-
-def flat_type(z: PyTree, batch_ndim: int) -> jax.ShapeDtypeStruct:
-    """The type of a state as a solver sees it."""
-    return jax.eval_shape(lambda z: Layout(z, batch_ndim).ravel(z), z)
 
 
 def named_leaves(name: str, tree: PyTree) -> list[tuple[str, Any]]:

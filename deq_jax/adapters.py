@@ -175,9 +175,9 @@ def scipy_root(
     z0 = jax.tree.map(jnp.asarray, jax.lax.stop_gradient(z0))
     # A callback cannot capture traced values, so all that f reads is passed through it.
     pure, inputs, other = hoist(lambda z: f(z, *args), z0)
-    layout = Layout(z0, 0)
-    residual = lambda flat, *reads: layout.ravel(pure(layout.unravel(flat), *reads)) - flat
-    start, reads = layout.ravel(z0), jax.lax.stop_gradient((inputs, other))
+    layout = Layout(z0, 0, flat=True)
+    residual = lambda flat, *reads: layout.pack(pure(layout.unpack(flat), *reads)) - flat
+    start, reads = layout.pack(z0), jax.lax.stop_gradient((inputs, other))
     on_host = functools.partial(_scipy, jax.jit(residual), jax.jit(jax.jacfwd(residual)), method, rtol, options)
     shapes = jax.ShapeDtypeStruct(start.shape, start.dtype), jax.ShapeDtypeStruct((), jnp.int32)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((start, reads))):
@@ -185,7 +185,7 @@ def scipy_root(
     else:
         flat, steps = map(jnp.asarray, on_host(start, *reads))
 
-    z = layout.unravel(flat)
+    z = layout.unpack(flat)
     stats = stats_at(lambda z: pure(z, *reads), z, Picard(rtol=rtol), steps, 0)
     value = attach(f, z, *args, adjoint=adjoint, solver=Anderson(rtol=rtol), probe=probe)
     return Solution(value, jax.lax.stop_gradient(stats))
@@ -281,13 +281,13 @@ def as_optimizer(solver: Solver) -> GradientTransformation:
     check_sees_all(solver, "as_optimizer")
 
     def init(params):
-        return solver.init(Layout(params, 0).ravel(params))
+        return solver.init(Layout(params, 0, flat=True).pack(params))
 
     def update(updates, state, params=None):
         if params is None:
             raise ValueError("as_optimizer needs params: tx.update(grads, state, params)")
-        layout = Layout(params, 0)
-        step, state = solver.update(-layout.ravel(updates), state, layout.ravel(params))
-        return layout.unravel(step), state
+        layout = Layout(params, 0, flat=True)
+        step, state = solver.update(-layout.pack(updates), state, layout.pack(params))
+        return layout.unpack(step), state
 
     return GradientTransformation(init, update)

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float, PyTree
 
-from deq_jax._arrays import dot, norm, ratio
+from deq_jax._arrays import ratio
 from deq_jax._states import ravel
+from deq_jax._vectors import dot, norm
 from deq_jax.adjoints import Adjoint, Implicit
 
 

@@ -10,12 +10,12 @@ from jaxtyping import Array
 from deq_jax._checks import check_arguments, check_found, check_memory, check_start
 from deq_jax._hoisting import hoist_cell, hoist_fold, with_fold
 from deq_jax._programs import run_compiled
-from deq_jax._states import flat_type
 from deq_jax._trace import Bound, flag
 from deq_jax.adjoints import Adjoint, ForwardResult, Implicit, IterationAdjoint, Probe, Problem
 from deq_jax.adjoints.equilibrium import at_equilibrium, solve_differentiably
 from deq_jax.adjoints.protocol import member
 from deq_jax.solvers import Anderson, Fold, Solver, SolveResult, Stats, run_loop
+from deq_jax.solvers.loop import vector_type
 from deq_jax.solvers.protocol import check_sees_all, plain_at_runtime
 
 Z = TypeVar("Z")
@@ -182,7 +182,7 @@ def solve(
         check_sees_all(solver, f"fold={fold!r}")
     cell, start, inputs, other = hoist_cell(f, start, args)
     if memory is not None:
-        check_memory(memory, solver, flat_type(start, batch_ndim))
+        check_memory(memory, solver, vector_type(solver, start, batch_ndim))
     if flag("jax_disable_jit"):
         result = run_loop(lambda z: f(z, *args), start, solver, batch_ndim, memory=memory, fold=fold)
         return jax.lax.stop_gradient(result)

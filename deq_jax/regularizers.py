@@ -30,9 +30,9 @@ def jacobian_penalty(f: Callable, z: PyTree, *args: PyTree, key: Array, samples:
     3.5
     """
     check_count("samples", samples, 1)
-    layout = Layout(z, 0)
-    of_flat = lambda flat: layout.ravel(f(layout.unravel(flat), *args))
-    flat, pull = jax.vjp(of_flat, layout.ravel(jax.lax.stop_gradient(z)))
+    layout = Layout(z, 0, flat=True)
+    of_flat = lambda flat: layout.pack(f(layout.unpack(flat), *args))
+    flat, pull = jax.vjp(of_flat, layout.pack(jax.lax.stop_gradient(z)))
 
     def one(key):
         # E[vvᵀ] = I  ⇒  E‖Jᵀv‖² = E[tr(vᵀJJᵀv)] = tr(JJᵀ) = ‖J‖²_F

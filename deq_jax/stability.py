@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from deq_jax import _krylov
-from deq_jax._arrays import at_most, norm, ratio, zeros_from
+from deq_jax._arrays import at_most, ratio, zeros_from
 from deq_jax._checks import check_count
 from deq_jax._programs import run_compiled
 from deq_jax._states import Layout, wide_dtype
 from deq_jax._trace import hoist
+from deq_jax._vectors import norm
 
 KRYLOV_DIM = 16  # dimension of the Krylov space in which we look for the leading eigenvalues
 INVARIANT = 0.01  # a Krylov space counts as invariant if the Jacobian leads out of it by less than this, relatively
@@ -51,9 +52,9 @@ def spectral_radius(
 
 
 def _spectral_radius(cell, batch_ndim, iterations, z, inputs, other, key):
-    layout = Layout(z, batch_ndim)
-    flat = layout.ravel(z)
-    _, push = jax.linearize(lambda flat: layout.ravel(cell(layout.unravel(flat), inputs, other)), flat)
+    layout = Layout(z, batch_ndim, flat=True)
+    flat = layout.pack(z)
+    _, push = jax.linearize(lambda flat: layout.pack(cell(layout.unpack(flat), inputs, other)), flat)
 
     m = at_most(min(KRYLOV_DIM, iterations // 2), flat.shape[-1])
     v = zeros_from(flat) + jax.random.normal(key, flat.shape, flat.dtype)

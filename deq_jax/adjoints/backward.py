@@ -80,7 +80,7 @@ def _top(tree: PyTree, batch_ndim: int) -> Float[Array, "*batch"]:
     """The largest entry of each problem, in float32 or wider, without a gradient."""
     leaves = jax.tree.leaves(jax.lax.stop_gradient(tree))
     wide = wide_dtype(leaves)
-    tops = [jnp.max(jnp.abs(leaf.reshape(*leaf.shape[:batch_ndim], -1)), axis=-1).astype(wide) for leaf in leaves]
+    tops = [jnp.max(jnp.abs(leaf), axis=tuple(range(batch_ndim, leaf.ndim))).astype(wide) for leaf in leaves]
     return functools.reduce(jnp.maximum, tops)
 
 

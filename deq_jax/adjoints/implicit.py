@@ -117,7 +117,7 @@ def _relative_tolerance(solver: Solver, z: PyTree, batch_ndim: int) -> Any:
     if isinstance(solver.atol, int | float) and solver.atol == 0:
         return float(solver.rtol) if isinstance(solver.rtol, int | float) else solver.rtol
     layout = Layout(z, batch_ndim)
-    sizes = layout.norms(layout.ravel(z))
+    sizes = layout.norms(layout.pack(z))
     cast = lambda number: jnp.asarray(number).astype(sizes.dtype)
     asked = jnp.where(sizes > 0, ratio(by_leaf(cast(solver.atol), layout), sizes), jnp.inf)
     return cast(solver.rtol) + jnp.minimum(over_leaves(jnp.min, asked, layout), LOOSEST)

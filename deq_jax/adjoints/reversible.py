@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
-from deq_jax._arrays import per_problem, zeros_from
 from deq_jax._checks import check_number
 from deq_jax._config import Number, cast_options, config
 from deq_jax._reverse_only import first_order_only, reverse_mode_only
-from deq_jax._states import Layout, add, conj, frozen, wide_dtype, zeros_like
+from deq_jax._states import Layout, add, choose, conj, frozen, wide_dtype, zeros_like
+from deq_jax._vectors import Vec, divided, scaled, zero_of
 from deq_jax.adjoints.protocol import Problem
 from deq_jax.solvers import Picard, Solver, Stats, Status
 from deq_jax.solvers.stopping import assess, has_converged, norms_at
@@ -95,9 +95,9 @@ def _working_dtype(z0: PyTree) -> Any:
 class Walk(NamedTuple):
     """The two sequences after some steps."""
 
-    y: Float[Array, "*batch dim"]
-    z: Float[Array, "*batch dim"]
-    fz: Float[Array, "*batch dim"]
+    y: Vec
+    z: Vec
+    fz: Vec
     running: Bool[Array, "*batch"]
     steps: Int[Array, "*batch"]  # of two evaluations each
 
@@ -105,24 +105,26 @@ class Walk(NamedTuple):
 def _walk(rules: tuple, z0: PyTree, problem: Problem) -> tuple[Walk, Stats]:
     """The sequences where they ended, and the statistics of z."""
     layout = Layout(z0, problem.batch_ndim)
-    damping, solver = per_problem(rules[0]), rules[1]
-    start = layout.ravel(z0).astype(_working_dtype(z0))
-    call = lambda z: layout.ravel(problem(layout.unravel(z))).astype(start.dtype)
+    damping, solver = rules
+    start = layout.pack(z0).astype(_working_dtype(z0))
+    call = lambda z: layout.pack(problem(layout.unpack(z))).astype(start.dtype)
 
     # At the z that f sees, which is rounded to the dtypes of z0.
-    norms = lambda z, fz: norms_at(layout.ravel(layout.unravel(z)).astype(fz.dtype), fz, layout)
+    norms = lambda z, fz: norms_at(layout.pack(layout.unpack(z)).astype(fz.dtype), fz, layout)
 
     def body(walk):
-        move = lambda old, new: jnp.where(walk.running[..., None], new, old)
-        y = move(walk.y, (1 - damping) * walk.y + damping * walk.fz)  # (1)
-        z = move(walk.z, (1 - damping) * walk.z + damping * call(y))  # (2)
+        relaxed = lambda old, f_other: choose(
+            walk.running, scaled(1 - damping, old) + scaled(damping, f_other), old
+        )
+        y = relaxed(walk.y, walk.fz)  # (1)
+        z = relaxed(walk.z, call(y))  # (2)
         fz, steps = call(z), walk.steps + walk.running.astype(jnp.int32)
         running = walk.running & ~has_converged(norms(z, fz), solver, layout) & (2 * steps + 3 <= solver.max_steps)
         return Walk(y, z, fz, running, steps)
 
     fz = call(start)
     running = ~has_converged(norms(start, fz), solver, layout) & (solver.max_steps >= 3)
-    walk = Walk(start, start, fz, running, zeros_from(start[..., 0]).astype(jnp.int32))
+    walk = Walk(start, start, fz, running, zero_of(start).astype(jnp.int32))
     walk = jax.lax.while_loop(lambda walk: jnp.any(walk.running), body, walk)
     stats = assess(norms(walk.z, walk.fz), solver, 2 * walk.steps + 1, layout)
     nothing = 0, jnp.inf, jnp.inf, Status.MAX_STEPS  # what is known where no evaluation was allowed
@@ -139,25 +141,25 @@ _solve: Any = jax.custom_vjp(_value)
 
 def _solve_fwd(rules, z0, problem):
     walk, stats = _walk(rules, z0, problem)
-    z = Layout(z0, problem.batch_ndim).unravel(walk.z)
-    return (z, stats), (rules[0], walk.y, walk.z, walk.steps, problem)
+    z = Layout(z0, problem.batch_ndim).unpack(walk.z)
+    return (z, stats), (rules[0], z, walk.y, walk.z, walk.steps, problem)
 
 
 # ---- backward ----------------------------------------------------------------------------------------------
 
 
 def _solve_bwd(saved, cotangents):
-    damping, y, z, steps, problem = saved
+    damping, value, y, z, steps, problem = saved
     z_bar, _ = cotangents
-    layout, damping = Layout(z_bar, problem.batch_ndim), per_problem(damping)
+    layout = Layout(value, problem.batch_ndim)  # as on the way forward
     pull = _pullback(problem, layout)
 
     def undo(k, carry):
         y, z, y_bar, z_bar, inputs_bar = carry
-        active = (k < steps)[..., None]
-        back = lambda new, f_old: jnp.where(active, (new - damping * f_old) / (1 - damping), new)
-        weight = lambda bar: jnp.where(active, damping * bar, 0)
-        keep = lambda bar: jnp.where(active, (1 - damping) * bar, bar)
+        active = k < steps
+        back = lambda new, f_old: choose(active, divided(new - scaled(damping, f_old), 1 - damping), new)
+        weight = lambda bar: choose(active, scaled(damping, bar), zeros_like(bar))
+        keep = lambda bar: choose(active, scaled(1 - damping, bar), bar)
         fy, from_z, more = pull(y, weight(z_bar))
         z, y_bar, z_bar, inputs_bar = back(z, fy), y_bar + from_z, keep(z_bar), add(inputs_bar, more)  # (3)
         fz, from_y, more = pull(z, weight(y_bar))
@@ -165,10 +167,10 @@ def _solve_bwd(saved, cotangents):
         return y, z, y_bar, z_bar, inputs_bar
 
     # The last step is undone first; a problem that took fewer steps starts undoing at once and then waits.
-    z_bar = layout.ravel(conj(z_bar)).astype(z.dtype)
-    carry = y, z, zeros_from(z_bar), z_bar, zeros_like(problem.inputs)
+    z_bar = layout.pack(conj(z_bar)).astype(z.dtype)
+    carry = y, z, zeros_like(z_bar), z_bar, zeros_like(problem.inputs)
     *_, y_bar, z_bar, inputs_bar = jax.lax.fori_loop(0, jnp.max(steps), undo, carry)
-    z0_bar, inputs_bar = first_order_only((conj(layout.unravel(y_bar + z_bar)), inputs_bar), "Reversible")
+    z0_bar, inputs_bar = first_order_only((conj(layout.unpack(y_bar + z_bar)), inputs_bar), "Reversible")
     return None, z0_bar, dataclasses.replace(problem, inputs=inputs_bar, other=None)
 
 
@@ -176,9 +178,9 @@ def _pullback(problem: Problem, layout: Layout) -> Any:
     """(at, weight) -> f(at), and the pullbacks of `weight` through f at `at`, to z and to the inputs."""
 
     def pull(at, weight):
-        fz, vjp = jax.vjp(problem, layout.unravel(at), problem.inputs)
-        at_bar, inputs_bar = vjp(conj(layout.unravel(weight)))
-        return layout.ravel(fz).astype(at.dtype), layout.ravel(conj(at_bar)).astype(at.dtype), inputs_bar
+        fz, vjp = jax.vjp(problem, layout.unpack(at), problem.inputs)
+        at_bar, inputs_bar = vjp(conj(layout.unpack(weight)))
+        return layout.pack(fz).astype(at.dtype), layout.pack(conj(at_bar)).astype(at.dtype), inputs_bar
 
     return pull
 

@@ -8,12 +8,14 @@ from jaxtyping import PyTree
 from deq_jax._checks import check_memory, check_number
 from deq_jax._config import config
 from deq_jax._reverse_only import first_order_only
-from deq_jax._states import conj, flat_type
+from deq_jax._states import conj
 from deq_jax._trace import Bound
+from deq_jax._vectors import with_more_rows
 from deq_jax.adjoints.backward import backward_cell, solve_backward
 from deq_jax.adjoints.protocol import ForwardResult, Probe, Problem
 from deq_jax.solvers import Broyden, Solver, run_loop
 from deq_jax.solvers.broyden import BroydenState
+from deq_jax.solvers.loop import vector_type
 
 
 @config
@@ -51,7 +53,7 @@ class Shine:
     def keep(self, problem: Problem, forward: ForwardResult) -> ForwardResult:
         if forward.memory is None:
             raise TypeError("Shine needs the memory of a Broyden solve, and this z was found without: use Implicit()")
-        check_memory(forward.memory, forward.solver, flat_type(forward.z, problem.batch_ndim), "found.memory")
+        check_memory(forward.memory, forward.solver, vector_type(forward.solver, forward.z, problem.batch_ndim), "found.memory")
         return forward
 
     def pullback(self, problem: Problem, forward: ForwardResult, z_bar: PyTree) -> tuple[list, Probe]:
@@ -73,7 +75,7 @@ class Shine:
 def _transposed(state: BroydenState, room: int) -> BroydenState:
     """Bᵀ = −I + Σ coreⱼᵢ sᵢ sⱼᵀ as the memory of a solve of its own, with `room` more slots."""
     none, more = [(0, 0)] * (state.core.ndim - 2), (0, room)
-    steps = jnp.pad(state.steps, [*none, more, (0, 0)])
     core = jnp.pad(jnp.swapaxes(state.core, -2, -1), [*none, more, more])
     # The next step to be written is the first of them.
-    return state._replace(count=state.count * 0 + state.steps.shape[-2], steps=steps, core=core)
+    count = state.count * 0 + state.core.shape[-1]
+    return state._replace(count=count, steps=with_more_rows(state.steps, room), core=core)

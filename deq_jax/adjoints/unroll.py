@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from deq_jax._arrays import zeros_from
 from deq_jax._checks import check_number
 from deq_jax._config import cast_options, config
 from deq_jax._states import Layout, choose
+from deq_jax._vectors import Vec, zero_of
 from deq_jax.adjoints.protocol import Problem
 from deq_jax.solvers import Solver, Stats
+from deq_jax.solvers.loop import layout_for
 from deq_jax.solvers.protocol import check_sees_all, member
 from deq_jax.solvers.stopping import Norms, comparable, has_converged, over_leaves, relative_to, tolerances, whole
 
@@ -65,7 +66,7 @@ class Unroll:
             )
 
     def run(self, problem: Problem, z0: PyTree, solver: Solver) -> tuple[PyTree, Stats]:
-        layout = Layout(z0, problem.batch_ndim)
+        layout = layout_for(solver, z0, problem.batch_ndim)
         solver = cast_options(solver, layout.dtype)
         iterate, start = self._iteration(problem, layout, solver, z0)
         if self.stop:
@@ -73,12 +74,12 @@ class Unroll:
         else:
             body = iterate
         end = self._scanned(body, start, solver.max_steps)
-        z = layout.unravel(end.best if member(solver, "recovers") else end.z)
+        z = layout.unpack(end.best if member(solver, "recovers") else end.z)
         return z, problem.stats_at(z, solver, end.steps)
 
     def _iteration(self, problem, layout, solver, z0) -> "tuple[Callable[[Iterate], Iterate], Iterate]":
         """The map from iterate to iterate, and the first one."""
-        z0 = layout.ravel(z0)
+        z0 = layout.pack(z0)
         state, frozen_z0 = solver.init(z0), jax.lax.stop_gradient(z0)
         accelerated, recovers = bool(jax.tree.leaves(state)), member(solver, "recovers")
         if accelerated:  # without memory, rarer tests change no iterate
@@ -86,14 +87,14 @@ class Unroll:
 
         def iterate(carry: Iterate) -> Iterate:
             z, running = carry.z, carry.running
-            g = layout.ravel(problem(layout.unravel(z))) - z
+            g = layout.pack(problem(layout.unpack(z))) - z
             carry = carry._replace(steps=carry.steps + running.astype(jnp.int32))
             frozen_g, fz = jax.lax.stop_gradient((g, g + z))
             norms = Norms(layout.norms(frozen_g), layout.norms(fz))  # XLA drops what nothing below reads
             residual = whole(norms.residuals, layout)
             if recovers:
                 better = running & (residual < carry.least)
-                best, least = jnp.where(better[..., None], z, carry.best), jnp.where(better, residual, carry.least)
+                best, least = choose(better, (z, residual), (carry.best, carry.least))
                 carry = carry._replace(best=best, least=least)
             if self.stop:
                 running = running & ~_has_ended(norms, layout.norms(fz - frozen_z0), solver, layout)
@@ -106,7 +107,7 @@ class Unroll:
             new_z, state = _step(solver, layout, carry, g, held)
             return carry._replace(z=new_z, state=state)
 
-        zero = zeros_from(frozen_z0[..., 0])
+        zero = zero_of(frozen_z0)
         return iterate, Iterate(z0, state, zero == 0, zero.astype(jnp.int32), z0, zero + jnp.inf)
 
     def _scanned(self, body: Callable, carry: "Iterate", length: int) -> "Iterate":
@@ -124,15 +125,15 @@ class Unroll:
 class Iterate(NamedTuple):
     """What is carried from iteration to iteration."""
 
-    z: Float[Array, "*batch dim"]
+    z: Vec
     state: Any  # the solver's
     running: Bool[Array, "*batch"]
     steps: Int[Array, "*batch"]
-    best: Float[Array, "*batch dim"]  # with `least`, of a solver whose steps may be trials
+    best: Vec  # with `least`, of a solver whose steps may be trials
     least: Float[Array, "*batch"]
 
 
-def _step(solver: Solver, layout: Layout, carry: Iterate, g: Array, held: Bool[Array, "*batch"]) -> tuple[Array, Any]:
+def _step(solver: Solver, layout: Layout, carry: Iterate, g: Vec, held: Bool[Array, "*batch"]) -> tuple[Vec, Any]:
     """The next z and state; a problem that is held keeps both."""
     # A step that is not taken has no derivative: that of the arithmetic behind it may be infinite.
     arguments = g, carry.state, carry.z

@@ -19,21 +19,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._arrays import (
-    aligned,
-    dot,
-    norm,
-    one_hot,
-    per_problem,
-    ratio,
-    reciprocal,
-    safe_sqrt,
-    write_slot,
-    zeros_from,
-)
+from deq_jax._arrays import aligned, one_hot, per_problem, ratio, reciprocal, safe_sqrt, zeros_from
 from deq_jax._checks import check_number
 from deq_jax._config import Number, config
-from deq_jax._states import choose
+from deq_jax._states import choose, zeros_like
+from deq_jax._vectors import Rows, Vec, combine, dot, norm, products, repeated, scaled, write_row, zero_of
 from deq_jax.solvers.protocol import LoopOptions
 
 # After WINDOW·history evaluations in which the residual has not fallen below FALLEN times its mark, steps are plain
@@ -47,11 +37,11 @@ WINDOW, FALLEN, RESTED = 3, 0.9, 0.5
 
 class AndersonState(NamedTuple):
     count: Int[Array, ""]  # residuals seen
-    w: Float[Array, "*batch dim"]  # (1) at the previous iterate
-    g: Float[Array, "*batch dim"]  # and its residual; `target` holds its products with the history
+    w: Vec  # (1) at the previous iterate
+    g: Vec  # and its residual; `target` holds its products with the history
     known: Bool[Array, "*batch"]  # whether w and g belong to this f
-    dw: Float[Array, "*batch history dim"]  # slot k mod history holds w_{k+1} − w_k; zeros where none is held
-    dg: Float[Array, "*batch history dim"]
+    dw: Rows  # slot k mod history holds w_{k+1} − w_k; zeros where none is held
+    dg: Rows
     gram: Float[Array, "*batch history history"]  # A in (3)
     target: Float[Array, "*batch history"]  # b in (3)
     lengths: Float[Array, "*batch history"]  # ‖dg_i‖; zero where not in use
@@ -92,6 +82,7 @@ class Anderson(LoopOptions):
     growth: Number = 1.5
 
     scale_free = True
+    flat = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -100,10 +91,10 @@ class Anderson(LoopOptions):
         check_number(self, "damping", above=0, at_most=2)
         check_number(self, "growth", at_least=1, finite=False)
 
-    def init(self, z: Float[Array, "*batch dim"]) -> AndersonState:
-        zero, m = zeros_from(z), self.history
-        slots = jnp.stack([zero] * m, axis=-2)
-        gram, row, none = jnp.stack([slots[..., 0]] * m, axis=-1), slots[..., 0], zero[..., 0]
+    def init(self, z: Vec) -> AndersonState:
+        zero, none = zeros_like(z), zero_of(z)
+        slots, row = repeated(zero, self.history), jnp.stack([none] * self.history, axis=-1)
+        gram = jnp.stack([row] * self.history, axis=-1)
         count, no, since = jnp.zeros((), jnp.int32), none > 0, none.astype(jnp.int32)
         return AndersonState(count, zero, zero, no, slots, slots, gram, row, row, none, no, none, since)
 
@@ -116,18 +107,16 @@ class Anderson(LoopOptions):
         """Whether f may turn out not finite: after a step that was extrapolated. The plain one is taken instead."""
         return state.accelerated
 
-    def next_point(self, state: AndersonState, z: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+    def next_point(self, state: AndersonState, z: Vec) -> Vec:
         """z, the sum of iterate and step; exactly the plain iterate w where the step is the plain one.
 
         So a step back is exact from an iterate that is huge or not finite.
         """
-        return jnp.where(state.accelerated[..., None], z, state.w)
+        return choose(state.accelerated, z, state.w)
 
-    def update(
-        self, residual: Float[Array, "*batch dim"], state: AndersonState, z: Float[Array, "*batch dim"]
-    ) -> tuple[Float[Array, "*batch dim"], AndersonState]:
+    def update(self, residual: Vec, state: AndersonState, z: Vec) -> tuple[Vec, AndersonState]:
         slot, g, g_norm = (state.count - 1) % self.history, residual, norm(residual)
-        w = z + per_problem(self.damping) * g  # (1)
+        w = z + scaled(self.damping, g)  # (1)
         dw, dg = w - state.w, g - state.g  # (2)
         length = safe_sqrt(dot(dg, dg))
         # Extrapolated to where f is not finite: go on from the iterate before, whose w and g are kept.
@@ -146,8 +135,8 @@ class Anderson(LoopOptions):
         # If z did not move, either the problem has stopped or γ leads back to z: for a piecewise affine f the
         # least-squares step may be exactly zero. Take the plain step in both cases.
         gamma = jnp.where((back | stays | (state.since < 0))[..., None], 0, gamma)
-        step = per_problem(self.damping) * g - jnp.einsum("...m,...md->...d", gamma, state.dw)  # (4)
-        step = jnp.where(back[..., None], state.w - z, step)
+        step = scaled(self.damping, g) - combine(gamma, state.dw)  # (4)
+        step = choose(back, state.w - z, step)
         w, g = choose(back, (state.w, state.g), (w, g))
         accelerated = jnp.where(stays, state.accelerated, jnp.any(gamma != 0, axis=-1))
         return step, state._replace(count=state.count + 1, w=w, g=g, known=state.known | True, accelerated=accelerated)
@@ -178,24 +167,24 @@ class Anderson(LoopOptions):
 
 def add_difference(
     state: AndersonState,
-    dw: Float[Array, "*batch dim"],
-    dg: Float[Array, "*batch dim"],
+    dw: Vec,
+    dg: Vec,
     length: Float[Array, "*batch"],
-    g: Float[Array, "*batch dim"],
+    g: Vec,
     slot: Int[Array, ""],
     new: Bool[Array, "*batch"],
     back: Bool[Array, "*batch"],
 ) -> AndersonState:
     """The state with one more difference (2) at `slot`, where `new`, and with A and b of (3) brought up to date."""
-    dws, dgs = write_slot(state.dw, dw, slot, new), write_slot(state.dg, dg, slot, new)
-    here = new[..., None] & (one_hot(slot, dgs.shape[-2], dg) > 0)
+    dws, dgs = write_row(state.dw, dw, slot, new), write_row(state.dg, dg, slot, new)
+    here = new[..., None] & (one_hot(slot, state.lengths.shape[-1], state.lengths) > 0)
     lengths = jnp.where(here, length[..., None], state.lengths)
 
     # Kept finite, so that an overflow in a difference out of use, times its length of zero, is no NaN.
     finite = lambda x: jnp.where(jnp.isfinite(x), x, 0)
-    column = jnp.where(back[..., None], 0, finite(jnp.einsum("...md,...d->...m", dgs, dg)))  # ⟨dg_i, dg⟩
+    column = jnp.where(back[..., None], 0, finite(products(dgs, dg)))  # ⟨dg_i, dg⟩
     gram = jnp.where(here[..., None, :], column[..., :, None], state.gram)
-    gram = write_slot(gram, column, slot, new)
+    gram = write_row(gram, column, slot, new)
     # g = g_prev + dg, so ⟨dg_i, g⟩ is updated from the stored products; only the product with the newest difference
     # is computed from scratch. Rounding errors add up for as long as a difference is held, and cost no evaluation
     # (experiments/gains_study.py, 6).

@@ -31,10 +31,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax import _low_rank
-from deq_jax._arrays import at_most, dot, norm, one_hot, per_problem, ratio, safe_sqrt, write_slot, zeros_from
+from deq_jax._arrays import at_most, einsum, one_hot, ratio, safe_sqrt
 from deq_jax._checks import check_number
 from deq_jax._config import Number, config
-from deq_jax._states import choose
+from deq_jax._states import choose, zeros_like
+from deq_jax._vectors import (
+    Rows,
+    Vec,
+    appended,
+    combine,
+    divided,
+    dot,
+    first_rows,
+    is_same,
+    norm,
+    products,
+    repeated,
+    row,
+    scaled,
+    size,
+    with_first_rows,
+    write_row,
+    zero_of,
+)
 from deq_jax.solvers.protocol import LoopOptions, check_sees_all
 
 GROWTH = 1.5  # a step that makes the residual grow by this factor is rejected
@@ -46,21 +65,21 @@ class BroydenState(NamedTuple):
     """B = −I + Σ coreᵢⱼ sᵢ sⱼᵀ estimates the inverse Jacobian of g = f(z) − z."""
 
     count: Int[Array, ""]  # residuals seen
-    z: Float[Array, "*batch dim"]  # the last iterate that was accepted
-    g: Float[Array, "*batch dim"]  # and its residual
+    z: Vec  # the last iterate that was accepted
+    g: Vec  # and its residual
     g_norm: Float[Array, "*batch"]
     known: Bool[Array, "*batch"]  # whether z and g belong to this f
-    steps: Float[Array, "*batch slots dim"]  # sᵢ: the steps taken, then the next one; other slots hold anything finite
+    steps: Rows  # sᵢ: the steps taken, then the next one; other slots hold anything finite
     core: Float[Array, "*batch slots slots"]  # zero for slots not in use
     step_size: Float[Array, "*batch"]  # t: the next step is −t B g
     cuts: Int[Array, "*batch"]  # of the present step
-    next_z: Float[Array, "*batch dim"]  # where f is to be evaluated next
+    next_z: Vec  # where f is to be evaluated next
 
 
 class Move(NamedTuple):
     """How z has moved since the last iterate that was accepted."""
 
-    dz: Float[Array, "*batch dim"]
+    dz: Vec
     dz_dz: Float[Array, "*batch"]  # ‖dz‖²
     in_steps: Float[Array, "*batch slots"]  # dz = Σ in_stepsᵢ sᵢ where taken
     moved: Bool[Array, "*batch"]
@@ -97,6 +116,7 @@ class Broyden(LoopOptions):
     line_search: int = 1
 
     scale_free = True
+    flat = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -115,31 +135,28 @@ class Broyden(LoopOptions):
     def can_backtrack(self, state: BroydenState) -> Bool[Array, "*batch"]:
         return (state.cuts >= 0) & (self.line_search > 0)
 
-    def init(self, z: Float[Array, "*batch dim"]) -> BroydenState:
-        zero, slots = zeros_from(z), at_most(self.rank, 2 * z.shape[-1]) + 1
-        steps, none = jnp.stack([zero] * slots, axis=-2), zero[..., 0]
-        core, cuts = jnp.stack([steps[..., 0]] * slots, axis=-1), none.astype(jnp.int32)
+    def init(self, z: Vec) -> BroydenState:
+        zero, none, slots = zeros_like(z), zero_of(z), at_most(self.rank, 2 * size(z)) + 1
+        core, cuts = jnp.stack([jnp.stack([none] * slots, axis=-1)] * slots, axis=-1), none.astype(jnp.int32)
         count = jnp.zeros((), jnp.int32)
-        return BroydenState(count, zero, zero, none, none > 0, steps, core, none + 1, cuts, z)
+        return BroydenState(count, zero, zero, none, none > 0, repeated(zero, slots), core, none + 1, cuts, z)
 
-    def next_point(self, state: BroydenState, z: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+    def next_point(self, state: BroydenState, z: Vec) -> Vec:
         return state.next_z
 
     def resume(self, state: BroydenState) -> BroydenState:
         """The memory of a solve of a similar problem: its estimate is a start, its last residual is not ours."""
         return state._replace(known=state.known & False)
 
-    def update(
-        self, residual: Float[Array, "*batch dim"], state: BroydenState, z: Float[Array, "*batch dim"]
-    ) -> tuple[Float[Array, "*batch dim"], BroydenState]:
+    def update(self, residual: Vec, state: BroydenState, z: Vec) -> tuple[Vec, BroydenState]:
         # Slots are filled in turn. Once the last one is filled, the memory is compressed into the first ones.
-        rank = state.steps.shape[-2] - 1
+        rank = state.core.shape[-1] - 1
         last, new = self._slot(state.count - 1, rank, compressed=True), self._slot(state.count, rank)
-        is_new = one_hot(new, rank + 1, z)
+        is_new = one_hot(new, rank + 1, state.core[..., 0])
         move = last_move(state, z, last)
         g_norm = norm(residual)
         finite = jnp.isfinite(g_norm)
-        g = jnp.where(finite[..., None], residual, 0)
+        g = choose(finite, residual, zeros_like(residual))
         # A rejected step is taken back: its pair improves B, and the next step starts where it started.
         grown = g_norm > GROWTH * state.g_norm
         rejected = move.taken & jnp.where(finite, grown & (state.cuts < self.line_search), self.line_search > 0)
@@ -149,17 +166,17 @@ class Broyden(LoopOptions):
         in_turn = jnp.maximum(is_new[..., :, None], is_new[..., None, :])
         reset = move.moved & jnp.any(state.core * in_turn != 0, axis=(-2, -1))
         core = jnp.where(reset[..., None, None], 0, state.core)
-        steps = write_slot(state.steps, move.dz / move.scaling[..., None], last, move.taken)
-        products = products_with(core, steps, g, move)
-        curvature = products.slope + move.dz_dz / move.step_size  # (3)
+        steps = write_row(state.steps, divided(move.dz, move.scaling), last, move.taken)
+        with_B = products_with_B(core, steps, g, move)
+        curvature = with_B.slope + move.dz_dz / move.step_size  # (3)
         alpha, usable = damped(curvature, move.dz_dz, move.taken & finite & ~reset)
-        direction = next_direction(products, steps, g, move, alpha, rejected)
+        direction = next_direction(with_B, steps, g, move, alpha, rejected)
         step, step_size, useless = self._next_step(direction, from_z, from_g, from_norm, move, rejected, finite)
 
-        u = u_in_steps(products, move, alpha, rejected, step_size, is_new)
-        core = core + jnp.where(usable[..., None, None], u[..., :, None] * products.dz_B[..., None, :], 0)  # (2)
+        u = u_in_steps(with_B, move, alpha, rejected, step_size, is_new)
+        core = core + jnp.where(usable[..., None, None], u[..., :, None] * with_B.dz_B[..., None, :], 0)  # (2)
         core = jnp.where((useless & move.moved)[..., None, None], 0, core)
-        steps = write_slot(steps, step, new, move.moved)
+        steps = write_row(steps, step, new, move.moved)
         # By the count that all problems share: to ask whether one is full is one more collective in a sharded solve.
         compress = lambda: self._compressed(move.moved, steps, core, step, step_size, from_g)
         steps, core, step = jax.lax.cond(new == rank, compress, lambda: (steps, core, step))
@@ -168,18 +185,18 @@ class Broyden(LoopOptions):
         return next_z - z, BroydenState(*start, steps, core, step_size, cuts, next_z)
 
     def _next_step(
-        self, direction: Array, z: Array, g: Array, g_norm: Array, move: Move, rejected: Array, finite: Array
-    ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"], Bool[Array, "*batch"]]:
+        self, direction: Vec, z: Vec, g: Vec, g_norm: Array, move: Move, rejected: Array, finite: Array
+    ) -> tuple[Vec, Float[Array, "*batch"], Bool[Array, "*batch"]]:
         """(step, t, useless): the step (1) from z. Where the memory is useless, it is to be reset: a plain step."""
         # At most half as far as the step that was rejected, a tenth where f was not finite.
-        step = per_problem(self.damping) * direction
+        step = scaled(self.damping, direction)
         length, longest = norm(step), jnp.where(finite, 0.5, 0.1) * safe_sqrt(move.dz_dz)
         cut = jnp.where(rejected & (length > longest), ratio(longest, length), 1)
-        step, step_size = cut[..., None] * step, cut * self.damping
+        step, step_size = scaled(cut, step), cut * self.damping
         # A memory is useless if it has overflowed, or if it gives no step although there is a residual.
-        stays = jnp.all(z + step == z, axis=-1)
+        stays = is_same(z + step, z)
         useless = ~jnp.isfinite(length) | (stays & (length < USELESS * g_norm))
-        step = jnp.where(useless[..., None], per_problem(self.damping) * g, step)
+        step = choose(useless, scaled(self.damping, g), step)
         return step, jnp.where(useless, self.damping, step_size), useless
 
     def _slot(self, count: Int[Array, ""], rank: int, compressed: bool = False) -> Int[Array, ""]:
@@ -193,37 +210,37 @@ class Broyden(LoopOptions):
 
     def _compressed(self, where, steps, core, step, step_size, g) -> tuple:
         """(steps, core, step) with B + I projected, in the problems of `where`, and the step −t B g computed anew."""
-        kept = self._kept(steps.shape[-2] - 1)
+        kept = self._kept(core.shape[-1] - 1)
         rows, small = _low_rank.projected(steps, core, kept)
-        weights = jnp.einsum("...ij,...j->...i", small, jnp.einsum("...kd,...d->...k", rows, g))
-        again = step_size[..., None] * (g - jnp.einsum("...k,...kd->...d", weights, rows))
-        rows = jnp.concatenate([rows, again[..., None, :]], axis=-2)
+        weights = einsum("...ij,...j->...i", small, products(rows, g))
+        again = scaled(step_size, g - combine(weights, rows))
         rim = (0, core.shape[-1] - kept)
         small = jnp.pad(small, [(0, 0)] * (small.ndim - 2) + [rim, rim])
-        rows, small, again = choose(where, (rows, small, again), (steps[..., : kept + 1, :], core, step))
-        return jax.lax.dynamic_update_slice_in_dim(steps, rows, 0, axis=-2), small, again
+        compressed, before = (appended(rows, again), small, again), (first_rows(steps, kept + 1), core, step)
+        rows, small, again = choose(where, compressed, before)
+        return with_first_rows(steps, rows), small, again
 
 
 # ---- one update --------------------------------------------------------------------------------------------
 
 
-def last_move(state: BroydenState, z: Float[Array, "*batch dim"], last: Int[Array, ""]) -> Move:
+def last_move(state: BroydenState, z: Vec, last: Int[Array, ""]) -> Move:
     """How z has moved, compared with the step that was asked for, which stands in slot `last`.
 
     An optax chain may scale the step. A problem that stopped is shown its best z again, which is another point. Where z
     does not move at all, the state must not change.
     """
-    s = jax.lax.dynamic_index_in_dim(state.steps, last, axis=-2, keepdims=False)
+    s = row(state.steps, last)
     dz = z - state.z
     dz_dz, dz_s, s_s = dot(dz, dz), dot(dz, s), dot(s, s)
     scaling = dz_s / jnp.where(s_s > 0, s_s, 1)  # not `ratio`: `taken` masks it
     taken = state.known & (dz_s > 0) & (dz_s * scaling > 0.9 * dz_dz)
     scaling, step_size = jnp.where(taken, scaling, 1), jnp.where(taken, state.step_size * scaling, 1)
-    in_steps = scaling[..., None] * one_hot(last, state.steps.shape[-2], z)
+    in_steps = scaling[..., None] * one_hot(last, state.core.shape[-1], state.core[..., 0])
     return Move(dz, dz_dz, in_steps, ~state.known | (dz_dz > 0), taken, scaling, step_size)
 
 
-class Products(NamedTuple):
+class ProductsWithB(NamedTuple):
     """Products with B, in coordinates of the steps."""
 
     weights: Float[Array, "*batch slots"]  # B g⁺ = −g⁺ + Σ weightsᵢ sᵢ
@@ -231,13 +248,12 @@ class Products(NamedTuple):
     slope: Float[Array, "*batch"]  # dzᵀB g⁺
 
 
-def products_with(core: Array, steps: Array, g: Array, move: Move) -> Products:
+def products_with_B(core: Array, steps: Rows, g: Vec, move: Move) -> ProductsWithB:
     """B g⁺, dzᵀB and dzᵀB g⁺, from two passes over the steps."""
-    along = lambda x: jnp.einsum("...sd,...d->...s", steps, x)  # a pass for each: as one product they are slower
-    s_g = along(g)
-    weights = jnp.einsum("...ij,...j->...i", core, s_g)
-    dz_B = jnp.einsum("...ij,...i->...j", core, along(move.dz)) - move.in_steps
-    return Products(weights, dz_B, dot(dz_B, s_g))
+    s_g = products(steps, g)  # a pass for each: as one product they are slower
+    weights = einsum("...ij,...j->...i", core, s_g)
+    dz_B = einsum("...ij,...i->...j", core, products(steps, move.dz)) - move.in_steps
+    return ProductsWithB(weights, dz_B, dot(dz_B, s_g))
 
 
 def damped(
@@ -256,22 +272,20 @@ def damped(
     return ratio(theta, denominator, where=usable), usable
 
 
-def next_direction(
-    products: Products, steps: Array, g: Array, move: Move, alpha: Array, rejected: Array
-) -> Float[Array, "*batch dim"]:
+def next_direction(with_B: ProductsWithB, steps: Rows, g: Vec, move: Move, alpha: Array, rejected: Array) -> Vec:
     """d of (4)."""
-    t, dz_dz, slope = move.step_size, move.dz_dz, products.slope
+    t, dz_dz, slope = move.step_size, move.dz_dz, with_B.slope
     of_Bg = jnp.where(rejected, -alpha * dz_dz / t, -(1 - alpha * slope))
     of_dz = jnp.where(rejected, (1 + alpha * dz_dz * (1 - 1 / t)) / t, -alpha * slope * (1 - 1 / t))
-    in_steps = of_Bg[..., None] * products.weights + of_dz[..., None] * move.in_steps
-    return jnp.einsum("...s,...sd->...d", in_steps, steps) - of_Bg[..., None] * g
+    in_steps = of_Bg[..., None] * with_B.weights + of_dz[..., None] * move.in_steps
+    return combine(in_steps, steps) - scaled(of_Bg, g)
 
 
 def u_in_steps(
-    products: Products, move: Move, alpha: Array, rejected: Array, step_size: Array, is_new: Array
+    with_B: ProductsWithB, move: Move, alpha: Array, rejected: Array, step_size: Array, is_new: Array
 ) -> Float[Array, "*batch slots"]:
     """u of (5), in coordinates of the steps; d is the next step over its size. NaN, if any, is found a step later."""
-    t, remaining = move.step_size, 1 - alpha * products.slope
+    t, remaining = move.step_size, 1 - alpha * with_B.slope
     dz_dz = jnp.where(rejected, move.dz_dz, 1)  # positive: a step that is rejected was taken
     of_dz = jnp.where(rejected, -1 / dz_dz, alpha * (1 - 1 / t) / remaining)
     of_new = ratio(jnp.where(rejected, t / dz_dz, alpha / remaining), step_size)

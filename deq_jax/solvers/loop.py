@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from deq_jax._arrays import half_power, per_problem, zeros_from
+from deq_jax._arrays import half_power
 from deq_jax._config import cast_options, with_options
-from deq_jax._states import Layout, wide_dtype
+from deq_jax._states import Layout, choose, wide_dtype
 from deq_jax._trace import axes_of
+from deq_jax._vectors import Vec, scaled, shape_of, zero_of
 from deq_jax.solvers.protocol import Evaluation, Fold, Solver, SolveResult, Stats, Status, member
 from deq_jax.solvers.stopping import (
     RUNNING,
@@ -35,8 +36,8 @@ from deq_jax.solvers.stopping import (
 class Carry(NamedTuple):
     """What the loop carries from evaluation to evaluation."""
 
-    z: Float[Array, "*batch dim"]  # where f is evaluated next
-    best: Float[Array, "*batch dim"]
+    z: Vec  # where f is evaluated next
+    best: Vec
     best_norms: Norms  # of the residual and of f(z) at the best z
     first_scale: Float[Array, "*batch"]  # max(‖f(z0)‖, ‖f(z0) − z0‖)
     growth: Growth
@@ -63,15 +64,15 @@ def run_loop(
     body = make_body(f, z0, solver, batch_ndim, fold)
     carry = init_carry(z0, solver, batch_ndim, memory, fold)
     end = jax.lax.while_loop(lambda carry: jnp.any(carry.status == RUNNING), body, carry)
-    return finalize(end, z0, batch_ndim)
+    return finalize(end, layout_for(solver, z0, batch_ndim))
 
 
 def init_carry(z0: PyTree, solver: Solver, batch_ndim: int, memory: Any = None, fold: Fold | None = None) -> Carry:
     """The carry before the first evaluation."""
-    layout = Layout(z0, batch_ndim)
-    z = layout.ravel(z0)
+    layout = layout_for(solver, z0, batch_ndim)
+    z = layout.pack(z0)
     # Carries are made from the data, never from a bare constant: under sharding they inherit its type.
-    zero = zeros_from(z[..., 0])
+    zero = zero_of(z)
     norms = jnp.stack([zero] * len(layout.leaves), axis=-1) if layout.several else zero
     count = zero.astype(jnp.int32)
     # Where z0 is a constant, XLA would fold its norm when it compiles: 10 s for zeros of 4096 × 1024.
@@ -96,7 +97,7 @@ def make_body(
     f: Callable, z0: PyTree, solver: Solver, batch_ndim: int, fold: Fold | None = None
 ) -> Callable[[Carry], Carry]:
     """The body of the loop: one evaluation that is tested, after `test_every` − 1 that only move z."""
-    layout = Layout(z0, batch_ndim)
+    layout = layout_for(solver, z0, batch_ndim)
     tested = make_evaluation(f, layout, solver, fold)
     if member(solver, "test_every") == 1:
         return tested
@@ -104,12 +105,21 @@ def make_body(
     return lambda carry: tested(untested(carry))
 
 
-def finalize(end: Carry, z0: PyTree, batch_ndim: int) -> SolveResult:
+def layout_for(solver: Solver, z0: PyTree, batch_ndim: int) -> Layout:
+    """How this solver is shown states such as z0."""
+    return Layout(z0, batch_ndim, flat=member(solver, "flat"))
+
+
+def vector_type(solver: Solver, z0: PyTree, batch_ndim: int) -> Any:
+    """The type of z0 as this solver sees it."""
+    return jax.eval_shape(lambda z0: layout_for(solver, z0, batch_ndim).pack(z0), z0)
+
+
+def finalize(end: Carry, layout: Layout) -> SolveResult:
     """The result of a loop, with values in the structure of z0."""
-    layout = Layout(z0, batch_ndim)
     relative = relative_residual(end.best_norms, layout)
     stats = Stats(end.steps, whole(end.best_norms.residuals, layout), relative, end.status)
-    return SolveResult(layout.unravel(end.best), stats, end.solver, end.folded)
+    return SolveResult(layout.unpack(end.best), stats, end.solver, end.folded)
 
 
 # ---- one evaluation ----------------------------------------------------------------------------------------
@@ -120,16 +130,16 @@ def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | No
     judged = make_verdict(layout, solver, axes_of(f))
 
     def evaluate(carry: Carry) -> Carry:
-        z_tree = layout.unravel(carry.z)
+        z_tree = layout.unpack(carry.z)
         with jax.named_scope("f"):
             fz_tree = f(z_tree)
-        fz = layout.ravel(fz_tree)
+        fz = layout.pack(fz_tree)
         norms = norms_at(carry.z, fz, layout)
         after = judged(carry, norms)
         with jax.named_scope(type(solver).__name__):
             z, state = advance(solver, carry.solver, fz - carry.z, carry.z, after.first_scale)
         return after._replace(
-            z=jnp.where((after.status == RUNNING)[..., None], layout.round(z), after.best),
+            z=choose(after.status == RUNNING, layout.round(z), after.best),
             solver=state,
             folded=None if fold is None else fold.update(carry.folded, shown(carry, z_tree, fz_tree, norms, layout)),
             evaluation=carry.evaluation + 1,
@@ -169,7 +179,7 @@ def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry
         better = running & finite & ~lost & (converged | made.improved)
         pick = lambda new, old: jnp.where(by_leaf(better, layout), new, old)
         return carry._replace(
-            best=jnp.where(better[..., None], carry.z, carry.best),
+            best=choose(better, carry.z, carry.best),
             best_norms=Norms(*map(pick, norms, carry.best_norms)),
             first_scale=first_scale,
             growth=growth,
@@ -187,21 +197,21 @@ def shown(carry: Carry, z: PyTree, fz: PyTree, norms: Norms, layout: Layout) -> 
     return Evaluation(carry.evaluation, z, fz, residual, relative, carry.status == RUNNING)
 
 
-def advance(solver: Solver, state: Any, residual: Array, z: Array, first_scale: Array) -> tuple[Array, Any]:
+def advance(solver: Solver, state: Any, residual: Vec, z: Vec, first_scale: Array) -> tuple[Vec, Any]:
     """The next iterate, and the solver's state."""
     if member(solver, "scale_free"):
         unit = half_power(first_scale)
-        scale, inverse = unit[..., None], (1 / unit)[..., None]
-        z, state = _next_point(with_options(solver, atol=solver.atol / unit), state, residual * inverse, z * inverse)
-        return scale * z, state
+        solver = with_options(solver, atol=solver.atol / unit)
+        z, state = _next_point(solver, state, scaled(1 / unit, residual), scaled(1 / unit, z))
+        return scaled(unit, z), state
     return _next_point(solver, state, residual, z)
 
 
-def _next_point(solver: Solver, state: Any, residual: Array, z: Array) -> tuple[Array, Any]:
+def _next_point(solver: Solver, state: Any, residual: Vec, z: Vec) -> tuple[Vec, Any]:
     step, state = solver.update(residual, state, z)
-    if step.shape != z.shape:
+    if shape_of(step) != shape_of(z):
         name = type(solver).__name__
-        raise ValueError(f"{name}.update must return a step of the shape of z, {z.shape}; got {step.shape}")
+        raise ValueError(f"{name}.update must return a step of the shape of z, {shape_of(z)}; got {shape_of(step)}")
     return member(solver, "next_point")(state, z + step), state
 
 
@@ -210,7 +220,7 @@ def _next_point(solver: Solver, state: Any, residual: Array, z: Array) -> tuple[
 
 def make_plain_steps(f: Callable, layout: Layout, solver: Solver) -> Callable[[Carry], Carry]:
     """The evaluations between two that are tested: steps of damping · (f(z) − z), and nothing else."""
-    every, damping = member(solver, "test_every"), per_problem(member(solver, "damping"))
+    every, damping = member(solver, "test_every"), member(solver, "damping")
 
     def untested(carry: Carry) -> Carry:
         running = carry.status == RUNNING
@@ -219,8 +229,8 @@ def make_plain_steps(f: Callable, layout: Layout, solver: Solver) -> Callable[[C
         count = jnp.where(carry.evaluation == 0, 0, jnp.clip(left, 1, every) - 1)
 
         def move(_, z):
-            step: Any = damping * (layout.ravel(f(layout.unravel(z))) - z)
-            return jnp.where(running[..., None], layout.round(z + step), z)
+            step = scaled(damping, layout.pack(f(layout.unpack(z))) - z)
+            return choose(running, layout.round(z + step), z)
 
         z = jax.lax.fori_loop(0, count, move, carry.z)
         steps = carry.steps + count * running.astype(jnp.int32)
@@ -232,5 +242,5 @@ def make_plain_steps(f: Callable, layout: Layout, solver: Solver) -> Callable[[C
 def stats_at(f: Callable, z: PyTree, solver: Solver, steps: Any, batch_ndim: int) -> Stats:
     """The stats of a z that is returned as it is, after `steps` evaluations and the one that is made here."""
     layout = Layout(z, batch_ndim)
-    norms = norms_at(layout.ravel(z), layout.ravel(f(z)), layout)
+    norms = norms_at(layout.pack(z), layout.pack(f(z)), layout)
     return assess(norms, cast_options(solver, layout.dtype), steps + 1, layout)

@@ -23,9 +23,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from deq_jax import _krylov
-from deq_jax._arrays import at_most, norm, ratio, zeros_from
+from deq_jax._arrays import at_most, ratio, zeros_from
 from deq_jax._checks import check_number
 from deq_jax._config import Number, config
+from deq_jax._states import choose, zeros_like
+from deq_jax._vectors import Vec, divided, norm, scaled, size, zero_of
 from deq_jax.solvers.protocol import LoopOptions, check_sees_all
 
 ACCEPTED = 1e-4  # part of the predicted decrease of ‖g‖² that a step must bring
@@ -37,9 +39,9 @@ POOR, GOOD = 0.25, 0.75  # below, the radius shrinks; above, it may grow
 class NewtonKrylovState(NamedTuple):
     known: Bool[Array, "*batch"]  # whether z and g belong to this f
     trial: Bool[Array, "*batch"]  # whether the next evaluation is a trial; otherwise it is for a product J q
-    z: Float[Array, "*batch dim"]  # the iterate
-    g: Float[Array, "*batch dim"]  # and its residual
-    next_z: Float[Array, "*batch dim"]  # where f is to be evaluated next
+    z: Vec  # the iterate
+    g: Vec  # and its residual
+    next_z: Vec  # where f is to be evaluated next
     radius: Float[Array, "*batch"]  # of the trust region
     forcing: Float[Array, "*batch"]
     predicted: Float[Array, "*batch"]  # ‖g + J p‖ of the trial step p; below zero for one taken whatever it brings
@@ -74,6 +76,7 @@ class NewtonKrylov(LoopOptions):
     recovers = True  # a trial that is not finite is not the end: the step is cut
 
     scale_free = True
+    flat = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,26 +91,23 @@ class NewtonKrylov(LoopOptions):
         """Evaluations that may pass without a better residual."""
         return 2 * self.krylov + 10
 
-    def init(self, z: Float[Array, "*batch dim"]) -> NewtonKrylovState:
-        zero = zeros_from(z)
-        none = zero[..., 0]
-        krylov = _krylov.empty(zero, at_most(self.krylov, z.shape[-1]))
+    def init(self, z: Vec) -> NewtonKrylovState:
+        zero, none = zeros_like(z), zero_of(z)
+        krylov = _krylov.empty(zero, at_most(self.krylov, size(z)))
         no, radius, forcing = none > 0, none + jnp.inf, none + self.forcing
         return NewtonKrylovState(no, no, zero, zero, z, radius, forcing, none, none + 1, krylov)
 
     def resume(self, state: NewtonKrylovState) -> NewtonKrylovState:
         """Nothing of an earlier solve is a start for this one."""
-        return self.init(zeros_from(state.z))
+        return self.init(zeros_like(state.z))
 
     def can_backtrack(self, state: NewtonKrylovState) -> Bool[Array, "*batch"]:
         return state.known | True
 
-    def next_point(self, state: NewtonKrylovState, z: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+    def next_point(self, state: NewtonKrylovState, z: Vec) -> Vec:
         return state.next_z
 
-    def update(
-        self, residual: Float[Array, "*batch dim"], state: NewtonKrylovState, z: Float[Array, "*batch dim"]
-    ) -> tuple[Float[Array, "*batch dim"], NewtonKrylovState]:
+    def update(self, residual: Vec, state: NewtonKrylovState, z: Vec) -> tuple[Vec, NewtonKrylovState]:
         g_norm, last_norm, distance = norm(residual), norm(state.g), norm(z - state.z)
         product = jacobian_product(state, residual, distance, g_norm, last_norm)
         krylov = _krylov.extend(state.krylov, product.value, product.usable)
@@ -117,9 +117,8 @@ class NewtonKrylov(LoopOptions):
 
         # A new iterate begins a new space.
         new = trial.new
-        state = state._replace(
-            z=jnp.where(new[..., None], z, state.z), g=jnp.where(new[..., None], residual, state.g), radius=trial.radius
-        )
+        base_z, base_g = choose(new, (z, residual), (state.z, state.g))
+        state = state._replace(z=base_z, g=base_g, radius=trial.radius)
         base_norm = norm(state.g)
         krylov = _krylov.restart(krylov, state.g, base_norm, new)
         forcing = jnp.where(new, self._forcing(state, base_norm, last_norm), state.forcing)
@@ -130,7 +129,7 @@ class NewtonKrylov(LoopOptions):
         eps = float(jnp.finfo(z.dtype).eps)
         widening = jnp.where(new, 1, jnp.where(product.lost, state.widening * eps**-0.25, state.widening))
         h = self._difference(norm(state.z), base_norm, eps) * widening  # (1)
-        next_z = state.z + jnp.where(stepping[..., None], step, h[..., None] * _krylov.newest(krylov))
+        next_z = state.z + choose(stepping, step, scaled(h, _krylov.newest(krylov)))
         return next_z - z, state._replace(
             known=state.known | True,
             trial=stepping,
@@ -161,21 +160,22 @@ class NewtonKrylov(LoopOptions):
 
 
 class ProductResult(NamedTuple):
-    value: Float[Array, "*batch dim"]  # J q where usable
+    value: Vec  # J q where usable
     usable: Bool[Array, "*batch"]
     lost: Bool[Array, "*batch"]  # whether the difference was lost in rounding: h is widened, and q tried again
 
 
 def jacobian_product(
-    state: NewtonKrylovState, residual: Array, distance: Array, g_norm: Array, last_norm: Array
+    state: NewtonKrylovState, residual: Vec, distance: Array, g_norm: Array, last_norm: Array
 ) -> ProductResult:
     """The product (1), in the problems where the last evaluation was for one; `distance` is h."""
     eps = float(jnp.finfo(residual.dtype).eps)
     asked = state.known & ~state.trial & jnp.isfinite(g_norm) & (distance > 0) & jnp.isfinite(distance)
-    change = jnp.where(asked[..., None], residual - state.g, 0)
+    change = residual - state.g
+    change = choose(asked, change, zeros_like(change))
     lost = asked & (norm(change) <= NOISE * eps * last_norm) & (distance < eps**0.25 * last_norm)
     usable = asked & ~lost
-    return ProductResult(change / jnp.where(usable, distance, 1)[..., None], usable, lost)
+    return ProductResult(divided(change, jnp.where(usable, distance, 1)), usable, lost)
 
 
 class TrialResult(NamedTuple):
@@ -206,14 +206,14 @@ def assess_trial(state: NewtonKrylovState, distance: Array, g_norm: Array, last_
 
 
 def trial_step(
-    krylov: _krylov.Krylov, g: Array, g_norm: Array, radius: Array, wanted: Bool[Array, ""]
-) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
+    krylov: _krylov.Krylov, g: Vec, g_norm: Array, radius: Array, wanted: Bool[Array, ""]
+) -> tuple[Vec, Float[Array, "*batch"]]:
     """The step p of at most `radius`, and the norm ‖g + J p‖ that the model predicts. Zeros unless `wanted`."""
     step, predicted = jax.lax.cond(
-        wanted, lambda: _krylov.dogleg(krylov, radius), lambda: (zeros_from(g), zeros_from(g_norm))
+        wanted, lambda: _krylov.dogleg(krylov, radius), lambda: (zeros_like(g), zeros_from(g_norm))
     )
     # Without a single product there is no model: the plain iteration, within the radius.
     plain = krylov.count == 0
     part = ratio(jnp.minimum(radius, g_norm), g_norm)
-    step = jnp.where(plain[..., None], part[..., None] * g, step)
+    step = choose(plain, scaled(part, g), step)
     return step, jnp.where(plain, (1 - 0.5 * part) * g_norm, predicted)

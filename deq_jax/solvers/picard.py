@@ -2,11 +2,9 @@
 
 from typing import Any
 
-from jaxtyping import Array, Float
-
-from deq_jax._arrays import per_problem
 from deq_jax._checks import check_number
 from deq_jax._config import Number, config
+from deq_jax._vectors import Vec, scaled
 from deq_jax.solvers.protocol import LoopOptions
 
 
@@ -28,14 +26,14 @@ class Picard(LoopOptions):
 
     damping: Number = 1.0
 
+    flat = False
+
     def __post_init__(self):
         super().__post_init__()
         check_number(self, "damping", above=0, at_most=2)
 
-    def init(self, z: Float[Array, "*batch dim"]) -> tuple[()]:
+    def init(self, z: Vec) -> tuple[()]:
         return ()
 
-    def update(
-        self, residual: Float[Array, "*batch dim"], state: Any, z: Float[Array, "*batch dim"]
-    ) -> tuple[Float[Array, "*batch dim"], tuple[()]]:
-        return per_problem(self.damping) * residual, state
+    def update(self, residual: Vec, state: Any, z: Vec) -> tuple[Vec, tuple[()]]:
+        return scaled(self.damping, residual), state

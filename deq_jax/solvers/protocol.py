@@ -102,6 +102,10 @@ class Defaults:
 
     Products of two vectors are then within the range of the dtype."""
 
+    flat = True
+    """Whether vectors are arrays `[*batch, dim]`. If not, a state of several leaves, or one that may be sharded, is a
+    `Vector`, and the solver computes with the functions of `deq_jax._vectors`, as those of this library do."""
+
     @staticmethod
     def resume(memory: Any) -> Any:
         """The memory of an earlier solve, made ready for this one. Its last iterate belongs to another f."""

@@ -1,16 +1,17 @@
 """Robust: several solvers in turn. Each problem moves on to the next one when the present one fails."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._arrays import norm, zeros_from
 from deq_jax._checks import check_solver
 from deq_jax._config import config, with_options
-from deq_jax._states import choose
+from deq_jax._states import choose, zeros_like
+from deq_jax._vectors import Vec, norm, zero_of
 from deq_jax.solvers.broyden import Broyden
 from deq_jax.solvers.newton_krylov import NewtonKrylov
 from deq_jax.solvers.protocol import LoopOptions, Solver, check_sees_all, member
@@ -20,13 +21,13 @@ BLOWN_UP = 1e4  # a residual this many times the best one ends a stage
 
 class RobustState(NamedTuple):
     stage: Int[Array, "*batch"]  # index of the solver in charge
-    z0: Float[Array, "*batch dim"]
-    g0: Float[Array, "*batch dim"]  # its residual
+    z0: Vec
+    g0: Vec  # its residual
     g0_norm: Float[Array, "*batch"]  # inf before it is known
     least: Float[Array, "*batch"]  # the smallest residual so far
     mark: Float[Array, "*batch"]  # the residual that has to be halved
     since: Int[Array, "*batch"]  # evaluations since it was
-    next_z: Float[Array, "*batch dim"]  # where f is to be evaluated next
+    next_z: Vec  # where f is to be evaluated next
     inner: tuple  # a state for each solver
 
 
@@ -75,9 +76,14 @@ class Robust(LoopOptions):
         """Evaluations that may pass without a better residual."""
         return max(member(stage, "patience") for stage in self.stages) + max((0, *self.stall))
 
-    def init(self, z: Float[Array, "*batch dim"]) -> RobustState:
-        zero = zeros_from(z)
-        none, count = zero[..., 0], zero[..., 0].astype(jnp.int32)
+    @property
+    def flat(self) -> bool:
+        """Whether a stage works on arrays alone."""
+        return any(member(stage, "flat") for stage in self.stages)
+
+    def init(self, z: Vec) -> RobustState:
+        zero, none = zeros_like(z), zero_of(z)
+        count = none.astype(jnp.int32)
         # Inside shard_map, what the branches of a shard's own cond return belongs to that shard: counts, too.
         nothing = jnp.any(none > 0)
         own = lambda leaf: leaf + nothing.astype(leaf.dtype) if leaf.ndim == 0 else leaf
@@ -88,17 +94,15 @@ class Robust(LoopOptions):
     def resume(self, state: RobustState) -> RobustState:
         """From the first stage again, with what each of them remembers."""
         resumed = [member(stage, "resume")(s) for stage, s in zip(self.stages, state.inner, strict=True)]
-        return self.init(zeros_from(state.z0))._replace(inner=tuple(resumed))
+        return self.init(zeros_like(state.z0))._replace(inner=tuple(resumed))
 
     def can_backtrack(self, state: RobustState) -> Bool[Array, "*batch"]:
         return state.stage >= 0
 
-    def next_point(self, state: RobustState, z: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+    def next_point(self, state: RobustState, z: Vec) -> Vec:
         return state.next_z
 
-    def update(
-        self, residual: Float[Array, "*batch dim"], state: RobustState, z: Float[Array, "*batch dim"]
-    ) -> tuple[Float[Array, "*batch dim"], RobustState]:
+    def update(self, residual: Vec, state: RobustState, z: Vec) -> tuple[Vec, RobustState]:
         g_norm = norm(residual)
         first = state.g0_norm == jnp.inf
         z0, g0, g0_norm = choose(first, (z, residual, g_norm), (state.z0, state.g0, state.g0_norm))
@@ -122,8 +126,8 @@ class Robust(LoopOptions):
     ) -> Bool[Array, "*batch"]:
         """Where the stage in charge has failed, and there is another one."""
         last = len(self.stages) - 1
-        limit = jnp.asarray((*self.stall[:last], 0), jnp.int32)[state.stage]
-        recovers = jnp.asarray([member(stage, "recovers") for stage in self.stages])[state.stage]
+        limit = of_stage((*self.stall[:last], 0), state.stage)
+        recovers = of_stage([member(stage, "recovers") for stage in self.stages], state.stage)
         can_backtrack = [
             member(stage, "can_backtrack")(inner) & (state.stage == i)
             for i, (stage, inner) in enumerate(zip(self.stages, state.inner, strict=True))
@@ -134,8 +138,8 @@ class Robust(LoopOptions):
         return failed & (state.stage < last) & (least < jnp.inf)
 
     def _run_stages(
-        self, stage: Array, enters: Array, inner: tuple, z: Array, g: Array
-    ) -> tuple[Float[Array, "*batch dim"], tuple]:
+        self, stage: Array, enters: Array, inner: tuple, z: Vec, g: Vec
+    ) -> tuple[Vec, tuple]:
         """(next_z, inner) after one update of each solver that is in charge of a problem."""
         next_z, updated = z, []
         for i, (solver, old) in enumerate(zip(self.stages, inner, strict=True)):
@@ -150,6 +154,11 @@ class Robust(LoopOptions):
                 return member(solver, "next_point")(state, z + step), state
 
             point, new = jax.lax.cond(jnp.any(in_charge), run, lambda old: (z, old), old)
-            next_z = jnp.where(in_charge[..., None], point, next_z)
+            next_z = choose(in_charge, point, next_z)
             updated.append(new)
         return next_z, tuple(updated)
+
+
+def of_stage(values: Sequence, stage: Int[Array, "*batch"]) -> Array:
+    """values[stage]. (Indexing by an array that is sharded over Explicit axes needs the mesh in the context.)"""
+    return functools.reduce(lambda chosen, i: jnp.where(stage == i, values[i], chosen), range(1, len(values)), jnp.asarray(values[0]))

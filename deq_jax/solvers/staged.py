@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from deq_jax._config import cast_options
 from deq_jax._states import wide_dtype
-from deq_jax.solvers.loop import Carry, finalize, init_carry, make_body
+from deq_jax.solvers.loop import Carry, finalize, init_carry, layout_for, make_body
 from deq_jax.solvers.protocol import Solver, SolveResult
 from deq_jax.solvers.stopping import RUNNING
 
@@ -33,7 +33,8 @@ def run_loop_in_stages(
         return _scatter(carry, part, who)
 
     solver = cast_options(solver, wide_dtype(z0))
-    return finalize(run(init_carry(z0, solver, 1), solver, args, sizes), z0, 1)._replace(memory=None)
+    end = run(init_carry(z0, solver, 1), solver, args, sizes)
+    return finalize(end, layout_for(solver, z0, 1))._replace(memory=None)
 
 
 def _first(running: Bool[Array, "batch"], left: int) -> Int[Array, "left"]:

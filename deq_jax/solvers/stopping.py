@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._arrays import norm, ratio, zeros_from
+from deq_jax._arrays import ratio, zeros_from
 from deq_jax._states import Layout
+from deq_jax._vectors import Vec, norm
 from deq_jax.solvers.protocol import Solver, Stats, Status
 
 RUNNING = -1  # the status of a problem whose solve goes on
@@ -44,7 +45,7 @@ class Norms(NamedTuple):
     scales: Float[Array, "*norms"]
 
 
-def norms_at(z: Float[Array, "*batch dim"], fz: Float[Array, "*batch dim"], layout: Layout) -> Norms:
+def norms_at(z: Vec, fz: Vec, layout: Layout) -> Norms:
     return Norms(layout.norms(fz - z), layout.norms(fz))
 
 

@@ -1,0 +1,294 @@
+"""The vectors that solvers work on, and all that a solver does with them. Knows arrays and batch axes, no solvers.
+
+A vector, one for each problem, is an array `[*batch, dim]`, or a `Vector` of several parts, each an array of its own.
+Rows are m vectors a problem, in an array `[*batch, m, dim]` or in the parts of a `Vector`. Inner products are sums over
+the parts, and small: `[*batch]` or `[*batch, m]`.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from deq_jax._arrays import einsum, leading_power, per_problem, safe_sqrt, zeros_from
+
+
+@jax.tree_util.register_pytree_node_class
+class Vector:
+    """A vector in several parts `[*batch, n]`, or rows of such vectors in parts `[*batch, m, n]`.
+
+    A part that may be sharded over devices keeps its own shape, `[*batch, *shape]`: to merge its axes would gather it.
+    Sums and differences are those of arrays, part by part.
+
+    >>> x = Vector((jnp.ones((2, 3)), jnp.ones((2, 4, 5))), batch_ndim=1)
+    >>> dot(x + x, x).tolist(), size(x)
+    ([46.0, 46.0], 23)
+    """
+
+    def __init__(self, parts: tuple, batch_ndim: int):
+        self.parts, self.batch_ndim = parts, batch_ndim
+
+    def tree_flatten(self) -> tuple[tuple, int]:
+        return self.parts, self.batch_ndim
+
+    @classmethod
+    def tree_unflatten(cls, batch_ndim: int, parts: Any) -> "Vector":
+        return cls(tuple(parts), batch_ndim)
+
+    @property
+    def dtype(self) -> Any:
+        return self.parts[0].dtype
+
+    def astype(self, dtype: Any) -> "Vector":
+        return each(lambda part: part.astype(dtype), self)
+
+    def __add__(self, other: "Vector") -> "Vector":
+        return each(jnp.add, self, other)
+
+    def __sub__(self, other: "Vector") -> "Vector":
+        return each(jnp.subtract, self, other)
+
+    def __neg__(self) -> "Vector":
+        return each(jnp.negative, self)
+
+
+if TYPE_CHECKING:  # a checker of types cannot know that two operands are of one kind
+    Vec = Rows = Any
+else:
+    Vec = Float[Array, "*batch dim"] | Vector
+    Rows = Float[Array, "*batch rows dim"] | Vector
+
+
+def each(operation: Callable, x: Any, *others: Any) -> Any:
+    """The operation on the arrays, or on the parts."""
+    if not isinstance(x, Vector):
+        return operation(x, *others)
+    return Vector(tuple(map(operation, x.parts, *(other.parts for other in others))), x.batch_ndim)
+
+
+def reduced(merge: Callable, operation: Callable, x: Any, *others: Any) -> Array:
+    """The operation's results on the parts, merged by `jnp.add`, say."""
+    if not isinstance(x, Vector):
+        return operation(x, *others)
+    return functools.reduce(merge, map(operation, x.parts, *(other.parts for other in others)))
+
+
+def own_axes(x: Any, part: Array, rows: int = 0) -> Any:
+    """The axes of a part that are neither the batch's nor the rows'."""
+    return tuple(range(x.batch_ndim + rows, part.ndim)) if isinstance(x, Vector) else -1
+
+
+def per_entry(scale: Any, part: Array) -> Any:
+    """A number, or one a problem (or one a row), in a shape that multiplies the part."""
+    return jax.lax.expand_dims(scale, range(jnp.ndim(scale), part.ndim)) if jnp.ndim(scale) else scale
+
+
+# ---- vectors -----------------------------------------------------------------------------------------------
+
+
+def size(x: Vec) -> Any:
+    """Entries a problem."""
+    if not isinstance(x, Vector):
+        return x.shape[-1]
+    return sum(math.prod(part.shape[x.batch_ndim :]) for part in x.parts)
+
+
+def zero_of(x: Vec) -> Float[Array, "*batch"]:
+    """A zero for each problem, with the dtype of x and the sharding of its batch."""
+    if not isinstance(x, Vector):
+        return zeros_from(x[..., 0])
+    return jnp.sum(zeros_from(x.parts[0]), axis=own_axes(x, x.parts[0]))
+
+
+def scaled(scale: Any, x: Vec) -> Vec:
+    """x times a number, or times one number a problem."""
+    if not isinstance(x, Vector):
+        return per_problem(scale) * x
+    return each(lambda part: per_entry(scale, part) * part, x)
+
+
+def divided(x: Vec, scale: Float[Array, "*batch"]) -> Vec:
+    """x over one number a problem."""
+    return each(lambda part: part / per_entry(scale, part), x)
+
+
+def dot(x: Vec, y: Vec) -> Float[Array, "*batch"]:
+    """⟨x, y⟩."""
+
+    def of_parts(a, b):
+        if _has_one_axis(x, a):
+            return einsum("...d,...d->...", a, b)
+        return jnp.sum(a * b, axis=own_axes(x, a))
+
+    return reduced(jnp.add, of_parts, x, y)
+
+
+def norm(x: Vec) -> Float[Array, "*batch"]:
+    """‖x‖₂, also where the squares leave the range of the dtype.
+
+    x is scaled by a power of two, which changes no bit where no scaling was needed. The scaling is unconditional,
+    because a branch would add a collective to each step of a sharded solve.
+    """
+    scale = leading_power(largest(x))
+    unit = each(lambda part: part * per_entry(1 / scale, part), x)
+    return scale * safe_sqrt(dot(unit, unit))
+
+
+def largest(x: Vec) -> Float[Array, "*batch"]:
+    """The largest modulus of an entry. It has no derivative."""
+    of_part = lambda part: jnp.max(jnp.abs(jax.lax.stop_gradient(part)), axis=own_axes(x, part))
+    return reduced(jnp.maximum, of_part, x)
+
+
+def is_same(x: Vec, y: Vec) -> Bool[Array, "*batch"]:
+    """Whether all entries of a problem are equal."""
+    return reduced(jnp.logical_and, lambda a, b: jnp.all(a == b, axis=own_axes(x, a)), x, y)
+
+
+def shape_of(x: Vec) -> tuple:
+    """The shape of the array, or of each part."""
+    return tuple(part.shape for part in x.parts) if isinstance(x, Vector) else jnp.shape(x)
+
+
+# ---- rows --------------------------------------------------------------------------------------------------
+
+
+def repeated(x: Vec, count: int) -> Rows:
+    """Rows that are all x."""
+    return each(lambda part: jnp.stack([part] * count, axis=_row_axis(x, part)), x)
+
+
+def appended(rows: Rows, x: Vec) -> Rows:
+    """The rows, and x as the last of them."""
+
+    def of_parts(part, new):
+        axis = _row_axis(x, new)
+        return jnp.concatenate([part, jnp.expand_dims(new, axis)], axis=axis)
+
+    return each(of_parts, rows, x)
+
+
+def first_rows(rows: Rows, count: int) -> Rows:
+    return each(lambda part: jax.lax.slice_in_dim(part, 0, count, axis=_row_axis(rows, part, 1)), rows)
+
+
+def with_more_rows(rows: Rows, count: int) -> Rows:
+    """The rows, and as many zero rows after them."""
+
+    def of_part(part):
+        room = [(0, 0)] * part.ndim
+        room[_row_axis(rows, part, 1)] = (0, count)
+        return jnp.pad(part, room)
+
+    return each(of_part, rows)
+
+
+def with_first_rows(rows: Rows, first: Rows) -> Rows:
+    """The rows, with the first of them replaced."""
+    replaced = lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, 0, axis=_row_axis(rows, a, 1))
+    return each(replaced, rows, first)
+
+
+def row(rows: Rows, index: Int[Array, ""]) -> Vec:
+    """The row at an index that all problems share."""
+    at = lambda part: jax.lax.dynamic_index_in_dim(part, index, axis=_row_axis(rows, part, 1), keepdims=False)
+    return each(at, rows)
+
+
+def write_row(rows: Rows, new: Vec, index: Int[Array, ""], where: Bool[Array, "*batch"]) -> Rows:
+    """The rows with `new` written at one index, in the problems of `where`. In a loop XLA writes it in place."""
+
+    def of_parts(part, new):
+        axis = _row_axis(rows, part, 1)
+        old = jax.lax.dynamic_index_in_dim(part, index, axis=axis, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(part, jnp.where(per_entry(where, new), new, old), index, axis=axis)
+
+    return each(of_parts, rows, new)
+
+
+def products(rows: Rows, x: Vec) -> Float[Array, "*batch rows"]:
+    """⟨rowᵢ, x⟩."""
+
+    def of_parts(part, x_part):
+        if _has_one_axis(x, x_part):
+            return einsum("...md,...d->...m", part, x_part)
+        return jnp.sum(part * jnp.expand_dims(x_part, x.batch_ndim), axis=own_axes(x, part, 1))
+
+    return reduced(jnp.add, of_parts, rows, x)
+
+
+def gram(rows: Rows) -> Float[Array, "*batch rows rows"]:
+    """⟨rowᵢ, rowⱼ⟩."""
+
+    def of_part(part):
+        if _has_one_axis(rows, part, 1):
+            return einsum("...id,...jd->...ij", part, part)
+        by_i, by_j = (jnp.expand_dims(part, rows.batch_ndim + k) for k in (1, 0))
+        return jnp.sum(by_i * by_j, axis=own_axes(rows, by_i, 2))
+
+    return reduced(jnp.add, of_part, rows)
+
+
+def row_norms(rows: Rows) -> Float[Array, "*batch rows"]:
+    """‖rowᵢ‖₂."""
+    return norm(Vector(rows.parts, rows.batch_ndim + 1) if isinstance(rows, Vector) else rows)
+
+
+def combine(weights: Float[Array, "*batch rows"], rows: Rows) -> Vec:
+    """Σ weightsᵢ rowᵢ."""
+
+    def of_part(part):
+        if _has_one_axis(rows, part, 1):
+            return einsum("...m,...md->...d", weights, part)
+        return jnp.sum(per_entry(weights, part) * part, axis=rows.batch_ndim)
+
+    return each(of_part, rows)
+
+
+def combine_rows(weights: Float[Array, "*batch new rows"], rows: Rows) -> Rows:
+    """Rows Σ weightsₖᵢ rowᵢ, one for each k."""
+
+    def of_part(part):
+        if _has_one_axis(rows, part, 1):
+            return einsum("...km,...md->...kd", weights, part)
+        part = jnp.expand_dims(part, rows.batch_ndim)
+        return jnp.sum(per_entry(weights, part) * part, axis=rows.batch_ndim + 1)
+
+    return each(of_part, rows)
+
+
+def outer(weights: Float[Array, "*batch rows"], x: Vec) -> Rows:
+    """Rows weightsᵢ x."""
+
+    def of_part(part):
+        part = jnp.expand_dims(part, _row_axis(x, part))
+        return per_entry(weights, part) * part
+
+    return each(of_part, x)
+
+
+def _row_axis(x: Any, part: Array, rows: int = 0) -> int:
+    """The axis of rows in a part: of rows, or of a vector that is to become one."""
+    return x.batch_ndim if isinstance(x, Vector) else part.ndim - 1 - rows
+
+
+def _has_one_axis(x: Any, part: Array, rows: int = 0) -> bool:
+    """Whether a contraction of this part is one over its last axis, which is not sharded.
+
+    One over axes that are sharded has to be told how its result is, and a sum of products has not.
+    """
+    return not isinstance(x, Vector) or (part.ndim == x.batch_ndim + rows + 1 and not may_be_sharded(part))
+
+
+def may_be_sharded(x: Any) -> bool:
+    """Whether a mesh with axes that are not Manual is in the type of x, or in the context.
+
+    (Auto axes leave no trace in a type of how the array is sharded.)
+    """
+    meshes = jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()
+    manual = jax.sharding.AxisType.Manual
+    return any(not mesh.empty and any(kind != manual for kind in mesh.axis_types) for mesh in meshes)
