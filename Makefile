@@ -9,12 +9,12 @@ CORE_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
 	solvers convergence fixed_point trace adjoints adjoint_family compact transforms trajectory warm_start nn transformer bad_input config own check doctests packaging)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo experiments studies figures bench test lint mutants notebooks corners corner-lowest corner-newest constraints clean
+.PHONY: help setup demo experiments studies figures bench test lint mutants notebooks corners corner-lowest corner-newest corner-kernels kernels constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
-# $(call venv,DIR,PYTHON,CONSTRAINTS,EXTRA): a virtual environment made with pip alone.
+# $(call venv,DIR,PYTHON,CONSTRAINTS,EXTRA,PACKAGES,SIZE): a virtual environment made with pip alone.
 # One -q less would show pip's warnings, which on a machine with its own package mirror are hundreds of lines.
 define venv
 	@found=$$("$(2)" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || found=none; \
@@ -26,12 +26,12 @@ define venv
 		echo "error: '$(2)' is Python $$found; deq_jax needs $(MIN_PYTHON) or newer." \
 			"Name one, for example: make setup PYTHON=python3.12" >&2; exit 1; \
 	fi; \
-	echo "$(1): installing for Python $$found (about 700 MB on disk, a minute or two)"; \
+	echo "$(1): installing for Python $$found (about $(or $(6),700 MB) on disk, a minute or two)"; \
 	if ! $(1)/bin/python -m pip --version >/dev/null 2>&1; then \
 		"$(2)" -m venv --clear $(1) || { \
 			echo "error: '$(2) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
 	fi
-	@$(1)/bin/python -m pip install -qq --constraint $(3) --editable '.[$(4)]'
+	@$(1)/bin/python -m pip install -qq --constraint $(3) --editable '.[$(4)]' $(5)
 	@touch $(1)/.stamp
 endef
 
@@ -43,6 +43,14 @@ endef
 
 .venv-newest/.stamp: pyproject.toml constraints.txt
 	$(call venv,.venv-newest,$(NEWEST),constraints.txt,test)
+
+# The compilers for an H100, which need no driver and no GPU; libtpu, for a TPU, is left out where it has no wheel.
+H100_COMPILER := jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
+
+.venv-gpu/.stamp: pyproject.toml constraints-gpu.txt
+	$(call venv,.venv-gpu,$(NEWEST),constraints-gpu.txt,experiments,pytest $(H100_COMPILER),2.3 GB)
+	@.venv-gpu/bin/python -m pip install -qq --constraint constraints-gpu.txt libtpu \
+		|| echo "libtpu cannot be installed here: nothing is compiled for a TPU"
 
 setup: .venv/.stamp ## make .venv with everything (another Python: make clean setup PYTHON=python3.12)
 
@@ -121,6 +129,19 @@ corner-newest:
 			$(filter-out $(OWN_MESSAGES),$(CORE_TESTS)) && \
 		XLA_FLAGS="$(QUICKLY)" .venv-newest/bin/python -m pytest -n 2 $(PYTEST_ARGS) $(OWN_MESSAGES); fi
 
+# $(call in_venv_gpu,ARGUMENTS): python in .venv-gpu, on a CPU whatever else the machine has.
+define in_venv_gpu
+	@if [ -z "$(NEWEST)" ]; then echo "no Python 3.12 or newer here: the kernels are left out"; \
+	else $(MAKE) --no-print-directory .venv-gpu/.stamp NEWEST="$(NEWEST)" && \
+		JAX_PLATFORMS=cpu .venv-gpu/bin/python -m $(1); fi
+endef
+
+kernels: ## read what the solvers launch on an H100 and send on a TPU, without either (7 minutes; KERNELS_ARGS=...)
+	$(call in_venv_gpu,experiments.kernels $(KERNELS_ARGS))
+
+corner-kernels: ## check that the solvers launch no more kernels than they did
+	$(call in_venv_gpu,pytest $(PYTEST_ARGS) tests/test_kernels.py)
+
 constraints: .venv/.stamp ## resolve constraints.txt anew, to the newest versions of everything
 	.venv/bin/python -m pip install -qq uv
 	sed '/^[^#]/,$$d' constraints.txt > constraints.new
@@ -130,4 +151,4 @@ constraints: .venv/.stamp ## resolve constraints.txt anew, to the newest version
 	mv constraints.new constraints.txt
 
 clean: ## remove the environments and caches
-	rm -rf .venv .venv-lowest .venv-newest .venv-peers .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-lowest .venv-newest .venv-peers .venv-gpu .pytest_cache .ruff_cache build dist
