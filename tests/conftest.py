@@ -1,8 +1,8 @@
-"""Shared fixtures. Four CPU devices are set up here, before anything starts JAX's backend."""
+"""Shared fixtures. Eight CPU devices are set up here, before anything starts JAX's backend."""
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import contextlib
 import functools

@@ -1,0 +1,172 @@
+"""One problem over several devices: a state keeps its shape and its sharding, and nothing of it is gathered."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import deq_jax as deq
+from experiments import programs
+
+pytestmark = [pytest.mark.usefixtures("x64", "quick_compile")]
+
+SOLVERS = {
+    "picard": deq.Picard(),
+    "anderson": deq.Anderson(history=4),
+    "broyden": deq.Broyden(rank=4),
+    "newton_krylov": deq.NewtonKrylov(krylov=6),
+    "robust": deq.Robust(stages=(deq.Broyden(rank=4), deq.NewtonKrylov(krylov=4)), stall=(8,)),
+}
+ADJOINTS = {
+    "implicit": deq.Implicit(),
+    "implicit_jvp": deq.ImplicitJVP(),
+    "shine": deq.Shine(),
+    "phantom": deq.Phantom(),
+    "neumann": deq.Neumann(),
+    "jfb": deq.JFB(),
+    "unroll": deq.Unroll(),
+    "unroll_stop": deq.Unroll(stop=True, checkpoint=4),
+    "reversible": deq.Reversible(),
+}
+FEATURES, SEQUENCE = P("data", None, "model"), P("data", "model", None)
+KINDS = ("Auto", "Explicit")
+
+
+@functools.cache
+def mesh(kind: str) -> jax.sharding.Mesh:
+    kinds = (getattr(jax.sharding.AxisType, kind),) * 2
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=kinds)
+
+
+def numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+ONE = numbers(4, 8, 8)
+SEVERAL = {"a": ONE, "b": numbers(4, 8, 4, seed=1), "c": numbers(4, 8, seed=2)}
+SPECS = {"a": FEATURES, "b": SEQUENCE, "c": P("data")}
+
+
+def put(kind: str, tree, specs):
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh(kind), spec)), tree, specs)
+
+
+def cell(z, x):
+    # Not affine, and not diagonal: the neighbor along an axis that no mesh shards.
+    neighbor = lambda z: jnp.flip(z, axis=1) if z.ndim == 2 else z
+    return jax.tree.map(lambda z, x: 0.6 * jnp.sin(1.3 * neighbor(z)) + x, z, x)
+
+
+def solve_and_pull(solver, adjoint=None):
+    """x → (z*, stats), the gradient of a loss in x, and the probe of the backward solve."""
+    adjoint = deq.Implicit(dataclasses.replace(solver, max_steps=300)) if adjoint is None else adjoint
+
+    def loss(x, probe):
+        f = dict(solver=solver, adjoint=adjoint, batch_ndim=1, probe=probe)
+        solution = deq.fixed_point(cell, jax.tree.map(jnp.zeros_like, x), x, **f)
+        return sum(jnp.sum(jnp.cos(z)) for z in jax.tree.leaves(solution.value)), solution
+
+    return jax.jit(lambda x: jax.grad(loss, argnums=(0, 1), has_aux=True)(x, deq.Probe.zeros((4,))))
+
+
+def assert_equal(got, want, rtol=1e-9):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), b, rtol=rtol, atol=1e-11), got, want)
+
+
+# ---- values ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_state_over_a_mesh_is_solved_as_on_one_device(name, kind):
+    solver = dataclasses.replace(SOLVERS[name], rtol=1e-7, max_steps=300)
+    run = solve_and_pull(solver)
+    (want_bar, _), want = run(SEVERAL)
+    (x_bar, probe), got = run(put(kind, SEVERAL, SPECS))
+    assert jnp.all(want.stats.converged) and jnp.all(probe.status == 0)
+    np.testing.assert_array_equal(got.stats.steps, want.stats.steps)
+    # Sums in another order: far apart where a solver amplifies rounding, and never by more than the tolerance.
+    assert_equal((got.value, x_bar), (want.value, want_bar), rtol=1e-6)
+    for leaf, spec in SPECS.items():
+        expected = NamedSharding(mesh(kind), spec)
+        assert got.value[leaf].sharding.is_equivalent_to(expected, got.value[leaf].ndim), leaf
+        assert x_bar[leaf].sharding.is_equivalent_to(expected, x_bar[leaf].ndim), leaf
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_every_adjoint_takes_a_sharded_problem(name, kind):
+    solver = deq.Broyden(rank=30, rtol=1e-7) if name == "shine" else deq.Picard(max_steps=40, rtol=1e-7)
+    run = solve_and_pull(solver, ADJOINTS[name])
+    (want_bar, _), want = run(ONE)
+    (x_bar, _), got = run(put(kind, ONE, FEATURES))
+    assert_equal((got.value, x_bar), (want.value, want_bar), rtol=1e-6)
+    assert x_bar.sharding.is_equivalent_to(NamedSharding(mesh(kind), FEATURES), 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_memory_and_a_trajectory_are_sharded_as_the_state(kind):
+    x, solver = put(kind, ONE, FEATURES), deq.Broyden(rank=6, rtol=1e-7)
+    z0 = jnp.zeros_like(x)
+    first = deq.solve(cell, z0, x, solver=solver, batch_ndim=1)
+    again = deq.solve(cell, first.value, x, solver=solver, batch_ndim=1, memory=first.memory)
+    assert jnp.all(again.stats.steps <= 2)
+    path = deq.trajectory(cell, z0, x, solver=deq.Picard(max_steps=5), batch_ndim=1)
+    want = deq.trajectory(cell, jnp.zeros_like(ONE), ONE, solver=deq.Picard(max_steps=5), batch_ndim=1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), b, rtol=1e-9), path, want)
+
+
+def test_an_own_solver_of_flat_vectors_still_works_on_several_leaves():
+    class Halving:
+        rtol, atol, max_steps = 1e-7, 0.0, 200
+
+        def init(self, z):
+            assert z.ndim == 2
+            return ()
+
+        def update(self, residual, state, z):
+            return 0.5 * residual, state
+
+    solution = deq.fixed_point(cell, jax.tree.map(jnp.zeros_like, SEVERAL), SEVERAL, solver=Halving(), batch_ndim=1)
+    want = deq.fixed_point(cell, jax.tree.map(jnp.zeros_like, SEVERAL), SEVERAL, solver=deq.Anderson(rtol=1e-9), batch_ndim=1)
+    assert jnp.all(solution.stats.converged)
+    assert_equal(solution.value, want.value, rtol=1e-5)
+
+
+# ---- collectives -------------------------------------------------------------------------------------------
+
+
+def collectives_of(run, x):
+    """(outside of loops, in each loop) of the compiled program."""
+    module = programs.read(run.lower(x).compile().as_text())
+    outside = [k for k in programs.launched(module, module.entry) if isinstance(k, programs.Kernel)]
+    in_loops = [programs.collectives(loop) for loop in programs.loops(module)]
+    return [found for kernel in outside for found in programs.collectives_of(kernel)], in_loops
+
+
+@pytest.mark.full_compile
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spec", [FEATURES, SEQUENCE], ids=["features", "sequence"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_nothing_of_a_state_is_gathered(name, spec, kind):
+    run = solve_and_pull(SOLVERS[name])
+    outside, in_loops = collectives_of(run, put(kind, ONE, spec))
+    every = outside + [found for loop in in_loops for found in loop]
+    assert len(in_loops) >= 2 and every
+    assert {what for what, _ in every} == {"all-reduce"}
+    state = ONE.size // 8 * 8  # bytes on one device
+    assert max(size for _, size in every) < state
+
+
+@pytest.mark.full_compile
+def test_the_memory_of_a_device_falls_with_its_shard():
+    run = solve_and_pull(deq.Anderson())
+    x = numbers(4, 64, 64)
+    temporaries = lambda x: run.lower(x).compile().memory_analysis().temp_size_in_bytes
+    on_batch, on_both = (temporaries(put("Auto", x, spec)) for spec in (P("data"), FEATURES))
+    assert on_both < 0.3 * on_batch
