@@ -9,7 +9,7 @@ CORE_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
 	solvers convergence fixed_point trace adjoints adjoint_family compact transforms trajectory warm_start nn transformer bad_input config own check doctests packaging)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo experiments studies figures bench test lint mutants notebooks corners corner-lowest corner-newest corner-kernels kernels constraints clean
+.PHONY: help setup demo experiments studies figures bench gpu test lint mutants notebooks corners corner-lowest corner-newest corner-kernels kernels constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -100,6 +100,12 @@ PEERS_PYTHON ?= $(shell for v in 3.12 3.13; do \
 
 bench: .venv/.stamp .venv-peers/.stamp ## time ours and each peer on the same work (an hour or more; BENCH_ARGS='--problems P1')
 	.venv/bin/python -m experiments.benchmarks $(BENCH_ARGS)
+
+# No environment is made: a machine with a GPU has its own JAX. What is done is not measured again.
+GPU_PYTHON ?= python3
+
+gpu: ## measure on one GPU, at most nine minutes a run; continues (GPU_ARGS='--wheels DIR --data DIR')
+	$(GPU_PYTHON) -m experiments.gpu $(GPU_ARGS)
 
 # On the corners compiling is most of the time, and what is asked is whether it works there, not how fast.
 # (jax 0.7 spends most of that in a code generator that can be chosen; jax 0.12 has no choice, and no such flag.)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import deq_jax as deq
-from experiments.benchmarks import jax_ops, jax_side, problems, referee, report
+from experiments.benchmarks import jax_ops, jax_side, problems, referee, report, workers
 
 pytestmark = pytest.mark.usefixtures("promotes")  # the referee relies on it
 
@@ -52,12 +52,12 @@ def test_referee_is_content_with_ours_and_not_with_noise(built, tmp_path, x64):
     commands = referee.commands(problems.TINY)
     commands["solve"](problem="P1")
     verdict = commands["judge"](built[1])
-    assert report.good(verdict)
+    assert workers.good(verdict)
     found = dict(np.load(built[1]))
     np.savez(tmp_path / "noise.npz", **(found | {"grad_w": found["grad_w"] * 1.001}))
     worse = commands["judge"](str(tmp_path / "noise.npz"))
-    assert worse["gradient_error"] > 2e-4 and not report.good(worse)
-    assert not report.good({"residual": np.nan, "gradient_error": 0.0})
+    assert worse["gradient_error"] > 2e-4 and not workers.good(worse)
+    assert not workers.good({"residual": np.nan, "gradient_error": 0.0})
 
 
 def row(package: str, ms: float, **options) -> dict:

@@ -3,11 +3,9 @@
 import contextlib
 import dataclasses
 import json
-import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +15,12 @@ import tyro
 
 from experiments.benchmarks import problems, report
 from experiments.benchmarks.contenders import ALTERNATIVES, CONTENDERS, Contender
+from experiments.benchmarks.workers import HOPELESS, RESIDUAL, ROOT, TIGHTER, Worker, admitted, good, judged
 from experiments.lm import environment
 
-ROOT = Path(__file__).parents[2]
 TUNED = Path(__file__).with_name("tuned.json")
 TOO_LONG = 60.0  # seconds of a trial, compilation included, after which a contender's tolerances are not sought
 OUTRUN = 10.0  # times the fastest step: whoever takes longer is visited in the first two rounds only
-TIGHTER = 4  # tries, each at a third of the tolerances before, to bring a contender to the accuracy
-HOPELESS = 3e-2  # a residual that no tolerance will mend
 PEERS = ("torchdeq", "jaxopt", "optimistix", "banax")
 
 
@@ -51,32 +47,6 @@ class Config:
     seed: int = 0
     peers: Path = Path(".venv-peers/bin/python")  # the environment of the peers
     out: Path = Path("experiments/results/benchmarks")
-
-
-class Worker:
-    """A process that answers commands; see `worker.py`."""
-
-    def __init__(self, python: str, kind: str, tiny: bool):
-        environ = os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
-        self.process = subprocess.Popen(
-            [python, "-m", "experiments.benchmarks.worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environ, cwd=ROOT,
-        )  # fmt: skip
-        self.failed = self.ask("start", kind=kind, tiny=tiny).get("error")
-
-    def ask(self, do: str, **options: Any) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout
-        try:
-            self.process.stdin.write(json.dumps({"do": do, **options}) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        return json.loads(line) if line else {"error": f"the process ended with code {self.process.wait()}"}
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -139,13 +109,17 @@ def workers(config: Config, names: dict[str, Contender]) -> Iterator[dict[str, W
 
 def start(config: Config, package: str) -> Worker:
     python = ROOT / config.peers if package in PEERS else Path(sys.executable)
-    return Worker(str(python), "torch" if package == "torchdeq" else "jax", config.tiny)
+    return Worker(str(python), "torch" if package == "torchdeq" else "jax", sizes(config))
+
+
+def sizes(config: Config) -> str:
+    return "tiny" if config.tiny else "usual"
 
 
 @contextlib.contextmanager
 def referee(config: Config, problem: str) -> Iterator[tuple[Worker, float]]:
     """The referee's process, and the norm of the solution that it found."""
-    process = Worker(sys.executable, "referee", config.tiny)
+    process = Worker(sys.executable, "referee", sizes(config))
     try:
         answer = process.ask("solve", problem=problem)
         if "error" in answer:
@@ -153,31 +127,6 @@ def referee(config: Config, problem: str) -> Iterator[tuple[Worker, float]]:
         yield process, answer["scale"]
     finally:
         process.close()
-
-
-def judged(worker: Worker, contender: str, judge: Worker) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "found.npz")
-        answer = worker.ask("save", contender=contender, path=path)
-        return answer if "error" in answer else judge.ask("judge", path=path)
-
-
-def admitted(
-    worker: Worker, judge: Worker, tries: int, rtol: float, backward: float, *, contender: str, **options: Any
-) -> dict[str, Any]:
-    """What was built and what the referee says of it, at the first tolerances of `tries` that are accurate enough."""
-    found: dict[str, Any] = {}
-    for _ in range(tries):
-        options |= {"rtol": rtol, "backward": backward}
-        found = worker.ask("build", contender=contender, count=contender not in ALTERNATIVES, **options)
-        if "error" in found:  # perhaps of the callbacks that count
-            found = worker.ask("build", contender=contender, count=False, **options)
-        found |= {"rtol": rtol, "backward": backward}
-        found |= {} if "error" in found else judged(worker, contender, judge)
-        if "error" in found or report.good(found) or found["residual"] > HOPELESS:
-            break
-        rtol, backward = rtol / 3, backward / 3
-    return found
 
 
 def measure(config: Config, problem: str, tuned: dict[str, list[float]]) -> dict[str, Any]:
@@ -193,11 +142,12 @@ def measure(config: Config, problem: str, tuned: dict[str, list[float]]) -> dict
                     rows[name] = row | {"error": "misses the accuracy at every tolerance"}
                     continue
                 tries = 1 if name in ALTERNATIVES else TIGHTER
-                row |= admitted(process, judge, tries, *tolerances, problem=problem, contender=name, scale=scale)
+                options = dict(problem=problem, contender=name, scale=scale, count=name not in ALTERNATIVES)
+                row |= admitted(process, judge, tries, *tolerances, **options)
                 rows[name] = row
                 print(f"  {problem} {name}: {describe(row)}", flush=True)
         limit = start(config, "deq_jax")
-        sizes = limit.ask("limit", problem=problem)
+        bytes_of = limit.ask("limit", problem=problem)
         visits = [(limit, ("limit", what)) for what in ("t_f", "t_vjp", "t_params")]
         visits += [(processes[n], (n, w)) for n, row in rows.items() if "error" not in row for w in ("forward", "step")]
         order = random.Random(config.seed)
@@ -221,15 +171,15 @@ def measure(config: Config, problem: str, tuned: dict[str, list[float]]) -> dict
                     "median_ms": sorted(times[name, what])[len(times[name, what]) // 2],
                 }
     parts = {what: min(times["limit", what]) / 20 for what in ("t_f", "t_vjp", "t_params")}
-    what = (problems.TINY if config.tiny else problems.PROBLEMS)[problem]().what
-    return {"what": what, "limit": parts | sizes, "contenders": rows}
+    what = problems.TABLES[sizes(config)][problem]().what
+    return {"what": what, "limit": parts | bytes_of, "contenders": rows}
 
 
 def describe(row: dict[str, Any]) -> str:
     if "error" in row:
         return row["error"]
     return f"residual {row['residual']:.1e}, gradient error {row['gradient_error']:.1e}" + (
-        "" if report.good(row) else " MISSES"
+        "" if good(row) else " MISSES"
     )
 
 
@@ -265,14 +215,14 @@ def loosest(verdict: Any) -> list[float] | None:
     if trial.get("residual", 1) > HOPELESS:  # hopeless, unless its test is of another thing
         rtol, backward = 1e-6, 1e-6
         trial = verdict(rtol, backward)
-        if not report.good(trial):
+        if not good(trial):
             return None
         return [rtol, backward]
-    while trial.get("residual", 1) > report.RESIDUAL and rtol > 1e-7:
+    while trial.get("residual", 1) > RESIDUAL and rtol > 1e-7:
         rtol /= 3
         trial = verdict(rtol, backward)
     turn = 0
-    while not report.good(trial):  # the gradient's error has two sources
+    while not good(trial):  # the gradient's error has two sources
         if min(rtol, backward) < 1e-7 or "error" in trial:
             return None
         rtol, backward = (rtol, backward / 3) if turn % 2 == 0 else (rtol / 3, backward)
@@ -281,7 +231,7 @@ def loosest(verdict: Any) -> list[float] | None:
     for which in ("backward", "rtol"):
         while True:
             looser = (rtol, backward * 3) if which == "backward" else (rtol * 3, backward)
-            if max(looser) > 1e-2 or not report.good(verdict(*looser)):
+            if max(looser) > 1e-2 or not good(verdict(*looser)):
                 break
             rtol, backward = looser
     return [rtol, backward]

@@ -167,3 +167,13 @@ TINY: dict[str, Callable[[], Problem]] = {
     "P5": lambda: convolution(2, 8, 6),
     "P6": lambda: language_model(2, 8, 16, 20),
 }
+# And at sizes that fill an accelerator: states of 4 MB (P1, P3), 17 MB (P2, P5) and 8 MB (P4, P6).
+LARGE: dict[str, Callable[[], Problem]] = {
+    "P1": lambda: small(256, 1024),
+    "P2": lambda: transformer(16, 512, 512),
+    "P3": lambda: monotone(256, 1024),
+    "P4": lambda: many(65_536, 32),
+    "P5": lambda: convolution(64, 64, 32),
+    "P6": lambda: language_model(16, 256, 512, 10_000),
+}
+TABLES = {"usual": PROBLEMS, "tiny": TINY, "large": LARGE}

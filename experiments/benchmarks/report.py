@@ -14,9 +14,9 @@ from matplotlib.ticker import LogLocator
 
 from experiments import study
 from experiments.benchmarks.contenders import CONTENDERS
+from experiments.benchmarks.workers import good
 from experiments.plots import STYLE, markdown_table
 
-RESIDUAL, GRADIENT = 1e-4, 1e-4  # equal accuracy: the largest residual of a problem, the error of the gradient
 # One colour a library; ours is that of Anderson in the other figures.
 PACKAGES = {
     "deq_jax": "#0072B2",
@@ -38,11 +38,6 @@ def write(results: dict[str, Any], out: Path) -> None:
     (out / "table.md").write_text(table(results))
     if any(timed(p) for p in results["problems"].values()):
         draw(results, out / "figure.png")
-
-
-def good(row: dict[str, Any]) -> bool:
-    """Whether the referee found it accurate enough to be compared. NaN is not."""
-    return row.get("residual", 1) <= RESIDUAL and row.get("gradient_error", 1) <= GRADIENT
 
 
 def timed(problem: dict[str, Any]) -> dict[str, Any]:

@@ -32,9 +32,9 @@ def main() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def start(kind: str, tiny: bool) -> dict[str, Callable]:
+def start(kind: str, sizes: str) -> dict[str, Callable]:
     """The commands of this process; imports no more than its kind needs."""
-    table = problems.TINY if tiny else problems.PROBLEMS
+    table = problems.TABLES[sizes]
     if kind == "torch":
         from experiments.benchmarks.torch_side import commands
     elif kind == "referee":
