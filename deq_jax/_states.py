@@ -18,11 +18,11 @@ FEW_LEAVES = 16  # above, a state is laid out in one array
 class Layout:
     """How a state is laid out as the vectors that solvers work on, in float32 or wider.
 
-    A state of one leaf is an array `[*batch, dim]`, and each of several leaves a part of a `Vector`. If the state may be
-    sharded over devices, each part keeps the shape of its leaf, else its axes are merged. With `flat`, and for more than
-    FEW_LEAVES, all leaves lie one after the other in one array: a thousand parts would take minutes to compile. There,
-    leaves are sorted by size, and those of one size are measured together. A complex number is two reals, so that norms
-    and inner products are real.
+    A state of one leaf is an array `[*batch, dim]`, and each of several leaves is a part of a `Vector`. Where the state
+    may be sharded over devices, a part keeps the shape of its leaf; else its axes are merged. With `flat`, and for more
+    than FEW_LEAVES, all leaves lie one after the other in one array: a thousand parts would take minutes to compile.
+    There, leaves are sorted by size, and those of one size are measured together. A complex number is two reals, so
+    that norms and inner products are real.
 
     >>> layout = Layout({"a": jnp.ones((2, 3)), "b": jnp.zeros((2, 1))}, batch_ndim=1, flat=True)
     >>> vector = layout.pack({"a": jnp.ones((2, 3)), "b": jnp.full((2, 1), 7.0)})

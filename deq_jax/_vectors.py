@@ -8,7 +8,7 @@ the parts, and small: `[*batch]` or `[*batch, m]`.
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,8 @@ class Vector:
 
 
 if TYPE_CHECKING:  # a checker of types cannot know that two operands are of one kind
-    Vec = Rows = Any
+    Vec: TypeAlias = Any
+    Rows: TypeAlias = Any
 else:
     Vec = Float[Array, "*batch dim"] | Vector
     Rows = Float[Array, "*batch rows dim"] | Vector

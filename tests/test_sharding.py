@@ -116,14 +116,15 @@ def test_a_memory_and_a_trajectory_are_sharded_as_the_state(kind):
     first = deq.solve(cell, z0, x, solver=solver, batch_ndim=1)
     again = deq.solve(cell, first.value, x, solver=solver, batch_ndim=1, memory=first.memory)
     assert jnp.all(again.stats.steps <= 2)
-    path = deq.trajectory(cell, z0, x, solver=deq.Picard(max_steps=5), batch_ndim=1)
-    want = deq.trajectory(cell, jnp.zeros_like(ONE), ONE, solver=deq.Picard(max_steps=5), batch_ndim=1)
+    options = dict(solver=deq.Picard(max_steps=5), batch_ndim=1, at=(1, 4))
+    path = deq.trajectory(cell, z0, x, **options)
+    want = deq.trajectory(cell, jnp.zeros_like(ONE), jnp.asarray(ONE), **options)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), b, rtol=1e-9), path, want)
 
 
 def test_an_own_solver_of_flat_vectors_still_works_on_several_leaves():
     class Halving:
-        rtol, atol, max_steps = 1e-7, 0.0, 200
+        rtol, atol, max_steps = 1e-10, 0.0, 400
 
         def init(self, z):
             assert z.ndim == 2
@@ -133,7 +134,9 @@ def test_an_own_solver_of_flat_vectors_still_works_on_several_leaves():
             return 0.5 * residual, state
 
     solution = deq.fixed_point(cell, jax.tree.map(jnp.zeros_like, SEVERAL), SEVERAL, solver=Halving(), batch_ndim=1)
-    want = deq.fixed_point(cell, jax.tree.map(jnp.zeros_like, SEVERAL), SEVERAL, solver=deq.Anderson(rtol=1e-9), batch_ndim=1)
+    want = deq.fixed_point(
+        cell, jax.tree.map(jnp.zeros_like, SEVERAL), SEVERAL, solver=deq.Anderson(rtol=1e-10), batch_ndim=1
+    )
     assert jnp.all(solution.stats.converged)
     assert_equal(solution.value, want.value, rtol=1e-5)
 
@@ -159,8 +162,6 @@ def test_nothing_of_a_state_is_gathered(name, spec, kind):
     every = outside + [found for loop in in_loops for found in loop]
     assert len(in_loops) >= 2 and every
     assert {what for what, _ in every} == {"all-reduce"}
-    state = ONE.size // 8 * 8  # bytes on one device
-    assert max(size for _, size in every) < state
 
 
 @pytest.mark.full_compile

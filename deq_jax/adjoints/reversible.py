@@ -113,9 +113,7 @@ def _walk(rules: tuple, z0: PyTree, problem: Problem) -> tuple[Walk, Stats]:
     norms = lambda z, fz: norms_at(layout.pack(layout.unpack(z)).astype(fz.dtype), fz, layout)
 
     def body(walk):
-        relaxed = lambda old, f_other: choose(
-            walk.running, scaled(1 - damping, old) + scaled(damping, f_other), old
-        )
+        relaxed = lambda old, f_other: choose(walk.running, scaled(1 - damping, old) + scaled(damping, f_other), old)
         y = relaxed(walk.y, walk.fz)  # (1)
         z = relaxed(walk.z, call(y))  # (2)
         fz, steps = call(z), walk.steps + walk.running.astype(jnp.int32)

@@ -53,7 +53,9 @@ class Shine:
     def keep(self, problem: Problem, forward: ForwardResult) -> ForwardResult:
         if forward.memory is None:
             raise TypeError("Shine needs the memory of a Broyden solve, and this z was found without: use Implicit()")
-        check_memory(forward.memory, forward.solver, vector_type(forward.solver, forward.z, problem.batch_ndim), "found.memory")
+        check_memory(
+            forward.memory, forward.solver, vector_type(forward.solver, forward.z, problem.batch_ndim), "found.memory"
+        )
         return forward
 
     def pullback(self, problem: Problem, forward: ForwardResult, z_bar: PyTree) -> tuple[list, Probe]:

@@ -137,9 +137,7 @@ class Robust(LoopOptions):
         failed = (since >= limit) | ((lost | ended) & ~recovers)
         return failed & (state.stage < last) & (least < jnp.inf)
 
-    def _run_stages(
-        self, stage: Array, enters: Array, inner: tuple, z: Vec, g: Vec
-    ) -> tuple[Vec, tuple]:
+    def _run_stages(self, stage: Array, enters: Array, inner: tuple, z: Vec, g: Vec) -> tuple[Vec, tuple]:
         """(next_z, inner) after one update of each solver that is in charge of a problem."""
         next_z, updated = z, []
         for i, (solver, old) in enumerate(zip(self.stages, inner, strict=True)):
@@ -161,4 +159,6 @@ class Robust(LoopOptions):
 
 def of_stage(values: Sequence, stage: Int[Array, "*batch"]) -> Array:
     """values[stage]. (Indexing by an array that is sharded over Explicit axes needs the mesh in the context.)"""
-    return functools.reduce(lambda chosen, i: jnp.where(stage == i, values[i], chosen), range(1, len(values)), jnp.asarray(values[0]))
+    return functools.reduce(
+        lambda chosen, i: jnp.where(stage == i, values[i], chosen), range(1, len(values)), jnp.asarray(values[0])
+    )
