@@ -30,6 +30,7 @@ def check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(f"{where} must be an array, got {leaf!r}")
     batch_shape = _check_state(z0, batch_ndim)
+    _check_meshes(z0)
     check_options(solver, batch_shape, "solver")
     check_options(adjoint, batch_shape, "adjoint")
     shapes = [jnp.shape(p) for p in jax.tree.leaves(probe)]
@@ -61,6 +62,33 @@ def _check_state(z0: PyTree, batch_ndim: int) -> tuple[int, ...]:
                 f"expected it to begin with {batch_shape}"
             )
     return batch_shape
+
+
+def _check_meshes(z0: PyTree) -> None:
+    """Raise ValueError if two leaves of z0 lie on different meshes."""
+    first: Any = None
+    for where, leaf in named_leaves("z0", z0):
+        mesh = jax.typeof(leaf).sharding.mesh if isinstance(leaf, jax.Array) else None
+        if mesh is None or mesh.empty:
+            continue
+        devices = None if isinstance(leaf, Tracer) else leaf.sharding.device_set
+        if first is None:
+            first = where, mesh.shape, devices
+        if mesh.shape != first[1] or (devices and first[2] and devices != first[2]):
+            describe = lambda shape: ", ".join(f"{axis}: {size}" for axis, size in shape.items())
+            both = f"{where} is on ({describe(mesh.shape)}), {first[0]} on ({describe(first[1])})"
+            raise ValueError(f"all leaves of z0 must lie on one mesh of the same devices: {both}")
+
+
+def check_flat(solver: Any, z0: PyTree, batch_ndim: int) -> None:
+    """Raise TypeError if a leaf is sharded beyond its batch axes, as far as its type tells, for a flat solver."""
+    for where, leaf in named_leaves("z0", z0):
+        spec = getattr(jax.typeof(leaf).sharding, "spec", ())[batch_ndim:]
+        if axes := [axis for axis in spec if axis is not None]:
+            raise TypeError(
+                f"{type(solver).__name__} works on flat vectors (`flat`), which have to lie on one device, and {where} "
+                f"is sharded over {', '.join(map(str, axes))}: shard the batch alone, or take a solver of this library"
+            )
 
 
 def check_count(where: str, value: Any, at_least: int) -> None:

@@ -141,6 +141,30 @@ def test_an_own_solver_of_flat_vectors_still_works_on_several_leaves():
     assert_equal(solution.value, want.value, rtol=1e-5)
 
 
+# ---- bad input ---------------------------------------------------------------------------------------------
+
+
+def test_leaves_on_two_meshes_are_refused_by_name():
+    other = jax.make_mesh((8,), ("all",))
+    z0 = {"a": put("Auto", ONE, FEATURES), "b": jax.device_put(ONE, NamedSharding(other, P()))}
+    with pytest.raises(ValueError, match=r"one mesh.*z0\['b'\] is on \(all: 8\), z0\['a'\] on \(data: 2, model: 4\)"):
+        deq.fixed_point(lambda z: z, z0, batch_ndim=1)
+    half = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[4:])
+    quarter = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4])
+    z0 = [jax.device_put(ONE, NamedSharding(mesh, P())) for mesh in (half, quarter)]
+    with pytest.raises(ValueError, match=r"of the same devices: z0\[1\]"):
+        deq.fixed_point(lambda z: z, z0, batch_ndim=1)
+
+
+def test_a_flat_solver_refuses_a_problem_over_several_devices():
+    class Flat(deq.Picard):
+        flat = True
+
+    x = put("Explicit", ONE, FEATURES)
+    with pytest.raises(TypeError, match=r"Flat works on flat vectors.*z0 is sharded over model"):
+        deq.fixed_point(cell, jnp.zeros_like(x), x, solver=Flat(), batch_ndim=1)
+
+
 # ---- collectives -------------------------------------------------------------------------------------------
 
 

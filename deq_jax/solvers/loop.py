@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from deq_jax._arrays import half_power
+from deq_jax._checks import check_flat
 from deq_jax._config import cast_options, with_options
 from deq_jax._states import Layout, choose, wide_dtype
 from deq_jax._trace import axes_of
@@ -107,7 +108,10 @@ def make_body(
 
 def layout_for(solver: Solver, z0: PyTree, batch_ndim: int) -> Layout:
     """How this solver is shown states such as z0."""
-    return Layout(z0, batch_ndim, flat=member(solver, "flat"))
+    flat = member(solver, "flat")
+    if flat:
+        check_flat(solver, z0, batch_ndim)
+    return Layout(z0, batch_ndim, flat)
 
 
 def vector_type(solver: Solver, z0: PyTree, batch_ndim: int) -> Any:
