@@ -41,15 +41,15 @@ MUTANTS = [
     Mutant(
         "plain steps that forget the damping",
         LOOP,
-        "damping * (layout.ravel(f(layout.unravel(z))) - z)",
-        "layout.ravel(f(layout.unravel(z))) - z",
+        "scaled(damping, layout.pack(f(layout.unpack(z))) - z)",
+        "layout.pack(f(layout.unpack(z))) - z",
         "test_solvers.py -k steps_plainly_between",
     ),
     Mutant(
         "Broyden without its minus sign",
         "solvers/broyden.py",
-        "step = per_problem(self.damping) * direction",
-        "step = -per_problem(self.damping) * direction",
+        "step = scaled(self.damping, direction)",
+        "step = -scaled(self.damping, direction)",
         "test_solvers.py -k broyden_meets_the_secant_condition",
     ),
     Mutant(
@@ -97,8 +97,8 @@ MUTANTS = [
     Mutant(
         "Anderson without acceleration",
         "solvers/anderson.py",
-        'step = per_problem(self.damping) * g - jnp.einsum("...m,...md->...d", gamma, state.dw)',
-        "step = per_problem(self.damping) * g",
+        'step = scaled(self.damping, g) - combine(gamma, state.dw)',
+        "step = scaled(self.damping, g)",
         "test_solvers.py -k acceleration_is_really_happening",
     ),
     Mutant(
@@ -139,7 +139,7 @@ MUTANTS = [
     Mutant(
         "a problem that stopped moves on",
         LOOP,
-        "z=jnp.where((after.status == RUNNING)[..., None], layout.round(z), after.best)",
+        "z=choose(after.status == RUNNING, layout.round(z), after.best)",
         "z=layout.round(z)",
         "test_solvers.py -k memory_of_a_problem_that_stopped",
     ),
@@ -160,8 +160,8 @@ MUTANTS = [
     Mutant(
         "Broyden's step not that of its compressed memory",
         "solvers/broyden.py",
-        "again = step_size[..., None] * (g - jnp",
-        "again = step + 0 * (g - jnp",
+        "again = scaled(step_size, g - combine(weights, rows))",
+        "again = step",
         "test_solvers.py -k whose_memory_was_compressed",
     ),
     Mutant(
@@ -230,8 +230,8 @@ MUTANTS = [
     Mutant(
         "Unroll returns a trial of the solver's",
         "adjoints/unroll.py",
-        'layout.unravel(end.best if member(solver, "recovers") else end.z)',
-        "layout.unravel(end.z)",
+        'layout.unpack(end.best if member(solver, "recovers") else end.z)',
+        "layout.unpack(end.z)",
         "test_adjoint_family.py -k unroll_returns_the_best",
     ),
     Mutant(
@@ -244,8 +244,8 @@ MUTANTS = [
     Mutant(
         "Reversible walks back the wrong way",
         "adjoints/reversible.py",
-        "(new - damping * f_old) / (1 - damping)",
-        "(new + damping * f_old) / (1 - damping)",
+        "divided(new - scaled(damping, f_old), 1 - damping)",
+        "divided(new + scaled(damping, f_old), 1 - damping)",
         "test_adjoint_family.py -k reversible_is_the_exact",
     ),
     Mutant(
