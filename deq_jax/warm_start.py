@@ -37,8 +37,8 @@ class FixedPointCache(NamedTuple):
     def create(cls, example_z: PyTree, size: int) -> "FixedPointCache":
         """An empty cache for `size` examples whose states have the shape of `example_z`, which has no batch axis."""
         check_count("size", size, 1)
-        example = split(jax.tree.map(jnp.asarray, example_z))[0]
-        z = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype), example)
+        example_z = split(example_z)[0]
+        z = jax.tree.map(lambda leaf: jnp.zeros((size, *jnp.shape(leaf)), jnp.result_type(leaf)), example_z)
         return cls(z, jnp.full((size,), -1, jnp.int32))
 
     def fresh(self, indices: Int[Array, " batch"], now: Any, max_age: Any = None) -> Bool[Array, " batch"]:
@@ -62,7 +62,7 @@ class FixedPointCache(NamedTuple):
         Pass `where=stats.converged`, because the result of a failed solve is no good start for the next one. Indices
         outside of [0, N) are dropped, so they can be padding. The indices of a batch should be distinct.
         """
-        z = split(jax.tree.map(jnp.asarray, z))[0]
+        z = split(z)[0]
         self._check(z, "z")
         valid = self._valid(indices)
         valid = valid if where is None else jnp.where(where, valid, self.size)

@@ -325,6 +325,13 @@ def test_unroll_measures_a_stopped_problem_under_its_own_noise(solver, params):
     z, stats = deq.fixed_point(fresh_noise, noisy_start(jax.random.key), params, **options)
     if isinstance(solver, deq.Picard):
         assert stats.converged.all() and len(set(stats.steps.tolist())) > 1
+        path = [noisy_start(jax.random.key)]
+        for _ in range(int(z["n"].max())):
+            path.append(fresh_noise(path[-1], params))
+        for i, n in enumerate(z["n"].tolist()):  # it stopped at evaluation n, which is the first to see path[n - 1]
+            np.testing.assert_allclose(z["h"][i], path[n - 1]["h"][i], rtol=1e-12)
+            residual = jnp.linalg.norm(path[n]["h"][i] - path[n - 1]["h"][i])
+            np.testing.assert_allclose(stats.residual[i], residual, rtol=1e-9)
     assert (z["n"] == stats.steps - 1).all()
 
 
@@ -374,6 +381,27 @@ def test_a_key_that_depends_on_what_is_differentiated(params):
 
     (_, n), slope = jax.value_and_grad(loss, has_aux=True)(5.0)
     assert n.min() > 5 and jnp.isfinite(slope)
+
+
+class OneStep:
+    def pullback(self, problem, forward, z_bar):
+        return jax.vjp(lambda inputs: problem(forward.z, inputs), problem.inputs)[1](z_bar)[0], None
+
+
+class TenSteps:
+    def run(self, problem, z0, solver):
+        z = jax.lax.fori_loop(0, 10, lambda _, z: problem(z), z0)
+        return z, problem.stats_at(z, solver, steps=10)
+
+
+def test_adjoints_of_a_users_own(params):
+    start, solver = noisy_start(jax.random.key), deq.Picard(max_steps=10)
+    one, jfb = (pull(fresh_noise, start, params, adjoint=a, solver=solver)[1] for a in (OneStep(), deq.JFB()))
+    assert_close(one, jfb)
+    (_, (z, stats)), grads = pull(fresh_noise, start, params, adjoint=TenSteps(), solver=solver)
+    (_, (z_want, stats_want)), want = pull(fresh_noise, start, params, adjoint=deq.Unroll(), solver=solver)
+    assert_close((z["h"], grads, stats.residual), (z_want["h"], want, stats_want.residual))
+    assert_same((split(z)[1], stats.steps), (split(z_want)[1], stats_want.steps))
 
 
 def test_a_probe_and_a_policy(params):
