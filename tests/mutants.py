@@ -36,7 +36,7 @@ MUTANTS = [
         LOOP,
         "returned=choose(running, returned, carry.returned)",
         "returned=returned",
-        "test_carried.py -k a_counter_equals_the_steps",
+        "test_carried.py -k stopped_after_its_best",
     ),
     Mutant(
         "the last carried leaves as those of the best iterate",

@@ -187,6 +187,17 @@ def test_a_failed_solve_has_counted_its_evaluations(status):
     assert int(stats.status) == status and int(z["n"]) == int(stats.steps)
 
 
+def test_a_problem_that_stopped_after_its_best_iterate_keeps_its_last():
+    # The first problem moves away from z0, its best iterate, until its budget of 3 is spent; the second one goes on.
+    cell = lambda z: {"h": jnp.array([2.0, 0.9]) * z["h"] + 1, "n": z["n"] + 1}
+    start = {"h": jnp.ones(2), "n": jnp.zeros(2, int)}
+    solver = deq.Picard(rtol=1e-8, max_steps=jnp.array([3, 500]))
+    solved = deq.solve(cell, start, solver=solver, batch_ndim=1)
+    assert solved.stats.steps[0] == 3 and solved.stats.steps[1] > 100
+    np.testing.assert_array_equal(solved.value["n"], solved.stats.steps)
+    assert solved.value["h"][0] == 1 and solved.given["n"].tolist() == [0, int(solved.stats.steps[1]) - 1]
+
+
 @pytest.mark.parametrize("leaves", [1, 3, 20])
 def test_they_lie_anywhere_among_leaves_of_floats(leaves):
     start = [jnp.full((2, k % 3 + 1), 0.1) for k in range(leaves)]
