@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from deq_jax._config import MAX_STEPS, Role
-from deq_jax._states import named_leaves
+from deq_jax._states import is_carried, is_float, named_leaves, split
 from deq_jax._trace import is_array_like
 from deq_jax._values import check_int, concrete, is_array
 
@@ -36,7 +36,14 @@ def check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe) -> Any:
     shapes = [jnp.shape(p) for p in jax.tree.leaves(probe)]
     if probe is not None and set(shapes) != {batch_shape}:
         raise ValueError(f"probe must be Probe.zeros({batch_shape}), the batch shape of z0; got shapes {shapes}")
-    return jax.tree.map(jnp.asarray, z0)
+    return jax.tree.map(_as_array, z0)
+
+
+def _as_array(leaf: Any) -> jax.Array:
+    array = jnp.asarray(leaf)
+    # A count given as a Python number is of a weak type, and f(z) of a strong one.
+    is_weak_count = jax.typeof(array).weak_type and not is_float(array)
+    return array.astype(array.dtype) if is_weak_count else array
 
 
 def _check_state(z0: PyTree, batch_ndim: int) -> tuple[int, ...]:
@@ -47,10 +54,11 @@ def _check_state(z0: PyTree, batch_ndim: int) -> tuple[int, ...]:
     batch_shape: Any = None
     for where, leaf in leaves:
         if not is_array_like(leaf):
-            raise TypeError(f"{where} must be an array of floats, got {leaf!r}")
+            raise TypeError(f"{where} must be an array of floats, or of integers, booleans or keys; got {leaf!r}")
         shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 16:
-            raise TypeError(f"{where} must be an array of floats of 16 bits or more, got dtype {dtype}")
+        if not (is_carried(leaf) or (is_float(leaf) and jnp.finfo(dtype).bits >= 16)):
+            kinds = "floats of 16 bits or more, or of integers, booleans or keys"
+            raise TypeError(f"{where} must be an array of {kinds}; got dtype {dtype}")
         if 0 in shape:
             raise ValueError(f"{where} is empty: got shape {shape}")
         if len(shape) < batch_ndim:
@@ -61,6 +69,9 @@ def _check_state(z0: PyTree, batch_ndim: int) -> tuple[int, ...]:
                 f"all leaves of z0 must agree in their {batch_ndim} batch axes: {where} has shape {shape}, "
                 f"expected it to begin with {batch_shape}"
             )
+    if not any(is_float(leaf) for _, leaf in leaves):
+        why = "since integers, booleans and keys are only carried"
+        raise TypeError(f"z0 must have at least one array of floats, {why}; got {describe(z0)}")
     return batch_shape
 
 
@@ -102,7 +113,7 @@ def check_start(z0: PyTree) -> None:
 
     So an eager call waits for z0. A loop that must not wait belongs under `jax.jit`.
     """
-    known = lambda leaf: not isinstance(leaf, Tracer) and leaf.is_fully_addressable
+    known = lambda leaf: is_float(leaf) and not isinstance(leaf, Tracer) and leaf.is_fully_addressable
     found = {where: leaf for where, leaf in named_leaves("z0", z0) if known(leaf)}
     if not found:
         return
@@ -180,15 +191,17 @@ def check_found(found: Any, z: PyTree, batch_ndim: int) -> None:
     Another type or structure is a TypeError, and another shape or batch is a ValueError. The memory is not checked,
     because few adjoints read it: see `check_memory`.
     """
-    if isinstance(found, type) or not all(hasattr(found, name) for name in ("value", "stats", "memory")):
-        raise TypeError(f"found must be what solve returns, SolveResult(value, stats, memory, folded); got {found!r}")
+    if isinstance(found, type) or not all(hasattr(found, name) for name in ("value", "stats", "memory", "given")):
+        raise TypeError(f"found must be what solve returns, SolveResult(value, stats, memory, ...); got {found!r}")
     other = "found is of another solve:"
-    expected, got = jax.tree.structure(z), jax.tree.structure(found.value)
-    if got != expected:
-        raise TypeError(f"{other} found.value must have the structure of z, {expected}; got {got}")
-    for (where, leaf), like in zip(named_leaves("found.value", found.value), jax.tree.leaves(z), strict=True):
-        if jnp.shape(leaf) != jnp.shape(like):
-            raise ValueError(f"{other} {where} must have shape {jnp.shape(like)} as z has, got {jnp.shape(leaf)}")
+    for name, tree in (("value", z), ("given", split(z)[1])):
+        part = getattr(found, name)
+        expected, got = jax.tree.structure(tree), jax.tree.structure(part)
+        if got != expected:
+            raise TypeError(f"{other} found.{name} must have the structure of z, {expected}; got {got}")
+        for (where, leaf), like in zip(named_leaves(f"found.{name}", part), jax.tree.leaves(tree), strict=True):
+            if jnp.shape(leaf) != jnp.shape(like):
+                raise ValueError(f"{other} {where} must have shape {jnp.shape(like)} as z has, got {jnp.shape(leaf)}")
     batch = jnp.shape(jax.tree.leaves(z)[0])[:batch_ndim]
     if jnp.shape(found.stats.status) != batch:
         raise ValueError(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PyTree
 
 from deq_jax._arrays import zeros_from
 from deq_jax._checks import check_output, describe
-from deq_jax._states import corner, wide_dtype
+from deq_jax._states import corner, split, wide_dtype
 from deq_jax._trace import Traced, check_arrays, hoist, vary, varying_axes
 from deq_jax.solvers import Evaluation, Fold
 
@@ -22,33 +22,46 @@ def hoist_cell(f: Callable, z0: PyTree, args: tuple, has_aux: bool = False) -> t
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(f"with has_aux=True, f must return a pair (z, aux), got {describe(out)}")
         value = out[0] if has_aux else out
-        if jax.tree.structure(value) == jax.tree.structure(z):
-            value = jax.tree.map(_with_strong_type, value, z)
+        value = in_types_of(z, value)
         return (value, out[1]) if has_aux else value
 
     cell, inputs, other = hoist(typed, z0, args=args)
     out = cell.out[0] if has_aux else cell.out
     check_output(out, z0)
-    start = jax.tree.map(_typed_like, z0, out)
+    start = _typed_like(z0, out)
     if any(jax.typeof(a) != jax.typeof(b) for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(z0), strict=True)):
         cell, inputs, other = hoist(typed, start, args=args)
     return cell, start, inputs, other
 
 
-def _with_strong_type(leaf: Any, like: jax.Array) -> jax.Array:
-    """A number in the dtype of z0; an array unchanged."""
-    array = jnp.asarray(leaf)
-    loses_imaginary_part = jnp.iscomplexobj(array) and not jnp.iscomplexobj(like)
-    return array.astype(like.dtype) if jax.typeof(array).weak_type and not loses_imaginary_part else array
+def in_types_of(z: PyTree, value: PyTree) -> PyTree:
+    """f(z) with its numbers in the dtypes of z; arrays, and another structure, unchanged."""
+
+    def typed(leaf, like):
+        array = jnp.asarray(leaf)
+        kinds = jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating
+        kind = lambda dtype: [jnp.issubdtype(dtype, kind) for kind in kinds].index(True)
+        # 1 may stand for 1.0, but not 1.0 for a count, nor 1j for a real number.
+        is_number = jax.typeof(array).weak_type and jnp.issubdtype(like.dtype, jnp.number)
+        return array.astype(like.dtype) if is_number and kind(array.dtype) <= kind(like.dtype) else array
+
+    return jax.tree.map(typed, value, z) if jax.tree.structure(value) == jax.tree.structure(z) else value
 
 
-def _typed_like(z: jax.Array, out: Any) -> jax.Array:
+def _typed_like(z: PyTree, out: PyTree) -> PyTree:
     """z with the explicit sharding of f(z), and varying over the axes of `shard_map` that f(z) varies over."""
-    sharding = getattr(out, "sharding", None)
-    if sharding is not None and sharding != jax.typeof(z).sharding:
-        z = jax.sharding.reshard(z, sharding)  # jnp.zeros_like drops it on jax 0.12
-    missing = varying_axes(out) - varying_axes(jax.typeof(z))
-    return vary(z, tuple(missing)) if missing else z
+    # A problem keeps or moves all of its leaves at once, so where some of them are carried, all vary alike.
+    alike = len(jax.tree.leaves(split(z)[1])) > 0
+    along_any = frozenset().union(*map(varying_axes, jax.tree.leaves(out))) if alike else frozenset()
+
+    def typed(z, out):
+        sharding = getattr(out, "sharding", None)
+        if sharding is not None and sharding != jax.typeof(z).sharding:
+            z = jax.sharding.reshard(z, sharding)  # jnp.zeros_like drops it on jax 0.12
+        missing = (varying_axes(out) | along_any) - varying_axes(jax.typeof(z))
+        return vary(z, tuple(missing)) if missing else z
+
+    return jax.tree.map(typed, z, out)
 
 
 # ---- folds -------------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""States: pytrees whose leaves share leading batch axes. Their layout as vectors, and arithmetic on them."""
+"""States: pytrees whose leaves share leading batch axes. Their layout as vectors, and arithmetic on them.
+
+Leaves of floats (real or complex) are solved for. All others, integers, booleans and keys, are carried: f returns their
+next value, and no vector, norm or derivative has a part of them. `split` and `join` tell the two kinds apart.
+"""
 
 import itertools
 import math
@@ -22,7 +26,8 @@ class Layout:
     may be sharded over devices, a part keeps the shape of its leaf; else its axes are merged. With `flat`, and for more
     than FEW_LEAVES, all leaves lie one after the other in one array: a thousand parts would take minutes to compile.
     There, leaves are sorted by size, and those of one size are measured together. A complex number is two reals, so
-    that norms and inner products are real.
+    that norms and inner products are real. Carried leaves have no part in a vector: `pack` passes over them, and
+    `unpack` leaves None in their places, for `join` to fill.
 
     >>> layout = Layout({"a": jnp.ones((2, 3)), "b": jnp.zeros((2, 1))}, batch_ndim=1, flat=True)
     >>> vector = layout.pack({"a": jnp.ones((2, 3)), "b": jnp.full((2, 1), 7.0)})
@@ -31,11 +36,12 @@ class Layout:
     """
 
     def __init__(self, example: PyTree, batch_ndim: int, flat: bool = False):
-        self.leaves, self.treedef = jax.tree.flatten(example)
+        floats = split(example)[0]
+        self.leaves, self.treedef = jax.tree.flatten(floats)
         self.batch_ndim = batch_ndim
         self.several = len(self.leaves) > 1
         self.dtype = wide_dtype(example)
-        self.eps = eps_of(example)
+        self.eps = eps_of(floats)
         self.keeps_shapes = not flat and any(map(may_be_sharded, self.leaves))
         self.flat = flat or not (self.keeps_shapes or 1 < len(self.leaves) <= FEW_LEAVES)
         sizes = [self._reals(leaf) for leaf in self.leaves]
@@ -47,7 +53,7 @@ class Layout:
 
     def pack(self, tree: PyTree) -> Vec:
         """The state as vectors."""
-        reals = [self._to_reals(leaf) for leaf in jax.tree.leaves(tree)]
+        reals = [self._to_reals(leaf) for leaf in jax.tree.leaves(tree) if is_float(leaf)]
         if not self.flat:
             return Vector(tuple(itertools.chain.from_iterable(reals)), self.batch_ndim)
         parts = [part for i in self.order for part in reals[i]]
@@ -120,8 +126,48 @@ def eps_of(tree: PyTree) -> float:
 
 def wide_dtype(tree: PyTree) -> Any:
     """float32, or float64 if a leaf needs it."""
-    wide = any(jnp.finfo(leaf.dtype).bits > 32 for leaf in jax.tree.leaves(tree))
+    wide = any(jnp.finfo(leaf.dtype).bits > 32 for leaf in jax.tree.leaves(tree) if is_float(leaf))
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+# ---- carried leaves ----------------------------------------------------------------------------------------
+
+
+def split(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """(floats, carried): the tree with only its leaves of floats, and with only the others; None is in their places.
+
+    >>> split({"n": jnp.array(3), "z": jnp.array(0.5)})[1]
+    {'n': Array(3, dtype=int32, weak_type=True), 'z': None}
+    """
+    pick = lambda kind: jax.tree.map(lambda leaf: leaf if is_float(leaf) == kind else None, tree)
+    return pick(True), pick(False)
+
+
+def join(floats: PyTree, carried: PyTree) -> PyTree:
+    """The tree that `split` took apart."""
+    return jax.tree.map(lambda a, b: b if a is None else a, floats, carried, is_leaf=lambda x: x is None)
+
+
+def holding(f: Callable, carried: PyTree) -> Callable:
+    """f as a function of the floats alone, which is given the same carried leaves at each call."""
+    return lambda z, *reads: split(f(join(z, carried), *reads))[0]
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether a leaf is solved for, not carried."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def is_carried(leaf: Any) -> bool:
+    """Whether a leaf is of a kind that can be carried."""
+    return any(jnp.issubdtype(jnp.result_type(leaf), kind) for kind in (jnp.integer, jnp.bool_, jax.dtypes.prng_key))
+
+
+def check_no_carried(tree: PyTree, name: str, why: str) -> None:
+    """Raise TypeError if a leaf of this tree, which a user passed as `name`, would be carried."""
+    for where, leaf in named_leaves(name, tree):
+        if is_carried(leaf):
+            raise TypeError(f"{where} is of dtype {jnp.result_type(leaf)}, and would be carried; {why}")
 
 
 # ---- arithmetic --------------------------------------------------------------------------------------------
@@ -187,8 +233,8 @@ def _with_scale(operation: Callable, leaf: Array, scale: Float[Array, "*batch"])
 
 
 def corner(tree: PyTree, batch_ndim: int) -> Array:
-    """One entry a problem, of the first leaf: something of shape `*batch` with the sharding of the state."""
-    leaf = jax.tree.leaves(tree)[0]
+    """One entry a problem, of the first leaf of floats: something of shape `*batch` with the sharding of the state."""
+    leaf = next(filter(is_float, jax.tree.leaves(tree)))
     if may_be_sharded(leaf):  # where an entry may be on one of the devices
         return jnp.min(leaf.real, axis=tuple(range(batch_ndim, leaf.ndim)))
     return leaf.reshape(*leaf.shape[:batch_ndim], -1)[..., 0]

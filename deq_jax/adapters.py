@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 
 from deq_jax._checks import check_stopping
 from deq_jax._config import STATIC, Budget, Number, config
-from deq_jax._states import Layout, frozen
+from deq_jax._states import Layout, check_no_carried, frozen
 from deq_jax._trace import hoist
 from deq_jax.adjoints import Adjoint, Implicit, Probe
 from deq_jax.fixed_point import Solution, attach
@@ -161,6 +161,7 @@ def scipy_root(
 
     Raises:
       ValueError: if SciPy has no such method.
+      TypeError: for carried leaves in z0.
 
     >>> import jax, jax.numpy as jnp, deq_jax as deq
     >>> cell = lambda z, a: jnp.cos(a * z)
@@ -173,6 +174,7 @@ def scipy_root(
         hint = f"did you mean {close[0]!r}?" if close else f"they are {', '.join(SCIPY_METHODS)}"
         raise ValueError(f"scipy.optimize.root has no method {method!r}; {hint}")
     z0 = jax.tree.map(jnp.asarray, jax.lax.stop_gradient(z0))
+    check_no_carried(z0, "z0", "SciPy has no place for what f returns for it: use fixed_point, or let f capture it")
     # A callback cannot capture traced values, so all that f reads is passed through it.
     pure, inputs, other = hoist(lambda z: f(z, *args), z0)
     layout = Layout(z0, 0, flat=True)
@@ -267,6 +269,7 @@ def as_optimizer(solver: Solver) -> GradientTransformation:
 
     Raises:
       ValueError: for a solver with `test_every` above 1, or if `update` is called without params.
+      TypeError: for params that are not of floats.
 
     >>> import jax, jax.numpy as jnp, optax, deq_jax as deq
     >>> loss = lambda p: 0.5 * jnp.sum(jnp.arange(1.0, 6) * (p - 1) ** 2)
@@ -281,6 +284,7 @@ def as_optimizer(solver: Solver) -> GradientTransformation:
     check_sees_all(solver, "as_optimizer")
 
     def init(params):
+        check_no_carried(params, "params", "as_optimizer needs parameters of floats: see optax.masked")
         return solver.init(Layout(params, 0, flat=True).pack(params))
 
     def update(updates, state, params=None):

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from deq_jax._checks import check_arguments, check_solver, check_start
+from deq_jax._checks import check_arguments, check_output, check_solver, check_start
+from deq_jax._hoisting import in_types_of
 from deq_jax._programs import run_compiled
 from deq_jax._reverse_only import first_order_only, reverse_mode_only
-from deq_jax._states import named_leaves
+from deq_jax._states import join, named_leaves, split
 from deq_jax._trace import hoist, is_array_like
 from deq_jax.adjoints import Implicit, Probe, Problem
 from deq_jax.adjoints.backward import backward_cell, solve_backward
@@ -105,37 +106,40 @@ def _run(axes, sizes, *cells_and_arrays):
         i = (jax.tree.leaves(z0)[0].shape[0], *sizes).index(jax.tree.leaves(z)[0].shape[0])
         return cells[i](z, args, *reads[i])
 
-    return _compact(axes, sizes, solver, backward, z0, Problem(f, args, reads, 1), probe)
+    value, carried, _, stats = _compact(axes, sizes, solver, backward, z0, Problem(f, args, reads, 1), probe)
+    return join(value, carried), stats
 
 
 def _solve(axes, sizes, solver, backward, z0, problem, probe):
     bind = lambda args: lambda z: problem(z, args)
     result = run_loop_in_stages(bind, z0, problem.inputs, axes, solver, sizes)
-    return result.value, result.stats
+    floats, carried = split(result.value)
+    return floats, carried, result.given, result.stats
 
 
 _compact: Any = jax.custom_vjp(_solve, nondiff_argnums=(0, 1))
 
 
 def _compact_fwd(axes, sizes, solver, backward, z0, problem, probe):
-    value, stats = _compact(axes, sizes, solver, backward, z0, problem, probe)
+    value, carried, given, stats = _compact(axes, sizes, solver, backward, z0, problem, probe)
     backward = default_backward(solver, value, 1) if backward is None else backward
-    return (value, stats), (backward, value, problem)
+    return (value, carried, given, stats), (backward, value, given, problem)
 
 
 def _compact_bwd(axes, sizes, saved, cotangents):
-    (backward, z, problem), (z_bar, _) = saved, cotangents
+    (backward, z, given, problem), (z_bar, *_) = saved, cotangents
 
     def solve(unit):
         def bind(gathered):  # linearizes f outside the loop, once for each size of the batch
-            unit, z, *args = gathered
-            return backward_cell(dataclasses.replace(problem, inputs=tuple(args)), z, unit)
+            unit, z, given, *args = gathered
+            part = dataclasses.replace(problem, inputs=tuple(args)).with_carried(given)
+            return backward_cell(part, z, unit)
 
-        gathered = unit, z, *problem.inputs
-        result = run_loop_in_stages(bind, unit, gathered, (0, 0, *axes), backward, sizes)
+        gathered = unit, z, given, *problem.inputs
+        result = run_loop_in_stages(bind, unit, gathered, (0, 0, 0, *axes), backward, sizes)
         return result.value, result.stats
 
-    args_bar, stats = solve_backward(problem, z, z_bar, solve)
+    args_bar, stats = solve_backward(problem.with_carried(given), z, z_bar, solve)
     args_bar = _where_inexact(lambda x: first_order_only(x, "compact", "use fixed_point(..., batch_ndim=1)"), args_bar)
     return None, None, None, dataclasses.replace(problem, inputs=args_bar, other=None), Probe.of(stats)
 
@@ -164,8 +168,10 @@ def _cells(f: Callable, z0: PyTree, args: tuple, axes: tuple, sizes: tuple[int, 
     cells, reads = [], []
     for size in sizes:
         part = lambda leaf, size=size: jax.ShapeDtypeStruct((size, *jnp.shape(leaf)[1:]), jnp.result_type(leaf))
+        start = jax.tree.map(part, z0)
         some = [arg if axis is None else jax.tree.map(part, arg) for arg, axis in zip(args, axes, strict=True)]
-        cell, *read = hoist(lambda z, args: f(z, *args), jax.tree.map(part, z0), tuple(some))
+        cell, *read = hoist(lambda z, args: in_types_of(z, f(z, *args)), start, tuple(some))
+        check_output(cell.out, start)
         # A captured tracer would get no gradient, and its batch axis could not be gathered.
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(read)):
             raise TypeError("compact: f captures a traced array; pass it in args, with axes None if problems share it")

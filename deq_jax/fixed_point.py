@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Array
 
 from deq_jax._checks import check_arguments, check_found, check_memory, check_start
-from deq_jax._hoisting import hoist_cell, hoist_fold, with_fold
+from deq_jax._hoisting import hoist_cell, hoist_fold, in_types_of, with_fold
 from deq_jax._programs import run_compiled
+from deq_jax._states import join, split
 from deq_jax._trace import Bound, flag
 from deq_jax.adjoints import Adjoint, ForwardResult, Implicit, IterationAdjoint, Probe, Problem
 from deq_jax.adjoints.equilibrium import at_equilibrium, solve_differentiably
@@ -82,14 +83,15 @@ def fixed_point(
     Args:
       f: returns z's structure, shapes and dtypes exactly; with `has_aux`, a pair (z, aux). Called under a
         trace, so it must be pure. An eager call traces f, and compiles only what has not been compiled before.
-      z0: where to start, a pytree of float or complex arrays. Its cotangent is zero (but see `Unroll`).
+      z0: where to start, a pytree of float or complex arrays. Its cotangent is zero (but see `Unroll`). Integers,
+        booleans and keys in it are carried, see below.
       *args: pytrees of arrays, of any dtype. Other leaves (a module's activation function) go to f as they are.
       solver: `Picard`, `Anderson`, `Broyden`, `NewtonKrylov` or `Robust`; for hard problems see `Robust`.
       adjoint: exact, `Implicit` or for forward mode `ImplicitJVP`; cheaper and biased, `Shine`, `Phantom`,
         `Neumann` or `JFB`; through the iterations, `Unroll` or `Reversible`.
       batch_ndim: how many leading axes of every leaf index independent problems, each with its own tolerance
         test and stopping time.
-      has_aux: return aux of one more evaluation, at the solution.
+      has_aux: return aux of one more evaluation, at the solution. It does not advance carried leaves.
       probe: zeros, shaped as `Probe.zeros(batch_shape)`; its cotangent is the backward solve's statistics.
 
     Returns:
@@ -98,6 +100,13 @@ def fixed_point(
 
     Raises:
       TypeError, ValueError: before anything is solved, naming the leaf, what was expected and what came.
+
+    Carried leaves: f is given the integers, booleans and keys of z0 and returns their next values. So a cell counts its
+    evaluations, draws noise at each of them, or halts. No norm, tolerance or solver looks at them. Like all leaves they
+    have the batch axes, and a problem that has stopped keeps its own. `value` has them as f returned them last.
+    Derivatives take them as constants: f is linearized at the floats of `value` with the carried leaves that f was
+    given there, that is, under the noise in which they were found. With a new noise at each evaluation, residuals stay
+    as large as the noise, and the tolerance must be larger. A key that f returns unchanged gives the same noise always.
 
     Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models", section 3.
 
@@ -111,6 +120,16 @@ def fixed_point(
     >>> grads = jax.grad(lambda p: deq.fixed_point(cell, z, p, x, batch_ndim=1).value.sum())(params)
     >>> grads["w"].shape
     (3, 3)
+
+    With a carried count, and a carried key for the same noise at each evaluation:
+
+    >>> def noisy(z, x):
+    ...     h = jnp.cos(x * z["h"]) + 0.1 * jax.random.normal(z["key"], z["h"].shape)
+    ...     return {"h": h, "key": z["key"], "count": z["count"] + 1}
+    >>> start = {"h": jnp.zeros(3), "key": jax.random.key(0), "count": 0}
+    >>> z, stats = deq.fixed_point(noisy, start, 0.5)
+    >>> bool(stats.converged), bool(z["count"] == stats.steps)
+    (True, True)
     """
     z0 = check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe)
     check_start(z0)
@@ -125,11 +144,11 @@ def fixed_point(
 def _fixed_point(cell, batch_ndim, has_aux, z0, inputs, other, solver, adjoint, probe):
     f = Bound(lambda *reads: cell(*reads)[0], axes=cell.axes) if has_aux else cell
     problem = Problem(f, inputs, other, batch_ndim)
-    z, stats = solve_differentiably(adjoint, problem, z0, solver, probe)
+    z, stats, given = solve_differentiably(adjoint, problem, z0, solver, probe)
     stats = jax.lax.stop_gradient(stats)
     if not has_aux:
         return Solution(z, stats)
-    _, aux = cell(z, inputs, other)
+    _, aux = cell(join(split(z)[0], given), inputs, other)
     return SolutionWithAux(z, stats._replace(steps=stats.steps + 1), aux)
 
 
@@ -142,7 +161,7 @@ def _step_by_step(f, z0, args, solver, adjoint, batch_ndim, has_aux, probe):
     if not has_aux:
         return Solution(z, found.stats)
     stats = found.stats._replace(steps=found.stats.steps + 1)
-    return SolutionWithAux(z, stats, f(z, *args)[1])
+    return SolutionWithAux(z, stats, f(join(split(z)[0], found.given), *args)[1])
 
 
 def solve(
@@ -164,7 +183,8 @@ def solve(
         own with `init(z0, batch_ndim)` and `update(folded, evaluation)`, see `Evaluation`.
 
     Returns:
-      SolveResult(value, stats, memory, folded). `attach` gives the value a derivative.
+      SolveResult(value, stats, memory, folded, given). `attach` gives the value a derivative. `given` has the carried
+        leaves with which f was evaluated at the value.
 
     Raises:
       TypeError, ValueError: as `fixed_point`.
@@ -184,7 +204,8 @@ def solve(
     if memory is not None:
         check_memory(memory, solver, vector_type(solver, start, batch_ndim))
     if flag("jax_disable_jit"):
-        result = run_loop(lambda z: f(z, *args), start, solver, batch_ndim, memory=memory, fold=fold)
+        typed = lambda z: in_types_of(z, f(z, *args))
+        result = run_loop(typed, start, solver, batch_ndim, memory=memory, fold=fold)
         return jax.lax.stop_gradient(result)
     hoisted, fold_reads = hoist_fold(fold, start, batch_ndim)
     reads = jax.lax.stop_gradient((inputs, other, fold_reads))
@@ -217,7 +238,8 @@ def attach(
       f, *args, batch_ndim, probe: as for `fixed_point`.
       adjoint: one at the equilibrium: `Implicit`, `ImplicitJVP`, `Phantom`, `Neumann`, `JFB`, or `Shine` with `found`.
       solver: what the adjoint derives its own backward solver from, where it was given none.
-      found: the result of the `solve` that z comes from, for `Shine` and for `Implicit(on_failure=...)`.
+      found: the result of the `solve` that z comes from, for `Shine` and for `Implicit(on_failure=...)`. With it, f is
+        linearized with the carried leaves `found.given`, without it with those of z.
 
     Raises:
       TypeError, ValueError: as `fixed_point`; for an adjoint that goes through the iterations.
@@ -241,9 +263,13 @@ def attach(
     if found is not None:
         check_found(found, start, batch_ndim)
     stats, memory = (None, None) if found is None else (found.stats, found.memory)
-    forward = ForwardResult(start, stats, memory, solver)
-    return run_compiled(_attach, (cell, batch_ndim), forward, inputs, other, adjoint, probe)
+    floats, carried = split(start)
+    given = carried if found is None else found.given
+    forward = ForwardResult(floats, stats, memory, solver)
+    z_star = run_compiled(_attach, (cell, batch_ndim), forward, inputs, other, given, adjoint, probe)
+    return join(z_star, carried)
 
 
-def _attach(cell, batch_ndim, forward, inputs, other, adjoint, probe):
-    return at_equilibrium(adjoint, Problem(cell, inputs, other, batch_ndim), forward, probe)
+def _attach(cell, batch_ndim, forward, inputs, other, given, adjoint, probe):
+    problem = Problem(cell, inputs, other, batch_ndim).with_carried(given)
+    return at_equilibrium(adjoint, problem, forward, probe)

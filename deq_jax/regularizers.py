@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from deq_jax._checks import check_count
-from deq_jax._states import Layout
+from deq_jax._states import Layout, holding, split
 
 
 def jacobian_penalty(f: Callable, z: PyTree, *args: PyTree, key: Array, samples: int = 1) -> Float[Array, ""]:
@@ -30,8 +30,9 @@ def jacobian_penalty(f: Callable, z: PyTree, *args: PyTree, key: Array, samples:
     3.5
     """
     check_count("samples", samples, 1)
-    layout = Layout(z, 0, flat=True)
-    of_flat = lambda flat: layout.pack(f(layout.unpack(flat), *args))
+    z, carried = split(z)
+    layout, cell = Layout(z, 0, flat=True), holding(f, carried)
+    of_flat = lambda flat: layout.pack(cell(layout.unpack(flat), *args))
     flat, pull = jax.vjp(of_flat, layout.pack(jax.lax.stop_gradient(z)))
 
     def one(key):

@@ -11,7 +11,7 @@ from deq_jax import _krylov
 from deq_jax._arrays import at_most, ratio, zeros_from
 from deq_jax._checks import check_count
 from deq_jax._programs import run_compiled
-from deq_jax._states import Layout, wide_dtype
+from deq_jax._states import Layout, holding, split, wide_dtype
 from deq_jax._trace import hoist
 from deq_jax._vectors import norm
 
@@ -45,9 +45,9 @@ def spectral_radius(
     0.9
     """
     check_count("iterations", iterations, 2)
-    z = jax.tree.map(jnp.asarray, z)
+    z, carried = split(jax.tree.map(jnp.asarray, z))
     key = jax.random.key(0) if key is None else key
-    cell, inputs, other = hoist(f, z, args=args)
+    cell, inputs, other = hoist(holding(f, carried), z, args=args)
     return run_compiled(_spectral_radius, (cell, batch_ndim, iterations), z, inputs, other, key, differentiates=True)
 
 

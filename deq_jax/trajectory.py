@@ -13,7 +13,7 @@ from deq_jax._arrays import one_hot
 from deq_jax._checks import check_count
 from deq_jax._config import with_suggestions
 from deq_jax._hoisting import zero_residuals
-from deq_jax._states import choose
+from deq_jax._states import choose, join, split
 from deq_jax._trace import flag
 from deq_jax.adjoints import Adjoint, Implicit, Phantom, Probe
 from deq_jax.fixed_point import attach, solve
@@ -48,6 +48,7 @@ def trajectory(
 
     There are always len(at) states, so a loss over them compiles once. If a problem had stopped by then, or if its f
     was not finite there, its state is the z that it returns. With `Picard` the state at k is f applied k times to z0.
+    The carried leaves of a state are those with which f was evaluated there.
 
     Args:
       f, z0, *args, solver, adjoint, batch_ndim, probe: as for `fixed_point`.
@@ -91,7 +92,7 @@ def trajectory(
     states, state_stats = [], []
     for k, snapshot, mode in zip(at, solved.folded, corrections, strict=True):
         there = (k < solved.stats.steps) & jnp.isfinite(snapshot.residual)
-        z = choose(there, snapshot.z, solved.value)
+        z = choose(there, snapshot.z, join(split(solved.value)[0], solved.given))
         states.append(attach(f, z, *args, adjoint=mode, **options))
         state_stats.append(_stats_at(k, there, snapshot, solved.stats))
     return Trajectory(value, solved.stats, tuple(states), tuple(state_stats))

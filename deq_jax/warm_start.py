@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from deq_jax._checks import check_count
-from deq_jax._states import choose, named_leaves, ravel, wide_dtype
+from deq_jax._states import choose, join, named_leaves, ravel, split, wide_dtype
 
 
 class FixedPointCache(NamedTuple):
@@ -15,7 +15,7 @@ class FixedPointCache(NamedTuple):
 
     It is a plain pytree with pure functions: carry it through jit (donated, so that it is updated in place) and put it
     into the checkpoint. Times are your own ints, such as the training step or the epoch. Memory is N states in the
-    dtype of the example.
+    dtype of the example. Carried leaves are not kept: `lookup` returns those of its default.
 
     >>> import jax.numpy as jnp, deq_jax as deq
     >>> cell = lambda z, x: 0.9 * jnp.cos(z + x)
@@ -37,6 +37,7 @@ class FixedPointCache(NamedTuple):
     def create(cls, example_z: PyTree, size: int) -> "FixedPointCache":
         """An empty cache for `size` examples whose states have the shape of `example_z`, which has no batch axis."""
         check_count("size", size, 1)
+        example_z = split(example_z)[0]
         z = jax.tree.map(lambda leaf: jnp.zeros((size, *jnp.shape(leaf)), jnp.result_type(leaf)), example_z)
         return cls(z, jnp.full((size,), -1, jnp.int32))
 
@@ -47,11 +48,11 @@ class FixedPointCache(NamedTuple):
 
     def lookup(self, indices: Int[Array, " batch"], default: PyTree, now: Any, max_age: Any = None) -> PyTree:
         """z0 for a batch of examples: the entry of each example if it is `fresh`, else its part of `default`."""
+        default, carried = split(jax.tree.map(jnp.asarray, default))
         self._check(default, "default")
         fresh, valid = self.fresh(indices, now, max_age), self._valid(indices)
-        default = jax.tree.map(jnp.asarray, default)
         read = lambda cached, like: cached.at[valid].get(mode="fill", fill_value=0).astype(like.dtype)
-        return choose(fresh, jax.tree.map(read, self.z, default), default)
+        return join(choose(fresh, jax.tree.map(read, self.z, default), default), carried)
 
     def store(
         self, indices: Int[Array, " batch"], z: PyTree, now: Any, where: Bool[Array, " batch"] | None = None
@@ -61,6 +62,7 @@ class FixedPointCache(NamedTuple):
         Pass `where=stats.converged`, because the result of a failed solve is no good start for the next one. Indices
         outside of [0, N) are dropped, so they can be padding. The indices of a batch should be distinct.
         """
+        z = split(z)[0]
         self._check(z, "z")
         valid = self._valid(indices)
         valid = valid if where is None else jnp.where(where, valid, self.size)
@@ -90,6 +92,8 @@ class FixedPointCache(NamedTuple):
 def first_guess_loss(z_star: PyTree, z0: PyTree) -> Float[Array, ""]:
     """‖z0 − z*‖² over the number of entries, with z* held fixed: the loss that trains a learned first guess.
 
+    Carried leaves do not count.
+
     A fixed point does not depend on where its solve began, so this loss is the only source of a gradient for z0:
 
         z0 = guess(x)
@@ -102,6 +106,7 @@ def first_guess_loss(z_star: PyTree, z0: PyTree) -> Float[Array, ""]:
     >>> float(first_guess_loss(jnp.array([1.0, 2.0]), jnp.array([1.0, 4.0])))
     2.0
     """
+    (z_star, _), (z0, _) = split(z_star), split(z0)
     wide = wide_dtype((z_star, z0))
     reals = lambda leaf: ravel(leaf).astype(wide)
     square = lambda z, z0: jnp.sum((reals(z0) - reals(jax.lax.stop_gradient(z))) ** 2)

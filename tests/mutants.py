@@ -32,6 +32,41 @@ class Mutant(NamedTuple):
 LOOP, STOPPING, IMPLICIT = "solvers/loop.py", "solvers/stopping.py", "adjoints/implicit.py"
 MUTANTS = [
     Mutant(
+        "carried leaves of a problem that has stopped",
+        LOOP,
+        "returned=choose(running, returned, carry.returned)",
+        "returned=returned",
+        "test_carried.py -k stopped_after_its_best",
+    ),
+    Mutant(
+        "the last carried leaves as those of the best iterate",
+        LOOP,
+        "best_carried=choose(better, carry.carried, carry.best_carried)",
+        "best_carried=choose(running, carry.carried, carry.best_carried)",
+        "test_carried.py -k under_the_noise",
+    ),
+    Mutant(
+        "compact's carried leaves not scattered",
+        "solvers/staged.py",
+        '"status", "best_carried", "returned"',
+        '"status"',
+        "test_carried.py -k compact",
+    ),
+    Mutant(
+        "an attached z that forgets what f was given",
+        "fixed_point.py",
+        "given = carried if found is None else found.given",
+        "given = carried",
+        "test_carried.py -k attach_holds",
+    ),
+    Mutant(
+        "Unroll measures under the next noise",
+        "adjoints/unroll.py",
+        "carried=choose(running, returned, given)",
+        "carried=returned",
+        "test_carried.py -k unroll_measures",
+    ),
+    Mutant(
         "a rarer test that overdraws the budget",
         LOOP,
         "jnp.clip(left, 1, every) - 1",
@@ -69,8 +104,8 @@ MUTANTS = [
     Mutant(
         "damping in the stopping test",
         LOOP,
-        "after = judged(carry, norms)",
-        'after = judged(carry, norms._replace(residuals=norms.residuals * member(solver, "damping")))',
+        "after = judged(carry, norms, ",
+        'after = judged(carry, norms._replace(residuals=norms.residuals * member(solver, "damping")), ',
         "test_solvers.py -k residual_is_undamped",
     ),
     Mutant(
@@ -279,8 +314,8 @@ MUTANTS = [
     Mutant(
         "compact's norms not scattered",
         "solvers/staged.py",
-        '("best", "best_norms", "steps", "status")',
-        '("best", "steps", "status")',
+        '"best", "best_norms", "steps"',
+        '"best", "steps"',
         "test_compact.py -k residuals_are_those_of_the_values",
     ),
     Mutant(

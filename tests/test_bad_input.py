@@ -73,10 +73,10 @@ CALLS = {
         ["f(z)", "float32", "got int32"],
     ),
     "integer z0": (lambda: deq.fixed_point(cos, jnp.arange(3)), TypeError, ["z0", "floats", "int32"]),
-    "integer leaf of z0": (
+    "floats from f for an integer leaf of z0": (
         lambda: deq.fixed_point(both, {"a": jnp.zeros(3), "b": jnp.arange(3)}),
         TypeError,
-        ["z0['b']", "floats", "int32"],
+        ["f(z)['b']", "dtype of z0, int32", "got float32"],
     ),
     "boolean z0": (lambda: deq.fixed_point(cos, jnp.ones(3, bool)), TypeError, ["z0", "floats", "bool"]),
     "key z0": (lambda: deq.fixed_point(cos, jax.random.key(0)), TypeError, ["z0", "floats", "key"]),

@@ -46,7 +46,7 @@ def iterate(k, w, x):
 @pytest.mark.parametrize("solver", [deq.Picard(rtol=1e-6), deq.Anderson(rtol=1e-6, history=3)], ids=repr)
 def test_a_trace_is_the_residual_of_each_evaluation(w, xs, solver):
     run = lambda size: deq.solve(cell, 0 * xs, w, xs, solver=solver, batch_ndim=1, fold=deq.ResidualTrace(size))
-    _, stats, _, trace = jax.jit(run, static_argnums=0)(100)
+    _, stats, _, trace, _ = jax.jit(run, static_argnums=0)(100)
     assert trace.shape == (3, 100)
     np.testing.assert_array_equal(jnp.sum(~jnp.isnan(trace), axis=-1), stats.steps)
     last = trace[jnp.arange(3), stats.steps - 1]

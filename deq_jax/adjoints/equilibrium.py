@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 from deq_jax._checks import check_like
 from deq_jax._reverse_only import FORWARD_MODE, reverse_mode_only
-from deq_jax._states import frozen
+from deq_jax._states import frozen, join, split
 from deq_jax._trace import is_array_like
 from deq_jax.adjoints.linear_map import linear_map
 from deq_jax.adjoints.protocol import (
@@ -25,17 +25,19 @@ from deq_jax.solvers import Solver, Stats, run_loop
 
 def solve_differentiably(
     adjoint: Adjoint, problem: Problem, z0: PyTree, solver: Solver, probe: Probe
-) -> tuple[PyTree, Stats]:
-    """The fixed point of the problem, with the derivative of this adjoint."""
+) -> tuple[PyTree, Stats, PyTree]:
+    """(z, stats, given): the fixed point, with the derivative of this adjoint; `given` are its carried leaves for f."""
     if isinstance(adjoint, IterationAdjoint):
         z, stats = adjoint.run(problem, z0, solver)
         check_like(z, z0, f"{type(adjoint).__name__}.run", "z")
-        return z, stats
+        return z, stats, split(z)[1]
     # The derivative is that of the rule at the equilibrium alone, so the loop must not be differentiated.
     z0, solver = frozen((z0, solver))
     result = run_loop(problem.frozen, z0, solver, problem.batch_ndim)
-    forward = ForwardResult(result.value, result.stats, result.memory, solver)
-    return at_equilibrium(adjoint, problem, forward, probe), result.stats
+    floats, carried = split(result.value)
+    forward = ForwardResult(floats, result.stats, result.memory, solver)
+    z = at_equilibrium(adjoint, problem.with_carried(result.given), forward, probe)
+    return join(z, carried), result.stats, result.given
 
 
 def at_equilibrium(adjoint: EquilibriumAdjoint, problem: Problem, forward: ForwardResult, probe: Probe) -> PyTree:

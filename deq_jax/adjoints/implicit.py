@@ -84,7 +84,9 @@ def solve_linear(
     """(u, stats) with u = cell(u), differentiable by the same adjoint: a derivative of any order is implicit too."""
     pure, inputs, other = hoist(cell, start)
     linear = Problem(pure, inputs, other, problem.batch_ndim)
-    return solve_differentiably(adjoint, linear, start, forward.solver, Probe.like(start, problem.batch_ndim))
+    probe = Probe.like(start, problem.batch_ndim)
+    u, stats, _ = solve_differentiably(adjoint, linear, start, forward.solver, probe)
+    return u, stats
 
 
 def with_backward_solver(adjoint: Any, problem: Problem, forward: ForwardResult) -> ForwardResult:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from deq_jax._arrays import zeros_from
-from deq_jax._states import corner, frozen
+from deq_jax._states import corner, frozen, holding
 from deq_jax._trace import Bound, axes_of
 from deq_jax.solvers import Solver, Stats, Status
 from deq_jax.solvers.loop import stats_at
@@ -48,6 +48,13 @@ class Problem:
         """The statistics of a z that was found in `steps` evaluations; one more is made here."""
         return stats_at(self.frozen, jax.lax.stop_gradient(z), frozen(solver), steps, self.batch_ndim)
 
+    def with_carried(self, carried: PyTree) -> "Problem":
+        """The equation in the floats alone: f is given these carried leaves at each evaluation, as constants."""
+        if not jax.tree.leaves(carried):
+            return self
+        f = lambda z, inputs, other: holding(self.f, other[1])(z, inputs, other[0])
+        return Problem(Bound(f, axes=self.axes), self.inputs, (self.other, carried), self.batch_ndim)
+
     @property
     def frozen(self) -> Callable[[PyTree], PyTree]:
         """f of z alone, with no derivative in the inputs."""
@@ -60,7 +67,7 @@ jax.tree_util.register_dataclass(Problem, data_fields=["inputs", "other"], meta_
 class ForwardResult(NamedTuple):
     """What the forward solve leaves for the backward pass, as far as the adjoint keeps it (see `Defaults.keep`)."""
 
-    z: PyTree  # the equilibrium
+    z: PyTree  # the equilibrium: the floats alone, where z0 has carried leaves
     stats: Stats | None  # None where another solver found z
     memory: Any  # of the solver; None where another solver found z
     solver: Any  # the solver of the call; `keep` may put another one here
@@ -121,7 +128,10 @@ class EquilibriumAdjoint(Protocol):
 
 @runtime_checkable
 class IterationAdjoint(Protocol):
-    """An adjoint through the iterations: `run` solves the problem in a way that JAX can differentiate."""
+    """An adjoint through the iterations: `run` solves the problem in a way that JAX can differentiate.
+
+    z0, and the z that it returns, have the carried leaves too.
+    """
 
     def run(self, problem: Problem, z0: PyTree, solver: Solver) -> tuple[PyTree, Stats]: ...
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from deq_jax._checks import check_number
 from deq_jax._config import Number, cast_options, config
 from deq_jax._reverse_only import first_order_only, reverse_mode_only
-from deq_jax._states import Layout, add, choose, conj, frozen, wide_dtype, zeros_like
+from deq_jax._states import Layout, add, check_no_carried, choose, conj, frozen, wide_dtype, zeros_like
 from deq_jax._vectors import Vec, divided, scaled, zero_of
 from deq_jax.adjoints.protocol import Problem
 from deq_jax.solvers import Picard, Solver, Stats, Status
@@ -42,7 +42,7 @@ class Reversible:
 
     Walking back multiplies rounding errors by 1/(1 − damping) a step, so the sequences are kept in float64 where
     JAX has x64 enabled, whatever dtype f computes in. Without x64 a long budget raises a warning: at damping 0.5
-    float32 can walk back about ten steps (`max_steps=21`).
+    float32 can walk back about ten steps (`max_steps=21`). Carried leaves of z0 are refused.
 
     >>> import jax, jax.numpy as jnp, deq_jax as deq
     >>> def root(a, adjoint):
@@ -63,7 +63,8 @@ class Reversible:
         check_number(self, "damping", above=0, below=1, why=why)
 
     def check(self, z0: PyTree, solver: Solver) -> None:
-        """Warn if rounding would spoil the way back."""
+        """Refuse carried leaves, and warn if rounding would spoil the way back."""
+        check_no_carried(z0, "z0", "Reversible cannot walk back what f returns for it: use Implicit() or Unroll()")
         if not (isinstance(self.damping, int | float) and isinstance(solver.max_steps, int)):
             return  # traced
         eps = float(jnp.finfo(_working_dtype(z0)).eps)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from deq_jax._checks import check_number
 from deq_jax._config import cast_options, config
-from deq_jax._states import Layout, choose
+from deq_jax._states import Layout, choose, join, split
 from deq_jax._vectors import Vec, zero_of
 from deq_jax.adjoints.protocol import Problem
 from deq_jax.solvers import Solver, Stats
@@ -36,7 +36,8 @@ class Unroll:
     For a solver that may take a step back (`Broyden` with its line search, `NewtonKrylov`, `Robust`) the value is the
     best iterate it has seen. Which steps it took, and how far a trust region let them go, are constants. `Stats.steps`
     counts the one extra evaluation that measures the value (XLA drops it where the stats are not used). The derivative
-    reaches z0 too, in forward and in reverse mode.
+    reaches z0 too, in forward and in reverse mode. Carried leaves are those after the iterations: the extra evaluation
+    does not advance them.
 
     Memory of the backward pass for L iterations, in linearizations of f: L with `checkpoint=None`; with
     `checkpoint=k`, L/k states and k linearizations, for one more forward pass. So 1 keeps every state and one
@@ -74,31 +75,35 @@ class Unroll:
         else:
             body = iterate
         end = self._scanned(body, start, solver.max_steps)
-        z = layout.unpack(end.best if member(solver, "recovers") else end.z)
-        return z, problem.stats_at(z, solver, end.steps)
+        z, given = (end.best, end.best_carried) if member(solver, "recovers") else (end.z, end.carried)
+        z = layout.unpack(z)
+        return join(z, end.returned), problem.stats_at(join(z, given), solver, end.steps)
 
     def _iteration(self, problem, layout, solver, z0) -> "tuple[Callable[[Iterate], Iterate], Iterate]":
         """The map from iterate to iterate, and the first one."""
-        z0 = layout.pack(z0)
+        z0, carried = layout.pack(z0), split(z0)[1]
         state, frozen_z0 = solver.init(z0), jax.lax.stop_gradient(z0)
         accelerated, recovers = bool(jax.tree.leaves(state)), member(solver, "recovers")
         if accelerated:  # without memory, rarer tests change no iterate
             check_sees_all(solver, "Unroll")
 
         def iterate(carry: Iterate) -> Iterate:
-            z, running = carry.z, carry.running
-            g = layout.pack(problem(layout.unpack(z))) - z
-            carry = carry._replace(steps=carry.steps + running.astype(jnp.int32))
+            z, given, running = carry.z, carry.carried, carry.running
+            fz_tree = problem(join(layout.unpack(z), given))
+            g = layout.pack(fz_tree) - z
+            returned = choose(running, split(fz_tree)[1], carry.returned)
+            carry = carry._replace(steps=carry.steps + running.astype(jnp.int32), carried=returned, returned=returned)
             frozen_g, fz = jax.lax.stop_gradient((g, g + z))
             norms = Norms(layout.norms(frozen_g), layout.norms(fz))  # XLA drops what nothing below reads
             residual = whole(norms.residuals, layout)
             if recovers:
                 better = running & (residual < carry.least)
                 best, least = choose(better, (z, residual), (carry.best, carry.least))
-                carry = carry._replace(best=best, least=least)
+                best_carried = choose(better, given, carry.best_carried)
+                carry = carry._replace(best=best, least=least, best_carried=best_carried)
             if self.stop:
                 running = running & ~_has_ended(norms, layout.norms(fz - frozen_z0), solver, layout)
-                carry = carry._replace(running=running)
+                carry = carry._replace(running=running, carried=choose(running, returned, given))
             elif not accelerated:
                 return carry._replace(z=layout.round(z + solver.update(g, carry.state, z)[0]))
             eps = float(jnp.finfo(z.dtype).eps)
@@ -108,7 +113,8 @@ class Unroll:
             return carry._replace(z=new_z, state=state)
 
         zero = zero_of(frozen_z0)
-        return iterate, Iterate(z0, state, zero == 0, zero.astype(jnp.int32), z0, zero + jnp.inf)
+        start = Iterate(z0, state, zero == 0, zero.astype(jnp.int32), z0, zero + jnp.inf, carried, carried, carried)
+        return iterate, start
 
     def _scanned(self, body: Callable, carry: "Iterate", length: int) -> "Iterate":
         """The carry after `length` iterations, with a checkpoint after each segment of them."""
@@ -131,6 +137,9 @@ class Iterate(NamedTuple):
     steps: Int[Array, "*batch"]
     best: Vec  # with `least`, of a solver whose steps may be trials
     least: Float[Array, "*batch"]
+    carried: PyTree  # carried leaves, as in the loop's own `Carry`: what f is given beside z,
+    best_carried: PyTree  # what it was given beside the best z,
+    returned: PyTree  # and what it returned last
 
 
 def _step(solver: Solver, layout: Layout, carry: Iterate, g: Vec, held: Bool[Array, "*batch"]) -> tuple[Vec, Any]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from deq_jax._arrays import half_power
 from deq_jax._checks import check_flat
 from deq_jax._config import cast_options, with_options
-from deq_jax._states import Layout, choose, wide_dtype
+from deq_jax._states import Layout, choose, join, split, wide_dtype
 from deq_jax._trace import axes_of
 from deq_jax._vectors import Vec, scaled, shape_of, zero_of
 from deq_jax.solvers.protocol import Evaluation, Fold, Solver, SolveResult, Stats, Status, member
@@ -48,6 +48,10 @@ class Carry(NamedTuple):
     solver: Any
     folded: Any
     evaluation: Int[Array, ""]
+    # The leaves of z that are carried (see `split`), of which there may be none:
+    carried: PyTree  # what f is given next, beside z
+    best_carried: PyTree  # what f was given beside the best z
+    returned: PyTree  # what f returned last, before the problem stopped
 
 
 def run_loop(
@@ -56,10 +60,10 @@ def run_loop(
     """Iterate `solver` on f(z) = z from z0 until each problem has stopped.
 
     A solver works on one vector a problem, float32 or wider, so that inner products run over the whole state; f sees
-    the state in its own structure and dtypes. The loop is native to the batch: a problem that has stopped is frozen at
-    its best iterate, and the loop ends with the last one. `memory` is that of an earlier solve with the same solver and
-    shapes. If f communicates along named axes (`f.axes`, see `_trace.Bound`), the problems along them are one coupled
-    problem, and stop together.
+    the state in its own structure and dtypes, with its carried leaves. The loop is native to the batch: a problem that
+    has stopped is frozen at its best iterate, and the loop ends with the last one. `memory` is that of an earlier solve
+    with the same solver and shapes. If f communicates along named axes (`f.axes`, see `_trace.Bound`), the problems
+    along them are one coupled problem, and stop together.
     """
     solver = cast_options(solver, wide_dtype(z0))
     body = make_body(f, z0, solver, batch_ndim, fold)
@@ -79,6 +83,7 @@ def init_carry(z0: PyTree, solver: Solver, batch_ndim: int, memory: Any = None, 
     # Where z0 is a constant, XLA would fold its norm when it compiles: 10 s for zeros of 4096 × 1024.
     start = layout.norms(jax.lax.optimization_barrier(z))
     status = jnp.where(jnp.asarray(solver.max_steps) > 0, RUNNING, Status.MAX_STEPS).astype(jnp.int32) + count
+    carried = split(z0)[1]
     return Carry(
         z=z,
         best=z,
@@ -91,6 +96,9 @@ def init_carry(z0: PyTree, solver: Solver, batch_ndim: int, memory: Any = None, 
         solver=solver.init(z) if memory is None else member(solver, "resume")(memory),
         folded=None if fold is None else fold.init(z0, batch_ndim),
         evaluation=jnp.zeros((), jnp.int32),
+        carried=carried,
+        best_carried=carried,
+        returned=carried,
     )
 
 
@@ -123,7 +131,8 @@ def finalize(end: Carry, layout: Layout) -> SolveResult:
     """The result of a loop, with values in the structure of z0."""
     relative = relative_residual(end.best_norms, layout)
     stats = Stats(end.steps, whole(end.best_norms.residuals, layout), relative, end.status)
-    return SolveResult(layout.unpack(end.best), stats, end.solver, end.folded)
+    value = join(layout.unpack(end.best), end.returned)
+    return SolveResult(value, stats, end.solver, end.folded, end.best_carried)
 
 
 # ---- one evaluation ----------------------------------------------------------------------------------------
@@ -134,16 +143,20 @@ def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | No
     judged = make_verdict(layout, solver, axes_of(f))
 
     def evaluate(carry: Carry) -> Carry:
-        z_tree = layout.unpack(carry.z)
+        z_tree = join(layout.unpack(carry.z), carry.carried)
         with jax.named_scope("f"):
             fz_tree = f(z_tree)
         fz = layout.pack(fz_tree)
         norms = norms_at(carry.z, fz, layout)
-        after = judged(carry, norms)
+        after = judged(carry, norms, split(fz_tree)[1])
         with jax.named_scope(type(solver).__name__):
             z, state = advance(solver, carry.solver, fz - carry.z, carry.z, after.first_scale)
+        # A problem that has stopped is given its best z again, with what it was given there.
+        then, stay = (layout.round(z), after.returned), (after.best, after.best_carried)
+        z, carried = choose(after.status == RUNNING, then, stay)
         return after._replace(
-            z=choose(after.status == RUNNING, layout.round(z), after.best),
+            z=z,
+            carried=carried,
             solver=state,
             folded=None if fold is None else fold.update(carry.folded, shown(carry, z_tree, fz_tree, norms, layout)),
             evaluation=carry.evaluation + 1,
@@ -152,12 +165,12 @@ def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | No
     return evaluate
 
 
-def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry, Norms], Carry]:
-    """The function that brings the carry up to date with the norms at the z that was evaluated, except its z."""
+def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry, Norms, PyTree], Carry]:
+    """The function that brings the carry up to date with the evaluation of f at its z, except what f is given next."""
     patience, recovers = max(STALE_EVALUATIONS, member(solver, "patience")), member(solver, "recovers")
     coupled = coupling(axes)
 
-    def judged(carry: Carry, norms: Norms) -> Carry:
+    def judged(carry: Carry, norms: Norms, returned: PyTree) -> Carry:
         running, first = carry.status == RUNNING, carry.steps == 0
         residual, scale = (whole(x, layout) for x in norms)
         steps = carry.steps + running.astype(jnp.int32)
@@ -184,6 +197,8 @@ def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry
         pick = lambda new, old: jnp.where(by_leaf(better, layout), new, old)
         return carry._replace(
             best=choose(better, carry.z, carry.best),
+            best_carried=choose(better, carry.carried, carry.best_carried),
+            returned=choose(running, returned, carry.returned),
             best_norms=Norms(*map(pick, norms, carry.best_norms)),
             first_scale=first_scale,
             growth=growth,
@@ -232,13 +247,15 @@ def make_plain_steps(f: Callable, layout: Layout, solver: Solver) -> Callable[[C
         left = jnp.min(jnp.asarray(solver.max_steps, jnp.int32)) - carry.evaluation
         count = jnp.where(carry.evaluation == 0, 0, jnp.clip(left, 1, every) - 1)
 
-        def move(_, z):
-            step = scaled(damping, layout.pack(f(layout.unpack(z))) - z)
-            return choose(running, layout.round(z + step), z)
+        def move(_, old):
+            z, carried = old
+            fz = f(join(layout.unpack(z), carried))
+            step = scaled(damping, layout.pack(fz) - z)
+            return choose(running, (layout.round(z + step), split(fz)[1]), old)
 
-        z = jax.lax.fori_loop(0, count, move, carry.z)
+        z, carried = jax.lax.fori_loop(0, count, move, (carry.z, carry.carried))
         steps = carry.steps + count * running.astype(jnp.int32)
-        return carry._replace(z=z, steps=steps, evaluation=carry.evaluation + count)
+        return carry._replace(z=z, carried=carried, steps=steps, evaluation=carry.evaluation + count)
 
     return untested
 

@@ -59,6 +59,7 @@ class SolveResult(NamedTuple, Generic[Z]):
     stats: Stats
     memory: Any  # the solver's state after its last update: a start for the solve of a similar problem
     folded: Any  # the fold's result, or None
+    given: Any  # the carried leaves with which f was evaluated at the value; None in place of all others
 
 
 @runtime_checkable
@@ -153,7 +154,8 @@ def check_sees_all(solver: Solver, who: str) -> None:
 class Evaluation(NamedTuple):
     """One evaluation of f as a `Fold` sees it. With `test_every` above 1, only those that are tested are shown.
 
-    A problem that has stopped shows its best iterate again.
+    A problem that has stopped shows its best iterate again. z and fz have the carried leaves of z0 too: what f was
+    given, and what it returned.
     """
 
     step: Int[Array, ""]  # 0 at z0, and one more at each evaluation

@@ -57,5 +57,6 @@ def _gather_options(solver: Solver, who: Int[Array, "left"], count: int) -> Solv
 def _scatter(carry: Carry, part: Carry, who: Int[Array, "left"]) -> Carry:
     """The carry with the results of some of its problems. Their memory is not copied back: nothing reads it."""
     put = lambda whole, part: whole.at[who].set(part)
-    results = {name: getattr(carry, name) for name in ("best", "best_norms", "steps", "status")}
-    return carry._replace(**jax.tree.map(put, results, {name: getattr(part, name) for name in results}))
+    names = "best", "best_norms", "steps", "status", "best_carried", "returned"
+    results = {name: getattr(carry, name) for name in names}
+    return carry._replace(**jax.tree.map(put, results, {name: getattr(part, name) for name in names}))
