@@ -7,9 +7,10 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from deq_jax._checks import check_arguments, check_found, check_memory, check_start
+from deq_jax._checks import check_arguments, check_start
 from deq_jax._hoisting import hoist_cell, hoist_fold, in_types_of, with_fold
 from deq_jax._programs import run_compiled
+from deq_jax._returned import check_found, check_memory
 from deq_jax._states import join, split
 from deq_jax._trace import Bound, flag
 from deq_jax.adjoints import Adjoint, ForwardResult, Implicit, IterationAdjoint, Probe, Problem

@@ -76,8 +76,8 @@ MUTANTS = [
     Mutant(
         "plain steps that forget the damping",
         LOOP,
-        "scaled(damping, layout.pack(f(layout.unpack(z))) - z)",
-        "layout.pack(f(layout.unpack(z))) - z",
+        "scaled(damping, layout.pack(fz) - z)",
+        "layout.pack(fz) - z",
         "test_solvers.py -k steps_plainly_between",
     ),
     Mutant(
@@ -132,7 +132,7 @@ MUTANTS = [
     Mutant(
         "Anderson without acceleration",
         "solvers/anderson.py",
-        'step = scaled(self.damping, g) - combine(gamma, state.dw)',
+        "step = scaled(self.damping, g) - combine(gamma, state.dw)",
         "step = scaled(self.damping, g)",
         "test_solvers.py -k acceleration_is_really_happening",
     ),
@@ -174,8 +174,8 @@ MUTANTS = [
     Mutant(
         "a problem that stopped moves on",
         LOOP,
-        "z=choose(after.status == RUNNING, layout.round(z), after.best)",
-        "z=layout.round(z)",
+        "z, carried = choose(after.status == RUNNING, then, stay)",
+        "z, carried = then",
         "test_solvers.py -k memory_of_a_problem_that_stopped",
     ),
     Mutant(
@@ -265,8 +265,8 @@ MUTANTS = [
     Mutant(
         "Unroll returns a trial of the solver's",
         "adjoints/unroll.py",
-        'layout.unpack(end.best if member(solver, "recovers") else end.z)',
-        "layout.unpack(end.z)",
+        '(end.best, end.best_carried) if member(solver, "recovers") else (end.z, end.carried)',
+        "(end.z, end.carried)",
         "test_adjoint_family.py -k unroll_returns_the_best",
     ),
     Mutant(

@@ -5,8 +5,9 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from deq_jax._checks import check_memory, check_number
+from deq_jax._checks import check_number
 from deq_jax._config import config
+from deq_jax._returned import check_memory
 from deq_jax._reverse_only import first_order_only
 from deq_jax._states import conj
 from deq_jax._trace import Bound
