@@ -54,6 +54,28 @@ def leading_power(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.clip(power, 2.0 ** (info.minexp + 2), 2.0 ** (info.maxexp - 3))
 
 
+def squares_in_range(x: Float[Array, "*#shape"]) -> tuple[Array, Array, Array]:
+    """The squares of x, of x times a large power of two, and times a small one: for each size of x, one in range."""
+    _, _, up, down = _range_of_squares(x.dtype)
+    return x**2, (x * up) ** 2, (x * down) ** 2
+
+
+def root_of_sums(
+    plain: Float[Array, "*shape"], ups: Float[Array, "*shape"], downs: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """‖x‖ from the sums of the three squares above: its bits are those of the sum that is in range."""
+    low, high, up, down = _range_of_squares(plain.dtype)
+    small, large = plain < low, ~(plain <= high)
+    root = safe_sqrt(jnp.where(small, ups, jnp.where(large, downs, plain)))
+    return root * jnp.where(small, 1 / up, jnp.where(large, 1 / down, 1))
+
+
+def _range_of_squares(dtype: Any) -> tuple[float, float, float, float]:
+    """(low, high, up, down): between low and high a sum of squares has lost nothing; up and down bring others there."""
+    middle = jnp.finfo(dtype).maxexp // 4 * 2
+    return 2.0 ** -(middle + 16), 2.0 ** (middle + 36), 2.0 ** (middle + 26), 2.0 ** -(middle + 12)
+
+
 def half_power(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """A power of two near √x; 1 where x is zero or not finite.
 
@@ -82,6 +104,11 @@ def per_problem(option: Any) -> Any:
     return jnp.asarray(option)[..., None] if jnp.ndim(option) else option
 
 
+def per_entry(scale: Any, part: Array) -> Any:
+    """A number, or one a problem (or one a row), in a shape that multiplies the part."""
+    return jax.lax.expand_dims(scale, range(jnp.ndim(scale), part.ndim)) if jnp.ndim(scale) else scale
+
+
 def aligned(x: Array, like: Array) -> Array:
     """x with as many leading axes of size one as make its rank that of `like`."""
     return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
@@ -91,3 +118,13 @@ def one_hot(index: Any, size: int, like: Float[Array, "*batch rows"]) -> Float[A
     """1 at one index of a last axis of this size and 0 elsewhere, with the rank and dtype of `like`."""
     here = jnp.asarray(index, jnp.int32)[..., None]
     return (aligned(jnp.arange(size, dtype=jnp.int32), like) == aligned(here, like)).astype(like.dtype)
+
+
+def may_be_sharded(x: Any) -> bool:
+    """Whether a mesh with axes that are not Manual is in the type of x, or in the context.
+
+    (Auto axes leave no trace in a type of how the array is sharded.)
+    """
+    meshes = jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()
+    manual = jax.sharding.AxisType.Manual
+    return any(not mesh.empty and any(kind != manual for kind in mesh.axis_types) for mesh in meshes)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from deq_jax._arrays import zeros_from
-from deq_jax._vectors import Vec, Vector, may_be_sharded, norm
+from deq_jax._arrays import may_be_sharded, zeros_from
+from deq_jax._vectors import Vec, Vector, norm
 
 FEW_LEAVES = 16  # above, a state is laid out in one array
 

@@ -14,7 +14,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._arrays import einsum, leading_power, per_problem, safe_sqrt, zeros_from
+from deq_jax._arrays import (
+    einsum,
+    leading_power,
+    may_be_sharded,
+    per_entry,
+    per_problem,
+    reciprocal,
+    root_of_sums,
+    safe_sqrt,
+    squares_in_range,
+    zeros_from,
+)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -52,9 +63,6 @@ class Vector:
     def __sub__(self, other: "Vector") -> "Vector":
         return each(jnp.subtract, self, other)
 
-    def __neg__(self) -> "Vector":
-        return each(jnp.negative, self)
-
 
 if TYPE_CHECKING:  # a checker of types cannot know that two operands are of one kind
     Vec: TypeAlias = Any
@@ -81,11 +89,6 @@ def reduced(merge: Callable, operation: Callable, x: Any, *others: Any) -> Array
 def own_axes(x: Any, part: Array, rows: int = 0) -> Any:
     """The axes of a part that are neither the batch's nor the rows'."""
     return tuple(range(x.batch_ndim + rows, part.ndim)) if isinstance(x, Vector) else -1
-
-
-def per_entry(scale: Any, part: Array) -> Any:
-    """A number, or one a problem (or one a row), in a shape that multiplies the part."""
-    return jax.lax.expand_dims(scale, range(jnp.ndim(scale), part.ndim)) if jnp.ndim(scale) else scale
 
 
 # ---- vectors -----------------------------------------------------------------------------------------------
@@ -119,13 +122,8 @@ def divided(x: Vec, scale: Float[Array, "*batch"]) -> Vec:
 
 def dot(x: Vec, y: Vec) -> Float[Array, "*batch"]:
     """⟨x, y⟩."""
-
-    def of_parts(a, b):
-        if _has_one_axis(x, a):
-            return einsum("...d,...d->...", a, b)
-        return jnp.sum(a * b, axis=own_axes(x, a))
-
-    return reduced(jnp.add, of_parts, x, y)
+    product = lambda a, b: einsum("...d,...d->...", a, b) if _has_one_axis(x, a) else jnp.sum(a * b, own_axes(x, a))
+    return reduced(jnp.add, product, x, y)
 
 
 def norm(x: Vec) -> Float[Array, "*batch"]:
@@ -134,9 +132,25 @@ def norm(x: Vec) -> Float[Array, "*batch"]:
     x is scaled by a power of two, which changes no bit where no scaling was needed. The scaling is unconditional,
     because a branch would add a collective to each step of a sharded solve.
     """
+    if isinstance(x, Vector) and not all(_has_one_axis(x, part) for part in x.parts):
+        return _norm_in_one_pass(x)
     scale = leading_power(largest(x))
     unit = each(lambda part: part * per_entry(1 / scale, part), x)
     return scale * safe_sqrt(dot(unit, unit))
+
+
+@jax.custom_jvp
+def _norm_in_one_pass(x: Vector) -> Float[Array, "*batch"]:
+    """‖x‖₂ of a vector over several devices: they agree on one sum, instead of on a maximum and then on a sum."""
+    of_parts = [[jnp.sum(y, axis=own_axes(x, y)) for y in squares_in_range(part)] for part in x.parts]
+    return root_of_sums(*map(sum, zip(*of_parts, strict=True)))
+
+
+@_norm_in_one_pass.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    length = _norm_in_one_pass(x)
+    return length, dot(scaled(reciprocal(length), x), dx)  # d‖x‖ = ⟨x, dx⟩ / ‖x‖
 
 
 def largest(x: Vec) -> Float[Array, "*batch"]:
@@ -283,13 +297,3 @@ def _has_one_axis(x: Any, part: Array, rows: int = 0) -> bool:
     One over axes that are sharded has to be told how its result is, and a sum of products has not.
     """
     return not isinstance(x, Vector) or (part.ndim == x.batch_ndim + rows + 1 and not may_be_sharded(part))
-
-
-def may_be_sharded(x: Any) -> bool:
-    """Whether a mesh with axes that are not Manual is in the type of x, or in the context.
-
-    (Auto axes leave no trace in a type of how the array is sharded.)
-    """
-    meshes = jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()
-    manual = jax.sharding.AxisType.Manual
-    return any(not mesh.empty and any(kind != manual for kind in mesh.axis_types) for mesh in meshes)

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import deq_jax as deq
+from deq_jax._vectors import Vector, norm
 from experiments import programs
 
 pytestmark = [pytest.mark.usefixtures("x64", "quick_compile")]
@@ -186,6 +187,35 @@ def test_nothing_of_a_state_is_gathered(name, spec, kind):
     every = outside + [found for loop in in_loops for found in loop]
     assert len(in_loops) >= 2 and every
     assert {what for what, _ in every} == {"all-reduce"}
+
+
+@pytest.mark.full_compile
+@pytest.mark.parametrize("x, specs", [(ONE, FEATURES), (SEVERAL, SPECS)], ids=["one leaf", "three leaves"])
+@pytest.mark.parametrize("name, rounds", [("picard", 1), ("anderson", 3)])
+def test_how_often_the_devices_wait_for_each_other(name, rounds, x, specs):
+    # Of each step: whether all problems have stopped, and so many rounds of sums, the small products of a problem.
+    _, in_loops = collectives_of(solve_and_pull(SOLVERS[name]), put("Auto", x, specs))
+    assert len(in_loops) == 2  # forward and backward
+    for loop in in_loops:
+        assert len(loop) <= 1 + rounds, loop
+        assert max(size for _, size in loop) <= 3 * 4 * 5 * 8 * 2  # leaves × problems × history + 1, in float64, twice
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_norm_in_one_pass_is_that_in_two(dtype):
+    x = jnp.asarray(numbers(3, 8, 8), dtype)
+    one_pass = jax.jit(lambda x: norm(Vector((x,), 1)))  # a part with two axes of its own
+    two_passes = jax.jit(lambda x: norm(Vector((x.reshape(3, 64),), 1)))
+    tiny, huge = (-126, 126) if dtype == jnp.float32 else (-1022, 1022)
+    for exponent in (tiny + 30, tiny // 2, -10, 0, 10, huge // 2, huge - 8):
+        y = x * jnp.asarray(2.0**exponent, dtype)
+        np.testing.assert_allclose(one_pass(y), two_passes(y), rtol=4 * float(jnp.finfo(dtype).eps))
+    y = x.at[0].set(0).at[1, 0, 0].set(jnp.inf).at[2, 0, 0].set(jnp.nan)
+    np.testing.assert_array_equal(one_pass(y), [0, jnp.inf, jnp.nan])
+    gradient = lambda norm: jax.grad(lambda x: jnp.sum(norm(x)))(x)
+    np.testing.assert_allclose(gradient(one_pass), gradient(two_passes), rtol=1e-5)
+    zero = jnp.zeros((3, 8, 8), dtype)
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(one_pass(x)))(zero), zero)
 
 
 @pytest.mark.full_compile
