@@ -143,7 +143,7 @@ def norm(x: Vec) -> Float[Array, "*batch"]:
 def _norm_in_one_pass(x: Vector) -> Float[Array, "*batch"]:
     """‖x‖₂ of a vector over several devices: they agree on one sum, instead of on a maximum and then on a sum."""
     of_parts = [[jnp.sum(y, axis=own_axes(x, y)) for y in squares_in_range(part)] for part in x.parts]
-    return root_of_sums(*map(sum, zip(*of_parts, strict=True)))
+    return root_of_sums(*(functools.reduce(jnp.add, sums) for sums in zip(*of_parts, strict=True)))
 
 
 @_norm_in_one_pass.defjvp
