@@ -81,7 +81,7 @@ def spectral_normalize(
     >>> round(float(jnp.linalg.norm(w, 2)), 2)
     0.9
     """
-    wide = wide_dtype(weight)
+    wide, times = wide_dtype(weight), functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     W = weight.reshape(-1, weight.shape[-1]).astype(wide)
     W = W if W.shape[0] >= W.shape[1] else W.T  # so that WᵀW acts on the shorter side
     frozen = jax.lax.stop_gradient(W)
@@ -89,11 +89,11 @@ def spectral_normalize(
     frozen = ratio(frozen, top[None, None])
     # Lanczos for WᵀW: after k products from a random start, σ is known to about (log n / 2k)² of itself.
     v = _unit(zeros_from(frozen[0]) + jax.random.normal(jax.random.key(0), frozen[0].shape, wide))[0]
-    basis, H, _ = _arnoldi(lambda v: (frozen @ v) @ frozen, v, min(40, *W.shape))
+    basis, H, _ = _arnoldi(lambda v: times(times(frozen, v), frozen), v, min(40, *W.shape))
     y = jnp.linalg.eigh((H + H.mT) / 2)[1][:, -1]
-    v = _unit(y @ basis)[0]
+    v = _unit(times(y, basis))[0]
     # At the leading right singular vector, σ = ‖W v‖ and dσ = uᵀ dW v, so v has no part in the derivative.
-    scaled = ratio(W, top[None, None]) @ v
+    scaled = times(ratio(W, top[None, None]), v)
     square = jnp.sum(scaled**2)
     sigma = top * jnp.sqrt(jnp.where(square > 0, square, 1))
     factor = target / jnp.where(sigma > 0, sigma, 1)  # not 0 for a zero weight: its gradient must not vanish

@@ -984,3 +984,14 @@ def test_a_problem_that_met_nan_remembers_only_finite_pairs(x64, Solver):
     assert solved.stats.status[0] == (Status.MAX_STEPS if steps_back else Status.NONFINITE)
     for leaf in jax.tree.leaves(solved.memory):
         assert jnp.all(jnp.isfinite(leaf))
+
+
+@each_solver
+def test_every_product_is_in_full_precision(Solver):
+    # On a GPU the default is TF32, on a TPU bfloat16. Here f has no product of its own.
+    f = lambda z: jax.tree.map(lambda z: 0.5 * jnp.cos(z), z)
+    for z0 in (jnp.ones((2, 6)), {"a": jnp.ones((2, 6)), "b": jnp.ones((2, 3))}):
+        solve = jax.jit(lambda z0: deq.solve(f, z0, solver=Solver(), batch_ndim=1)[:2])
+        products = [line for line in solve.lower(z0).as_text().splitlines() if "dot_general" in line]
+        assert products
+        assert all("precision = [HIGHEST, HIGHEST]" in line for line in products), products
