@@ -69,7 +69,7 @@ if TYPE_CHECKING:  # a checker of types cannot know that two operands are of one
     Rows: TypeAlias = Any
 else:
     Vec = Float[Array, "*batch dim"] | Vector
-    Rows = Float[Array, "*batch rows dim"] | Vector
+    Rows = Float[Array, "*batch _ dim"] | Vector
 
 
 def each(operation: Callable, x: Any, *others: Any) -> Any:
@@ -115,8 +115,8 @@ def scaled(scale: Any, x: Vec) -> Vec:
     return each(lambda part: per_entry(scale, part) * part, x)
 
 
-def divided(x: Vec, scale: Float[Array, "*batch"]) -> Vec:
-    """x over one number a problem."""
+def divided(x: Vec, scale: Any) -> Vec:
+    """x over a number, or over one number a problem."""
     return each(lambda part: part / per_entry(scale, part), x)
 
 
@@ -276,7 +276,7 @@ def combine_rows(weights: Float[Array, "*batch new rows"], rows: Rows) -> Rows:
     return each(of_part, rows)
 
 
-def outer(weights: Float[Array, "*batch rows"], x: Vec) -> Rows:
+def outer(weights: Float[Array, "*#batch rows"], x: Vec) -> Rows:
     """Rows weightsᵢ x."""
 
     def of_part(part):

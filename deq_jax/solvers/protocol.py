@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from deq_jax._checks import check_number, check_stopping
 from deq_jax._config import Budget, Number
+from deq_jax._vectors import Vec
 
 T = TypeVar("T")
 Z = TypeVar("Z")
@@ -118,7 +119,7 @@ class Defaults:
         return False
 
     @staticmethod
-    def next_point(state: Any, z: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+    def next_point(state: Any, z: Vec) -> Vec:
         """The exact next iterate, for a solver that loses precision in z + step, which is given as `z`."""
         return z
 
