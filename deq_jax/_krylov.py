@@ -14,7 +14,7 @@ Powell's dogleg leads from 0 along the steepest descent to the Cauchy point c, a
     (4)  ‖c + t (n − c)‖ = r  where it leaves the trust region of radius r
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,10 +109,11 @@ def new_column(product: Vec, basis: Rows, after: Array) -> Column:
 
 def orthogonalize(w: Vec, basis: Rows) -> tuple[Vec, Float[Array, "*batch rows"]]:
     """(what is left of w, its coefficients) over orthonormal rows. Gram–Schmidt; twice is enough (Kahan)."""
-    along = products(basis, w)
-    w, coefficients = w - combine(along, basis), zeros_from(along) + along
-    along = products(basis, w)
-    return w - combine(along, basis), coefficients + along
+    coefficients: Any = 0
+    for _ in range(2):
+        along = products(basis, w)
+        w, coefficients = w - combine(along, basis), coefficients + along
+    return w, coefficients
 
 
 def rotate(rotation: Array, column: Array, at_k: Array, after: Array) -> tuple[Array, Array]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from deq_jax._arrays import may_be_sharded, zeros_from
+from deq_jax._arrays import may_be_sharded, per_entry, zeros_from
 from deq_jax._vectors import Vec, Vector, norm
 
 FEW_LEAVES = 16  # above, a state is laid out in one array
@@ -40,7 +40,7 @@ class Layout:
         self.leaves, self.treedef = jax.tree.flatten(floats)
         self.batch_ndim = batch_ndim
         self.several = len(self.leaves) > 1
-        self.dtype = wide_dtype(example)
+        self.dtype = wide_dtype(floats)
         self.eps = eps_of(floats)
         self.keeps_shapes = not flat and any(map(may_be_sharded, self.leaves))
         self.flat = flat or not (self.keeps_shapes or 1 < len(self.leaves) <= FEW_LEAVES)
@@ -179,7 +179,7 @@ def choose(where: Bool[Array, "*batch"], a: PyTree, b: PyTree) -> PyTree:
     def pick(a, b):
         if b.ndim < where.ndim:
             return b
-        return jnp.where(where.reshape(where.shape + (1,) * (b.ndim - where.ndim)), a, b)
+        return jnp.where(per_entry(where, b), a, b)
 
     return jax.tree.map(pick, a, b)
 
@@ -207,8 +207,7 @@ def lerp(a: PyTree, b: PyTree, weight: Any) -> PyTree:
     """a + weight (b − a), with one weight for all problems or one for each."""
 
     def mix(a, b):
-        w = jnp.asarray(weight).astype(a.dtype)
-        return a + (jax.lax.expand_dims(w, range(w.ndim, a.ndim)) if w.ndim else w) * (b - a)
+        return a + per_entry(jnp.asarray(weight).astype(a.dtype), a) * (b - a)
 
     return jax.tree.map(mix, a, b)
 
@@ -228,8 +227,7 @@ def _with_scale(operation: Callable, leaf: Array, scale: Float[Array, "*batch"])
     if jnp.iscomplexobj(leaf):
         return jax.lax.complex(*(_with_scale(operation, part, scale) for part in (leaf.real, leaf.imag)))
     wide = wide_dtype((leaf, scale))
-    scale = jax.lax.expand_dims(scale.astype(wide), range(scale.ndim, leaf.ndim))
-    return operation(leaf.astype(wide), scale).astype(leaf.dtype)
+    return operation(leaf.astype(wide), per_entry(scale.astype(wide), leaf)).astype(leaf.dtype)
 
 
 def corner(tree: PyTree, batch_ndim: int) -> Array:

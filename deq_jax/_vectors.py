@@ -19,7 +19,6 @@ from deq_jax._arrays import (
     leading_power,
     may_be_sharded,
     per_entry,
-    per_problem,
     reciprocal,
     root_of_sums,
     safe_sqrt,
@@ -110,8 +109,6 @@ def zero_of(x: Vec) -> Float[Array, "*batch"]:
 
 def scaled(scale: Any, x: Vec) -> Vec:
     """x times a number, or times one number a problem."""
-    if not isinstance(x, Vector):
-        return per_problem(scale) * x
     return each(lambda part: per_entry(scale, part) * part, x)
 
 
