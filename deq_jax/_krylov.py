@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax._arrays import aligned, einsum, one_hot, ratio, safe_sqrt, zeros_from
+from deq_jax._rows import combine, first_rows, outer, products, repeated
 from deq_jax._states import choose, zeros_like
-from deq_jax._vectors import Rows, Vec, combine, first_rows, norm, outer, products, repeated, scaled, zero_of
+from deq_jax._vectors import Rows, Vec, norm, scaled, zero_of
 
 
 class Krylov(NamedTuple):

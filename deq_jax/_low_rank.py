@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from deq_jax._arrays import einsum, one_hot, reciprocal, zeros_from
-from deq_jax._vectors import Rows, combine_rows, gram, row_norms
+from deq_jax._rows import combine_rows, gram, row_norms
+from deq_jax._vectors import Rows
 
 
 def projected(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from deq_jax._arrays import (
     einsum,
@@ -119,7 +119,7 @@ def divided(x: Vec, scale: Any) -> Vec:
 
 def dot(x: Vec, y: Vec) -> Float[Array, "*batch"]:
     """⟨x, y⟩."""
-    product = lambda a, b: einsum("...d,...d->...", a, b) if _has_one_axis(x, a) else jnp.sum(a * b, own_axes(x, a))
+    product = lambda a, b: einsum("...d,...d->...", a, b) if has_one_axis(x, a) else jnp.sum(a * b, own_axes(x, a))
     return reduced(jnp.add, product, x, y)
 
 
@@ -129,17 +129,22 @@ def norm(x: Vec) -> Float[Array, "*batch"]:
     x is scaled by a power of two, which changes no bit where no scaling was needed. The scaling is unconditional,
     because a branch would add a collective to each step of a sharded solve.
     """
-    if isinstance(x, Vector) and not all(_has_one_axis(x, part) for part in x.parts):
+    if isinstance(x, Vector) and not all(has_one_axis(x, part) for part in x.parts):
         return _norm_in_one_pass(x)
+    return jax.lax.platform_dependent(x, cpu=_norm_in_two_passes, default=_norm_in_one_pass)
+
+
+def _norm_in_two_passes(x: Vec) -> Float[Array, "*batch"]:
     scale = leading_power(largest(x))
     unit = each(lambda part: part * per_entry(1 / scale, part), x)
     return scale * safe_sqrt(dot(unit, unit))
 
 
 @jax.custom_jvp
-def _norm_in_one_pass(x: Vector) -> Float[Array, "*batch"]:
-    """‖x‖₂ of a vector over several devices: they agree on one sum, instead of on a maximum and then on a sum."""
-    of_parts = [[jnp.sum(y, axis=own_axes(x, y)) for y in squares_in_range(part)] for part in x.parts]
+def _norm_in_one_pass(x: Vec) -> Float[Array, "*batch"]:
+    """‖x‖₂ from sums alone: one kernel, and one message between devices, where a maximum and then a sum take two."""
+    parts = x.parts if isinstance(x, Vector) else (x,)
+    of_parts = [[jnp.sum(y, axis=own_axes(x, y)) for y in squares_in_range(part)] for part in parts]
     return root_of_sums(*(functools.reduce(jnp.add, sums) for sums in zip(*of_parts, strict=True)))
 
 
@@ -166,129 +171,7 @@ def shape_of(x: Vec) -> tuple:
     return tuple(part.shape for part in x.parts) if isinstance(x, Vector) else jnp.shape(x)
 
 
-# ---- rows --------------------------------------------------------------------------------------------------
-
-
-def repeated(x: Vec, count: int) -> Rows:
-    """Rows that are all x."""
-    return each(lambda part: jnp.stack([part] * count, axis=_row_axis(x, part)), x)
-
-
-def appended(rows: Rows, x: Vec) -> Rows:
-    """The rows, and x as the last of them."""
-
-    def of_parts(part, new):
-        axis = _row_axis(x, new)
-        return jnp.concatenate([part, jnp.expand_dims(new, axis)], axis=axis)
-
-    return each(of_parts, rows, x)
-
-
-def first_rows(rows: Rows, count: int) -> Rows:
-    return each(lambda part: jax.lax.slice_in_dim(part, 0, count, axis=_row_axis(rows, part, 1)), rows)
-
-
-def with_more_rows(rows: Rows, count: int) -> Rows:
-    """The rows, and as many zero rows after them."""
-
-    def of_part(part):
-        room = [(0, 0)] * part.ndim
-        room[_row_axis(rows, part, 1)] = (0, count)
-        return jnp.pad(part, room)
-
-    return each(of_part, rows)
-
-
-def with_first_rows(rows: Rows, first: Rows) -> Rows:
-    """The rows, with the first of them replaced."""
-    replaced = lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, 0, axis=_row_axis(rows, a, 1))
-    return each(replaced, rows, first)
-
-
-def row(rows: Rows, index: Int[Array, ""]) -> Vec:
-    """The row at an index that all problems share."""
-    at = lambda part: jax.lax.dynamic_index_in_dim(part, index, axis=_row_axis(rows, part, 1), keepdims=False)
-    return each(at, rows)
-
-
-def write_row(rows: Rows, new: Vec, index: Int[Array, ""], where: Bool[Array, "*batch"]) -> Rows:
-    """The rows with `new` written at one index, in the problems of `where`. In a loop XLA writes it in place."""
-
-    def of_parts(part, new):
-        axis = _row_axis(rows, part, 1)
-        old = jax.lax.dynamic_index_in_dim(part, index, axis=axis, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(part, jnp.where(per_entry(where, new), new, old), index, axis=axis)
-
-    return each(of_parts, rows, new)
-
-
-def products(rows: Rows, x: Vec) -> Float[Array, "*batch rows"]:
-    """⟨rowᵢ, x⟩."""
-
-    def of_parts(part, x_part):
-        if _has_one_axis(x, x_part):
-            return einsum("...md,...d->...m", part, x_part)
-        return jnp.sum(part * jnp.expand_dims(x_part, x.batch_ndim), axis=own_axes(x, part, 1))
-
-    return reduced(jnp.add, of_parts, rows, x)
-
-
-def gram(rows: Rows) -> Float[Array, "*batch rows rows"]:
-    """⟨rowᵢ, rowⱼ⟩."""
-
-    def of_part(part):
-        if _has_one_axis(rows, part, 1):
-            return einsum("...id,...jd->...ij", part, part)
-        by_i, by_j = (jnp.expand_dims(part, rows.batch_ndim + k) for k in (1, 0))
-        return jnp.sum(by_i * by_j, axis=own_axes(rows, by_i, 2))
-
-    return reduced(jnp.add, of_part, rows)
-
-
-def row_norms(rows: Rows) -> Float[Array, "*batch rows"]:
-    """‖rowᵢ‖₂."""
-    return norm(Vector(rows.parts, rows.batch_ndim + 1) if isinstance(rows, Vector) else rows)
-
-
-def combine(weights: Float[Array, "*batch rows"], rows: Rows) -> Vec:
-    """Σ weightsᵢ rowᵢ."""
-
-    def of_part(part):
-        if _has_one_axis(rows, part, 1):
-            return einsum("...m,...md->...d", weights, part)
-        return jnp.sum(per_entry(weights, part) * part, axis=rows.batch_ndim)
-
-    return each(of_part, rows)
-
-
-def combine_rows(weights: Float[Array, "*batch new rows"], rows: Rows) -> Rows:
-    """Rows Σ weightsₖᵢ rowᵢ, one for each k."""
-
-    def of_part(part):
-        if _has_one_axis(rows, part, 1):
-            return einsum("...km,...md->...kd", weights, part)
-        part = jnp.expand_dims(part, rows.batch_ndim)
-        return jnp.sum(per_entry(weights, part) * part, axis=rows.batch_ndim + 1)
-
-    return each(of_part, rows)
-
-
-def outer(weights: Float[Array, "*#batch rows"], x: Vec) -> Rows:
-    """Rows weightsᵢ x."""
-
-    def of_part(part):
-        part = jnp.expand_dims(part, _row_axis(x, part))
-        return per_entry(weights, part) * part
-
-    return each(of_part, x)
-
-
-def _row_axis(x: Any, part: Array, rows: int = 0) -> int:
-    """The axis of rows in a part: of rows, or of a vector that is to become one."""
-    return x.batch_ndim if isinstance(x, Vector) else part.ndim - 1 - rows
-
-
-def _has_one_axis(x: Any, part: Array, rows: int = 0) -> bool:
+def has_one_axis(x: Any, part: Array, rows: int = 0) -> bool:
     """Whether a contraction of this part is one over its last axis, which is not sharded.
 
     One over axes that are sharded has to be told how its result is, and a sum of products has not.

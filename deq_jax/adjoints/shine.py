@@ -9,9 +9,9 @@ from deq_jax._checks import check_number
 from deq_jax._config import config
 from deq_jax._returned import check_memory
 from deq_jax._reverse_only import first_order_only
+from deq_jax._rows import with_more_rows
 from deq_jax._states import conj
 from deq_jax._trace import Bound
-from deq_jax._vectors import with_more_rows
 from deq_jax.adjoints.backward import backward_cell, solve_backward
 from deq_jax.adjoints.protocol import ForwardResult, Probe, Problem
 from deq_jax.solvers import Broyden, Solver, run_loop

@@ -22,8 +22,9 @@ from jaxtyping import Array, Bool, Float, Int
 from deq_jax._arrays import aligned, one_hot, per_problem, ratio, reciprocal, safe_sqrt, zeros_from
 from deq_jax._checks import check_number
 from deq_jax._config import Number, config
+from deq_jax._rows import combine, products, repeated, write_row
 from deq_jax._states import choose, zeros_like
-from deq_jax._vectors import Rows, Vec, combine, dot, norm, products, repeated, scaled, write_row, zero_of
+from deq_jax._vectors import Rows, Vec, dot, norm, scaled, zero_of
 from deq_jax.solvers.protocol import LoopOptions
 
 # After WINDOW·history evaluations in which the residual has not fallen below FALLEN times its mark, steps are plain

@@ -34,26 +34,9 @@ from deq_jax import _low_rank
 from deq_jax._arrays import at_most, einsum, one_hot, ratio, safe_sqrt
 from deq_jax._checks import check_number
 from deq_jax._config import Number, config
+from deq_jax._rows import appended, combine, first_rows, products, repeated, row, with_first_rows, write_row
 from deq_jax._states import choose, zeros_like
-from deq_jax._vectors import (
-    Rows,
-    Vec,
-    appended,
-    combine,
-    divided,
-    dot,
-    first_rows,
-    is_same,
-    norm,
-    products,
-    repeated,
-    row,
-    scaled,
-    size,
-    with_first_rows,
-    write_row,
-    zero_of,
-)
+from deq_jax._vectors import Rows, Vec, divided, dot, is_same, norm, scaled, size, zero_of
 from deq_jax.solvers.protocol import LoopOptions, check_sees_all
 
 GROWTH = 1.5  # a step that makes the residual grow by this factor is rejected
