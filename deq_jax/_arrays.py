@@ -121,10 +121,15 @@ def one_hot(index: Any, size: int, like: Float[Array, "*batch rows"]) -> Float[A
 
 
 def may_be_sharded(x: Any) -> bool:
-    """Whether a mesh with axes that are not Manual is in the type of x, or in the context.
+    """Whether a mesh in the type of x, or in the context, has axes over which x may be sharded.
 
-    (Auto axes leave no trace in a type of how the array is sharded.)
+    Manual axes are not among them. (Auto axes leave no trace in a type of how the array is sharded; of one device they
+    shard nothing, while Explicit ones remain in the type.)
     """
     meshes = jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()
-    manual = jax.sharding.AxisType.Manual
-    return any(not mesh.empty and any(kind != manual for kind in mesh.axis_types) for mesh in meshes)
+    axis = jax.sharding.AxisType
+    return any(
+        kind == axis.Explicit or (kind == axis.Auto and size > 1)
+        for mesh in meshes
+        for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    )
