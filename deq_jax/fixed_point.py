@@ -17,7 +17,7 @@ from deq_jax.adjoints import Adjoint, ForwardResult, Implicit, IterationAdjoint,
 from deq_jax.adjoints.equilibrium import at_equilibrium, solve_differentiably
 from deq_jax.adjoints.protocol import member
 from deq_jax.solvers import Anderson, Fold, Solver, SolveResult, Stats, run_loop
-from deq_jax.solvers.loop import vector_type
+from deq_jax.solvers.carry import vector_type
 from deq_jax.solvers.protocol import check_sees_all, plain_at_runtime
 
 Z = TypeVar("Z")

@@ -18,7 +18,7 @@ import tyro
 from jaxtyping import Array, Bool, Float, Int
 
 import deq_jax as deq
-from deq_jax.solvers import loop
+from deq_jax.solvers import carry, loop
 from experiments import lm, plots
 from experiments.benchmarks import jax_ops, referee
 from experiments.benchmarks.problems import PROBLEMS, TINY, Problem
@@ -253,7 +253,7 @@ def traffic(programs: Programs, solver: Any) -> dict[str, float]:
     return {
         "f": accessed(f, z),
         "update": accessed(solver.update, flat, memory, flat),
-        "evaluation": accessed(loop.make_body(f, z, solver, 1), loop.init_carry(z, solver, 1)),
+        "evaluation": accessed(loop.make_body(f, z, solver, 1), carry.init_carry(z, solver, 1)),
         "state": float(flat.nbytes),
     }
 

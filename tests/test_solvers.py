@@ -643,6 +643,26 @@ def test_robust_lets_anderson_step_back(x64):
     assert solved.stats.converged.all() and jnp.all(solved.memory.stage == 0)
 
 
+def test_robust_gives_each_problem_of_a_batch_what_it_is_given_alone(x64, rng):
+    # They fail at different times: those that come to a stage wait for each other, and then begin it together.
+    stages = deq.Anderson(history=2), deq.Broyden(rank=4), deq.NewtonKrylov(krylov=6)
+    solver = deq.Robust(rtol=1e-9, max_steps=300, stages=stages, stall=(4, 8))
+    gains = jnp.linspace(0.5, 6, 24)[:, None, None]
+    a, b = (
+        gains * jax.random.normal(rng, (24, 12, 12)) / 12**0.5,
+        jax.random.normal(jax.random.fold_in(rng, 1), (24, 12)),
+    )
+    f = lambda z, a, b: jnp.tanh((a @ z[..., None])[..., 0] + b)
+    options = dict(solver=solver)
+    together = jax.jit(lambda a, b: deq.solve(f, jnp.zeros((24, 12)), a, b, batch_ndim=1, **options))(a, b)
+    alone = jax.jit(jax.vmap(lambda a, b: deq.solve(f, jnp.zeros(12), a, b, **options)))(a, b)
+    assert set(np.asarray(alone.memory.stage)) == {0, 1, 2}
+    assert len(set(np.asarray(alone.stats.steps))) > 12
+    np.testing.assert_array_equal(together.stats.status, alone.stats.status)
+    np.testing.assert_array_equal(together.stats.steps, alone.stats.steps)
+    np.testing.assert_allclose(together.value, alone.value, rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_anderson_does_not_stand_still_where_plain_iteration_goes_on(x64, dtype):
     # Job search: in units of wages that are declined, f is the same number, and the history has no step to offer.

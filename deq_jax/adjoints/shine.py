@@ -16,7 +16,7 @@ from deq_jax.adjoints.backward import backward_cell, solve_backward
 from deq_jax.adjoints.protocol import ForwardResult, Probe, Problem
 from deq_jax.solvers import Broyden, Solver, run_loop
 from deq_jax.solvers.broyden import BroydenState
-from deq_jax.solvers.loop import vector_type
+from deq_jax.solvers.carry import vector_type
 
 
 @config

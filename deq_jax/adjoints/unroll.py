@@ -14,7 +14,7 @@ from deq_jax._states import Layout, choose, join, split
 from deq_jax._vectors import Vec, zero_of
 from deq_jax.adjoints.protocol import Problem
 from deq_jax.solvers import Solver, Stats
-from deq_jax.solvers.loop import layout_for
+from deq_jax.solvers.carry import layout_for
 from deq_jax.solvers.protocol import check_sees_all, member
 from deq_jax.solvers.stopping import Norms, comparable, has_converged, over_leaves, relative_to, tolerances, whole
 

@@ -1,23 +1,22 @@
 """One loop for every solver: it calls f, tests convergence, counts, freezes and keeps the best iterate."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from deq_jax._arrays import half_power
-from deq_jax._checks import check_flat
 from deq_jax._config import cast_options, with_options
 from deq_jax._states import Layout, choose, join, split, wide_dtype
 from deq_jax._trace import axes_of
-from deq_jax._vectors import Vec, scaled, shape_of, zero_of
-from deq_jax.solvers.protocol import Evaluation, Fold, Solver, SolveResult, Stats, Status, member
+from deq_jax._vectors import Vec, scaled, shape_of
+from deq_jax.solvers.carry import Carry, finalize, init_carry, layout_for
+from deq_jax.solvers.protocol import Evaluation, Fold, Solver, SolveResult, Stats, member
 from deq_jax.solvers.stopping import (
     RUNNING,
     STALE_EVALUATIONS,
-    Growth,
     Norms,
     assess,
     by_leaf,
@@ -34,26 +33,6 @@ from deq_jax.solvers.stopping import (
 )
 
 
-class Carry(NamedTuple):
-    """What the loop carries from evaluation to evaluation."""
-
-    z: Vec  # where f is evaluated next
-    best: Vec
-    best_norms: Norms  # of the residual and of f(z) at the best z
-    first_scale: Float[Array, "*batch"]  # max(‖f(z0)‖, ‖f(z0) − z0‖)
-    growth: Growth
-    stale: Int[Array, "*batch"]  # evaluations since the best residual last fell
-    steps: Int[Array, "*batch"]
-    status: Int[Array, "*batch"]
-    solver: Any
-    folded: Any
-    evaluation: Int[Array, ""]
-    # The leaves of z that are carried (see `split`), of which there may be none:
-    carried: PyTree  # what f is given next, beside z
-    best_carried: PyTree  # what f was given beside the best z
-    returned: PyTree  # what f returned last, before the problem stopped
-
-
 def run_loop(
     f: Callable, z0: PyTree, solver: Solver, batch_ndim: int = 0, *, memory: Any = None, fold: Fold | None = None
 ) -> SolveResult:
@@ -66,40 +45,56 @@ def run_loop(
     along them are one coupled problem, and stop together.
     """
     solver = cast_options(solver, wide_dtype(z0))
-    body = make_body(f, z0, solver, batch_ndim, fold)
     carry = init_carry(z0, solver, batch_ndim, memory, fold)
-    end = jax.lax.while_loop(lambda carry: jnp.any(carry.status == RUNNING), body, carry)
-    return finalize(end, layout_for(solver, z0, batch_ndim))
-
-
-def init_carry(z0: PyTree, solver: Solver, batch_ndim: int, memory: Any = None, fold: Fold | None = None) -> Carry:
-    """The carry before the first evaluation."""
     layout = layout_for(solver, z0, batch_ndim)
-    z = layout.pack(z0)
-    # Carries are made from the data, never from a bare constant: under sharding they inherit its type.
-    zero = zero_of(z)
-    norms = jnp.stack([zero] * len(layout.leaves), axis=-1) if layout.several else zero
-    count = zero.astype(jnp.int32)
-    # Where z0 is a constant, XLA would fold its norm when it compiles: 10 s for zeros of 4096 × 1024.
-    start = layout.norms(jax.lax.optimization_barrier(z))
-    status = jnp.where(jnp.asarray(solver.max_steps) > 0, RUNNING, Status.MAX_STEPS).astype(jnp.int32) + count
-    carried = split(z0)[1]
-    return Carry(
-        z=z,
-        best=z,
-        best_norms=Norms(norms + jnp.inf, norms),
-        first_scale=zero,
-        growth=Growth(scale=norms, worst=norms, before=norms + jnp.inf, start=start),
-        stale=count,
-        steps=count,
-        status=status,
-        solver=solver.init(z) if memory is None else member(solver, "resume")(memory),
-        folded=None if fold is None else fold.init(z0, batch_ndim),
-        evaluation=jnp.zeros((), jnp.int32),
-        carried=carried,
-        best_carried=carried,
-        returned=carried,
-    )
+    # Not one after the other where problems are evaluated together: by an f that communicates, or for a fold, which
+    # counts the evaluations of the batch.
+    parts = member(solver, "parts") if fold is None and not axes_of(f) else ()
+    for i, part in enumerate(parts or (solver,)):
+        body = make_body(f, z0, part, batch_ndim, fold)
+        carry = begun(carry, part, layout) if i else carry
+        carry = run_while(lambda carry, part=part: jnp.any(is_on(carry, part)), body, carry, part, layout)
+    return finalize(carry, layout)
+
+
+def run_while(
+    goes_on: Callable[[Carry], Array], body: Callable[[Carry], Carry], carry: Carry, solver: Solver, layout: Layout
+) -> Carry:
+    """The carry once `goes_on` is false. What the solver does seldom to its memory is done between inner loops."""
+    is_full = member(solver, "is_full")
+    if is_full(carry.solver) is False:
+        return jax.lax.while_loop(goes_on, body, carry)
+    renew = lambda carry: with_next_point(carry, solver, "renewed", is_on(carry, solver), layout)
+
+    def until_full(carry: Carry) -> Carry:
+        carry = jax.lax.while_loop(lambda carry: goes_on(carry) & ~is_full(carry.solver), body, carry)
+        return jax.lax.cond(is_full(carry.solver), renew, lambda carry: carry, carry)
+
+    return jax.lax.while_loop(goes_on, until_full, carry)
+
+
+def begun(carry: Carry, part: Solver, layout: Layout) -> Carry:
+    """The carry when a part of a solver takes over: its problems go on from where it wants to begin."""
+    on = is_on(carry, part)
+
+    def begin(carry: Carry) -> Carry:
+        carry = with_next_point(carry, part, "begun", on, layout)
+        return carry._replace(carried=choose(on, carry.returned, carry.carried))
+
+    return jax.lax.cond(jnp.any(on), begin, lambda carry: carry, carry)
+
+
+def is_on(carry: Carry, solver: Solver) -> Bool[Array, "*batch"]:
+    """Which problems the present loop goes on with."""
+    return (carry.status == RUNNING) & member(solver, "takes")(carry.solver)
+
+
+def with_next_point(carry: Carry, solver: Solver, change: str, where: Array, layout: Layout) -> Carry:
+    """The carry with the solver's state changed, and with its next point in the problems of `where`."""
+    solver, unit = in_units(solver, carry.first_scale)
+    state = member(solver, change)(carry.solver)
+    z = scaled(unit, member(solver, "next_point")(state, scaled(1 / unit, carry.z)))
+    return carry._replace(z=choose(where, layout.round(z), carry.z), solver=state)
 
 
 def make_body(
@@ -112,27 +107,6 @@ def make_body(
         return tested
     untested = make_plain_steps(f, layout, solver)
     return lambda carry: tested(untested(carry))
-
-
-def layout_for(solver: Solver, z0: PyTree, batch_ndim: int) -> Layout:
-    """How this solver is shown states such as z0."""
-    flat = member(solver, "flat")
-    if flat:
-        check_flat(solver, z0, batch_ndim)
-    return Layout(z0, batch_ndim, flat)
-
-
-def vector_type(solver: Solver, z0: PyTree, batch_ndim: int) -> Any:
-    """The type of z0 as this solver sees it."""
-    return jax.eval_shape(lambda z0: layout_for(solver, z0, batch_ndim).pack(z0), z0)
-
-
-def finalize(end: Carry, layout: Layout) -> SolveResult:
-    """The result of a loop, with values in the structure of z0."""
-    relative = relative_residual(end.best_norms, layout)
-    stats = Stats(end.steps, whole(end.best_norms.residuals, layout), relative, end.status)
-    value = join(layout.unpack(end.best), end.returned)
-    return SolveResult(value, stats, end.solver, end.folded, end.best_carried)
 
 
 # ---- one evaluation ----------------------------------------------------------------------------------------
@@ -151,13 +125,13 @@ def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | No
         after = judged(carry, norms, split(fz_tree)[1])
         with jax.named_scope(type(solver).__name__):
             z, state = advance(solver, carry.solver, fz - carry.z, carry.z, after.first_scale)
-        # A problem that has stopped is given its best z again, with what it was given there.
+        after = after._replace(solver=state)
+        # A problem that has stopped is given its best z again, with what it was given there; so is one that waits.
         then, stay = (layout.round(z), after.returned), (after.best, after.best_carried)
-        z, carried = choose(after.status == RUNNING, then, stay)
+        z, carried = choose(is_on(after, solver), then, stay)
         return after._replace(
             z=z,
             carried=carried,
-            solver=state,
             folded=None if fold is None else fold.update(carry.folded, shown(carry, z_tree, fz_tree, norms, layout)),
             evaluation=carry.evaluation + 1,
         )
@@ -171,7 +145,7 @@ def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry
     coupled = coupling(axes)
 
     def judged(carry: Carry, norms: Norms, returned: PyTree) -> Carry:
-        running, first = carry.status == RUNNING, carry.steps == 0
+        running, first = is_on(carry, solver), carry.steps == 0
         residual, scale = (whole(x, layout) for x in norms)
         steps = carry.steps + running.astype(jnp.int32)
         first_scale = jnp.where(first, jnp.maximum(residual, scale), carry.first_scale)
@@ -216,22 +190,23 @@ def shown(carry: Carry, z: PyTree, fz: PyTree, norms: Norms, layout: Layout) -> 
     return Evaluation(carry.evaluation, z, fz, residual, relative, carry.status == RUNNING)
 
 
+def in_units(solver: Solver, first_scale: Array) -> tuple[Solver, Any]:
+    """The solver, and a power of two for each problem, by which its vectors and its `atol` are divided."""
+    if not member(solver, "scale_free"):
+        return solver, 1.0
+    unit = half_power(first_scale)
+    return with_options(solver, atol=solver.atol / unit), unit
+
+
 def advance(solver: Solver, state: Any, residual: Vec, z: Vec, first_scale: Array) -> tuple[Vec, Any]:
     """The next iterate, and the solver's state."""
-    if member(solver, "scale_free"):
-        unit = half_power(first_scale)
-        solver = with_options(solver, atol=solver.atol / unit)
-        z, state = _next_point(solver, state, scaled(1 / unit, residual), scaled(1 / unit, z))
-        return scaled(unit, z), state
-    return _next_point(solver, state, residual, z)
-
-
-def _next_point(solver: Solver, state: Any, residual: Vec, z: Vec) -> tuple[Vec, Any]:
-    step, state = solver.update(residual, state, z)
+    solver, unit = in_units(solver, first_scale)
+    residual, z = scaled(1 / unit, residual), scaled(1 / unit, z)
+    step, state = (member(solver, "round") or solver.update)(residual, state, z)
     if shape_of(step) != shape_of(z):
         name = type(solver).__name__
         raise ValueError(f"{name}.update must return a step of the shape of z, {shape_of(z)}; got {shape_of(step)}")
-    return member(solver, "next_point")(state, z + step), state
+    return scaled(unit, member(solver, "next_point")(state, z + step)), state
 
 
 # ---- evaluations that are not tested -----------------------------------------------------------------------

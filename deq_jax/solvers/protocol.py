@@ -4,6 +4,7 @@ import dataclasses
 import enum
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import jax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from deq_jax._checks import check_number, check_stopping
@@ -122,6 +123,51 @@ class Defaults:
     def next_point(state: Any, z: Vec) -> Vec:
         """The exact next iterate, for a solver that loses precision in z + step, which is given as `z`."""
         return z
+
+    # What is seldom done to the memory is done between two loops, so that no round has a branch for it. A solver that
+    # defines these three takes its `update` from `Renewing`, for those who call it outside of the loop.
+
+    round = None
+    """`update` without it, which the loop calls instead."""
+
+    @staticmethod
+    def is_full(state: Any) -> Bool[Array, ""] | bool:
+        """Whether the memory is to be renewed before the next evaluation: the same for all problems."""
+        return False
+
+    @staticmethod
+    def renewed(state: Any) -> Any:
+        """The state with its memory renewed. It is asked for its `next_point` again."""
+        return state
+
+    # And for a solver that is several: see `Robust`.
+
+    parts = ()
+    """Solvers with the state of this one, each of which the loop runs until none of its problems is left."""
+
+    @staticmethod
+    def takes(state: Any) -> Bool[Array, "*batch"] | bool:
+        """Which problems a part updates. The others wait."""
+        return True
+
+    @staticmethod
+    def begun(state: Any) -> Any:
+        """The state when the loop of a part begins. It is asked for its `next_point` again."""
+        return state
+
+
+class Renewing:
+    """The whole `update` of a solver that defines `round`, `is_full` and `renewed`."""
+
+    round: Any
+    is_full: Any
+    renewed: Any
+    next_point: Any
+
+    def update(self, residual: Vec, state: Any, z: Vec) -> tuple[Vec, Any]:
+        step, state = self.round(residual, state, z)
+        state = jax.lax.cond(self.is_full(state), self.renewed, lambda state: state, state)
+        return self.next_point(state, z + step) - z, state
 
 
 def member(solver: Solver, name: str) -> Any:

@@ -1,8 +1,8 @@
 """Robust: several solvers in turn. Each problem moves on to the next one when the present one fails."""
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,10 @@ class Robust(LoopOptions):
     The point where one solver went astray is seldom a good start for another. Started from the best iterate of the
     stage before, Newton–Krylov solved fewer of the classical systems of experiments/robustness_study.py, and no more
     random cells. A problem moves on when its residual is not halved within as many evaluations as `stall` says for its
-    stage, or when its residual blows up; the last stage keeps it. Only the stages in use are computed, and the
-    tolerances are those of the composite. Memory is that of all stages together, so this is a bad choice where memory
-    is short or where one solver is known to work.
+    stage, or when its residual blows up; the last stage keeps it. The problems of a batch that move on wait for each
+    other, so that each stage has a loop of its own (not with a fold, nor for an f that communicates). The tolerances
+    are those of the composite. Memory is that of all stages together, so this is a bad choice where memory is short or
+    where one solver is known to work.
 
     Broyden comes first because it was cheapest in evaluations as well (experiments/robustness_study.py); a short
     Anderson stage before it cost evaluations and solved fewer problems.
@@ -102,24 +103,35 @@ class Robust(LoopOptions):
     def next_point(self, state: RobustState, z: Vec) -> Vec:
         return state.next_z
 
+    @property
+    def parts(self) -> "tuple[Part, ...]":
+        return tuple(Part(self, index) for index in range(len(self.stages)))
+
     def update(self, residual: Vec, state: RobustState, z: Vec) -> tuple[Vec, RobustState]:
+        state, switch = self.watch(residual, state, z)
+        # The next stage sees z0 and its residual, both known: no evaluation is spent on the change.
+        here, g = choose(switch, (state.z0, state.g0), (z, residual))
+        next_z, inner = self._run_stages(state.stage, switch, state.inner, here, g)
+        return next_z - z, state._replace(next_z=next_z, inner=inner)
+
+    def watch(
+        self, residual: Vec, state: RobustState, z: Vec, where: Bool[Array, "*batch"] | bool = True
+    ) -> tuple[RobustState, Bool[Array, "*batch"]]:
+        """(the state with what one more residual says, where the next stage begins), in the problems of `where`."""
         g_norm = norm(residual)
         first = state.g0_norm == jnp.inf
         z0, g0, g0_norm = choose(first, (z, residual, g_norm), (state.z0, state.g0, state.g0_norm))
         # So far out that rounding in z is more than the whole residual at z0, g says nothing; see (2) of `stopping`.
         lost = ~first & (float(jnp.finfo(z.dtype).eps) * norm(z) > g0_norm)
-        least = jnp.where(~lost & (g_norm < state.least), g_norm, state.least)  # false for NaN
-        halved = ~lost & (g_norm <= 0.5 * state.mark)
-        since = jnp.where(halved, 0, state.since + 1)
+        least = jnp.where(where & ~lost & (g_norm < state.least), g_norm, state.least)  # false for NaN
+        halved = where & ~lost & (g_norm <= 0.5 * state.mark)
+        since = jnp.where(halved, 0, jnp.where(where, state.since + 1, state.since))
 
-        switch = self._has_failed(state, g_norm, lost, least, since)
+        switch = where & self._has_failed(state, g_norm, lost, least, since)
         stage = state.stage + switch.astype(jnp.int32)
         since = jnp.where(switch, 0, since)
         mark = jnp.where(switch, jnp.inf, jnp.where(halved, g_norm, state.mark))
-        # The next stage sees z0 and its residual, both known: no evaluation is spent on the change.
-        here, g = choose(switch, (z0, g0), (z, residual))
-        next_z, inner = self._run_stages(stage, switch, state.inner, here, g)
-        return next_z - z, RobustState(stage, z0, g0, g0_norm, least, mark, since, next_z, inner)
+        return RobustState(stage, z0, g0, g0_norm, least, mark, since, state.next_z, state.inner), switch
 
     def _has_failed(
         self, state: RobustState, g_norm: Array, lost: Array, least: Array, since: Array
@@ -139,22 +151,69 @@ class Robust(LoopOptions):
 
     def _run_stages(self, stage: Array, enters: Array, inner: tuple, z: Vec, g: Vec) -> tuple[Vec, tuple]:
         """(next_z, inner) after one update of each solver that is in charge of a problem."""
-        next_z, updated = z, []
-        for i, (solver, old) in enumerate(zip(self.stages, inner, strict=True)):
-            solver = with_options(solver, rtol=self.rtol, atol=self.atol)
-            in_charge = stage == i
+        next_z, states = z, []
+        for i, old in enumerate(inner):
+            solver, in_charge = with_options(self.stages[i], rtol=self.rtol, atol=self.atol), stage == i
             begins = in_charge & enters
 
             def run(old, solver=solver, begins=begins):
                 fresh = lambda: choose(begins, solver.init(z), old)
                 state = jax.lax.cond(jnp.any(begins), fresh, lambda: old)
-                step, state = solver.update(g, state, z)
-                return member(solver, "next_point")(state, z + step), state
+                return updated(solver, solver.update, g, state, z)
 
             point, new = jax.lax.cond(jnp.any(in_charge), run, lambda old: (z, old), old)
             next_z = choose(in_charge, point, next_z)
-            updated.append(new)
-        return next_z, tuple(updated)
+            states.append(new)
+        return next_z, tuple(states)
+
+
+def updated(solver: Solver, update: Callable, g: Vec, state: Any, z: Vec) -> tuple[Vec, Any]:
+    """(the next point, the state) of one solver."""
+    step, state = update(g, state, z)
+    return member(solver, "next_point")(state, z + step), state
+
+
+class Part:
+    """One stage of a `Robust`, for a loop of its own. Its state is that of the whole."""
+
+    recovers = scale_free = True
+
+    def __init__(self, whole: Robust, index: int):
+        self.whole, self.index = whole, index
+        self.rtol, self.atol, self.max_steps = whole.rtol, whole.atol, whole.max_steps
+        self.patience, self.flat = whole.patience, whole.flat
+        self.can_backtrack, self.next_point = whole.can_backtrack, whole.next_point
+
+    @property
+    def solver(self) -> Solver:
+        return with_options(self.whole.stages[self.index], rtol=self.rtol, atol=self.atol)
+
+    def takes(self, state: RobustState) -> Bool[Array, "*batch"]:
+        return state.stage == self.index
+
+    def begun(self, state: RobustState) -> RobustState:
+        """The stage begins at z0, whose residual is known, in the problems that have come to it."""
+        here, old = self.takes(state), state.inner[self.index]
+        fresh = choose(here, self.solver.init(state.z0), old)
+        next_z, new = updated(self.solver, self.solver.update, state.g0, fresh, state.z0)
+        return self._replaced(state, choose(~here, old, new), choose(here, next_z, state.next_z))
+
+    def round(self, residual: Vec, state: RobustState, z: Vec) -> tuple[Vec, RobustState]:
+        state, _ = self.whole.watch(residual, state, z, self.takes(state))
+        update = member(self.solver, "round") or self.solver.update
+        next_z, inner = updated(self.solver, update, residual, state.inner[self.index], z)
+        return next_z - z, self._replaced(state, inner, next_z)
+
+    def is_full(self, state: RobustState) -> Bool[Array, ""] | bool:
+        return member(self.solver, "is_full")(state.inner[self.index])
+
+    def renewed(self, state: RobustState) -> RobustState:
+        inner = member(self.solver, "renewed")(state.inner[self.index])
+        return self._replaced(state, inner, member(self.solver, "next_point")(inner, state.next_z))
+
+    def _replaced(self, state: RobustState, new: Any, next_z: Vec) -> RobustState:
+        inner = (*state.inner[: self.index], new, *state.inner[self.index + 1 :])
+        return state._replace(next_z=next_z, inner=inner)
 
 
 def of_stage(values: Sequence, stage: Int[Array, "*batch"]) -> Array:

@@ -8,7 +8,8 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from deq_jax._config import cast_options
 from deq_jax._states import wide_dtype
-from deq_jax.solvers.loop import Carry, finalize, init_carry, layout_for, make_body
+from deq_jax.solvers.carry import Carry, finalize, init_carry, layout_for
+from deq_jax.solvers.loop import make_body, run_while
 from deq_jax.solvers.protocol import Solver, SolveResult
 from deq_jax.solvers.stopping import RUNNING
 
@@ -24,7 +25,7 @@ def run_loop_in_stages(
     def run(carry: Carry, solver: Solver, args: tuple, sizes: tuple[int, ...]) -> Carry:
         left, count = sizes[0] if sizes else 0, carry.status.size
         body = make_body(bind(args), z0, solver, 1)
-        carry = jax.lax.while_loop(lambda carry: jnp.sum(carry.status == RUNNING) > left, body, carry)
+        carry = run_while(lambda carry: jnp.sum(carry.status == RUNNING) > left, body, carry, solver, layout)
         if not sizes:
             return carry
         who = _first(carry.status == RUNNING, left)
@@ -33,8 +34,9 @@ def run_loop_in_stages(
         return _scatter(carry, part, who)
 
     solver = cast_options(solver, wide_dtype(z0))
+    layout = layout_for(solver, z0, 1)
     end = run(init_carry(z0, solver, 1), solver, args, sizes)
-    return finalize(end, layout_for(solver, z0, 1))._replace(memory=None)
+    return finalize(end, layout)._replace(memory=None)
 
 
 def _first(running: Bool[Array, "batch"], left: int) -> Int[Array, "left"]:
