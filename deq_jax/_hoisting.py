@@ -9,16 +9,22 @@ from jaxtyping import Array, Float, PyTree
 
 from deq_jax._arrays import zeros_from
 from deq_jax._checks import check_output, describe
+from deq_jax._gathers import gathered_each
 from deq_jax._states import corner, split, wide_dtype
 from deq_jax._trace import Traced, check_arrays, hoist, vary, varying_axes
 from deq_jax.solvers import Evaluation, Fold
 
 
-def hoist_cell(f: Callable, z0: PyTree, args: tuple, has_aux: bool = False) -> tuple[Traced, PyTree, list, list]:
+def hoist_cell(
+    f: Callable, z0: PyTree, args: tuple, has_aux: bool = False, gather: str = "once"
+) -> tuple[Traced, PyTree, list, list]:
     """(cell, z0, inputs, other) with f(z, *args) = cell(z, inputs, other), and z0 in the type that cell returns."""
+    if gather not in ("once", "each"):
+        raise ValueError(f"gather must be 'once' or 'each', got {gather!r}")
+    evaluate = f if gather == "once" else gathered_each(f)
 
     def typed(z, *args):
-        out = check_arrays(f(z, *args))
+        out = check_arrays(evaluate(z, *args))
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(f"with has_aux=True, f must return a pair (z, aux), got {describe(out)}")
         value = out[0] if has_aux else out

@@ -201,15 +201,27 @@ INLINE = True if _inlines is None else _inlines.JAX_EARLY  # the value for jax.j
 
 def _with_inner_constants_lifted(closed: ClosedJaxpr) -> ClosedJaxpr:
     """The same program, with every constant of a `jit` inside it as a constant of the whole, to be hoisted later."""
-    captures = lambda jaxpr: bool(jaxpr.consts) or any(map(opens, jaxpr.jaxpr.eqns))
-    opens = lambda eqn: eqn.primitive.name in ("jit", "pjit") and captures(eqn.params["jaxpr"])
+
+    def captures(closed: ClosedJaxpr) -> bool:
+        return bool(closed.consts) or any(captures(eqn.params["jaxpr"]) for eqn in closed.jaxpr.eqns if is_jit(eqn))
+
+    return inlined(closed, captures)
+
+
+def is_jit(eqn: Any) -> bool:
+    return eqn.primitive.name in ("jit", "pjit")
+
+
+def inlined(closed: ClosedJaxpr, which: Callable[[ClosedJaxpr], bool]) -> ClosedJaxpr:
+    """The same program, in which the equations of a `jit` that `which` is true of stand by themselves."""
+    opens = lambda eqn: is_jit(eqn) and which(eqn.params["jaxpr"])
     if not any(map(opens, closed.jaxpr.eqns)):
         return closed
 
     def inline(eqn):
         if not opens(eqn):
             return eqn
-        inner = _with_inner_constants_lifted(eqn.params["jaxpr"])
+        inner = inlined(eqn.params["jaxpr"], which)
         return eqn.replace(params=eqn.params | {"jaxpr": inner, "inline": INLINE})
 
     jaxpr = closed.jaxpr.replace(eqns=list(map(inline, closed.jaxpr.eqns)))

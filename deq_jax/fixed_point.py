@@ -48,6 +48,7 @@ class Options(TypedDict, total=False):
     solver: Solver
     adjoint: Adjoint
     batch_ndim: int
+    gather: Literal["once", "each"]
     probe: Probe | None
 
 
@@ -77,6 +78,7 @@ def fixed_point(
     adjoint: Adjoint = Implicit(),  # noqa: B008
     batch_ndim: int = 0,
     has_aux: bool = False,
+    gather: Literal["once", "each"] = "once",
     probe: Probe | None = None,
 ) -> Any:
     """The fixed point z* = f(z*, *args), differentiable in args and in all that f captures.
@@ -93,6 +95,8 @@ def fixed_point(
       batch_ndim: how many leading axes of every leaf index independent problems, each with its own tolerance
         test and stopping time.
       has_aux: return aux of one more evaluation, at the solution. It does not advance carried leaves.
+      gather: whether args that f gathers over devices (weights sharded for storage, with `all_gather` in `shard_map` or
+        a sharding constraint) are gathered once, before the loop, or for "each" evaluation, where memory is short.
       probe: zeros, shaped as `Probe.zeros(batch_shape)`; its cotangent is the backward solve's statistics.
 
     Returns:
@@ -135,7 +139,7 @@ def fixed_point(
     z0 = check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe)
     check_start(z0)
     member(adjoint, "check")(z0, solver)  # here, outside the jit below, its numbers are still numbers
-    cell, z0, inputs, other = hoist_cell(f, z0, args, has_aux)
+    cell, z0, inputs, other = hoist_cell(f, z0, args, has_aux, gather)
     probe = Probe.like(z0, batch_ndim) if probe is None else probe
     if flag("jax_disable_jit") and not isinstance(adjoint, IterationAdjoint):
         return _step_by_step(f, z0, args, solver, adjoint, batch_ndim, has_aux, probe)
@@ -171,13 +175,14 @@ def solve(
     *args: Any,
     solver: Solver = Anderson(),  # noqa: B008
     batch_ndim: int = 0,
+    gather: Literal["once", "each"] = "once",
     memory: Any = None,
     fold: Fold | None = None,
 ) -> SolveResult[Z]:
     """The forward half of `fixed_point`, with all that the solver leaves. No gradient flows through it.
 
     Args:
-      f, z0, *args, solver, batch_ndim: as for `fixed_point`.
+      f, z0, *args, solver, batch_ndim, gather: as for `fixed_point`.
       memory: that of an earlier solve with the same solver and the same shapes of z0. Where f has changed little, a
         quasi-Newton method then starts with the Jacobian it has learned.
       fold: accumulates over the evaluations inside the loop: `ResidualTrace`, `Snapshots`, or an object of your
@@ -201,7 +206,7 @@ def solve(
     check_start(start)
     if getattr(fold, "sees_all", False):
         check_sees_all(solver, f"fold={fold!r}")
-    cell, start, inputs, other = hoist_cell(f, start, args)
+    cell, start, inputs, other = hoist_cell(f, start, args, gather=gather)
     if memory is not None:
         check_memory(memory, solver, vector_type(solver, start, batch_ndim))
     if flag("jax_disable_jit"):

@@ -21,7 +21,7 @@ ROOMS = (
     + ("stability.py", "trajectory.py", "warm_start.py", "_hoisting.py"),
     ("adjoints/",),
     ("solvers/",),
-    ("_checks.py", "_krylov.py", "_low_rank.py", "_programs.py", "_returned.py"),
+    ("_checks.py", "_gathers.py", "_krylov.py", "_low_rank.py", "_programs.py", "_returned.py"),
     ("_config.py", "_rows.py", "_states.py", "_trace.py"),
     ("_arrays.py", "_export.py", "_jaxprs.py", "_reverse_only.py", "_values.py", "_vectors.py"),
 )

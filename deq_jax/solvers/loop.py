@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from deq_jax._arrays import half_power
 from deq_jax._config import cast_options, with_options
+from deq_jax._gathers import gathered_once
 from deq_jax._states import Layout, choose, join, split, wide_dtype
 from deq_jax._trace import axes_of
 from deq_jax._vectors import Vec, scaled, shape_of
@@ -44,7 +45,7 @@ def run_loop(
     with the same solver and shapes. If f communicates along named axes (`f.axes`, see `_trace.Bound`), the problems
     along them are one coupled problem, and stop together.
     """
-    solver = cast_options(solver, wide_dtype(z0))
+    f, solver = gathered_once(f, z0), cast_options(solver, wide_dtype(z0))
     carry = init_carry(z0, solver, batch_ndim, memory, fold)
     layout = layout_for(solver, z0, batch_ndim)
     # Not one after the other where problems are evaluated together: by an f that communicates, or for a fold, which
