@@ -201,6 +201,28 @@ def test_how_often_the_devices_wait_for_each_other(name, rounds, x, specs):
         assert max(size for _, size in loop) <= 3 * 4 * 5 * 8 * 2  # leaves × problems × history + 1, in float64, twice
 
 
+@pytest.mark.full_compile
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_three_axes_share_a_state_of_batch_sequence_and_features(name, kind):
+    kinds = (getattr(jax.sharding.AxisType, kind),) * 3
+    mesh = jax.make_mesh((2, 2, 2), ("data", "seq", "model"), axis_types=kinds)
+    solver = dataclasses.replace(SOLVERS[name], rtol=1e-7, max_steps=300)
+    local = lambda z, x: 0.6 * jnp.sin(1.3 * z) + x  # needs nothing of another device
+
+    def solve(x):
+        z, stats = deq.fixed_point(local, jnp.zeros_like(x), x, solver=solver, batch_ndim=1)
+        return jnp.sum(jnp.cos(z)), (z, stats.steps)
+
+    run = jax.jit(jax.grad(solve, has_aux=True))
+    x_bar, (z, steps) = run(jnp.asarray(ONE))
+    sharded = jax.device_put(ONE, NamedSharding(mesh, P("data", "seq", "model")))
+    got_bar, (got, got_steps) = run(sharded)
+    assert_equal((got, got_bar, got_steps), (z, x_bar, steps), rtol=1e-6)
+    outside, in_loops = collectives_of(run, sharded)
+    assert {what for what, _ in outside + sum(in_loops, [])} == {"all-reduce"}
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_a_norm_in_one_pass_is_that_in_two(dtype):
     x = jnp.asarray(numbers(3, 8, 8), dtype)
