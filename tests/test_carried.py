@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -659,6 +660,22 @@ def test_problems_that_f_couples_count_alike(params):
     run = jax.vmap(lambda h: deq.fixed_point(cell, {"h": h, "n": 0}), axis_name="i")
     z, stats = run(jnp.array([0.0, 5.0]))
     assert z["n"].tolist() == stats.steps.tolist() and z["n"][0] == z["n"][1]
+
+
+def test_an_exported_program_takes_keys():
+    def cell(z, x):
+        noise = 1e-6 * jax.random.normal(z["key"], z["h"].shape)
+        return {"h": 0.5 * jnp.cos(z["h"]) + x + noise, "key": z["key"], "count": z["count"] + 1}
+
+    def run(key, x):
+        z, stats = deq.fixed_point(cell, {"h": jnp.zeros(3), "key": key, "count": 0}, x)
+        return z["h"], z["count"], stats
+
+    exported = jax.export.export(jax.jit(run))(jax.random.key(0), jnp.ones(3))
+    again = jax.export.deserialize(exported.serialize())
+    for key in map(jax.random.key, range(2)):
+        got, want = again.call(key, jnp.ones(3)), run(key, jnp.ones(3))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
 
 
 def test_donated_and_sharded_by_jit(params):

@@ -255,3 +255,18 @@ def test_a_captured_tracer_is_an_error(problems):
 
     with pytest.raises(TypeError, match="captures a traced array"):
         jax.grad(loss)(w)
+
+
+def test_each_device_of_a_shard_map_compacts_its_own_batch():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    over = jax.sharding.PartitionSpec("data")
+    f, a = lambda z, a: a * jnp.cos(z), jnp.linspace(0.1, 1.2, 64)[:, None] * jnp.ones((64, 2))
+    compact = lambda a: deq.compact(f, jnp.zeros_like(a), a, axes=(0,), sizes=(8, 3))
+    pull = lambda solve: lambda a: jax.grad(lambda a: jnp.sum(jnp.sin(solve(a).value)))(a)
+    both = lambda solve: lambda a: (*solve(a), pull(solve)(a))
+    got = jax.jit(jax.shard_map(both(compact), mesh=mesh, in_specs=over, out_specs=over))(
+        jax.device_put(a, jax.sharding.NamedSharding(mesh, over))
+    )
+    whole = lambda a: deq.fixed_point(f, jnp.zeros_like(a), a, batch_ndim=1)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(both(whole)(a)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5)

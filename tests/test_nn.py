@@ -220,3 +220,28 @@ def test_equinox_recipe(x):
     got, want = (eqx.filter_grad(lambda m, f=f: (f(m) ** 2).sum())(linear) for f in (value, by_unroll))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_may_count_its_evaluations_and_draw_noise():
+    class Noisy(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(3, 3, rngs=rngs)
+
+        def __call__(self, z, x):
+            key, now = jax.vmap(jax.random.split, out_axes=1)(z["key"])
+            noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(now)
+            h = jnp.tanh(0.1 * self.linear(z["h"]) + x + 1e-6 * noise)
+            return {"h": h, "key": key, "count": z["count"] + 1}
+
+    layer, x = DEQ(Noisy(nnx.Rngs(0))), jnp.array([0.1, 1.0])[:, None] * jnp.ones(3)
+    z0 = {"h": jnp.zeros((2, 3)), "key": jax.random.split(jax.random.key(1), 2), "count": jnp.zeros(2, jnp.int32)}
+
+    @nnx.jit
+    def step(layer, x):
+        loss = lambda layer: (lambda z, stats: (jnp.sum(z["h"]), (z, stats)))(*layer(x, z0))
+        return nnx.grad(loss, has_aux=True)(layer)
+
+    grads, (z, stats) = step(layer, x)
+    assert stats.converged.all() and jnp.all(z["count"] == stats.steps) and stats.steps.min() > 2
+    assert jnp.all(jax.random.key_data(z["key"]) != jax.random.key_data(z0["key"]))
+    assert jnp.any(grads.cell.linear.kernel[...] != 0)
