@@ -229,11 +229,11 @@ def test_a_layer_may_count_its_evaluations_and_draw_noise():
 
         def __call__(self, z, x):
             key, now = jax.vmap(jax.random.split, out_axes=1)(z["key"])
-            noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(now)
+            noise = jax.vmap(lambda key: jax.random.normal(key, (3,), jnp.float32))(now)
             h = jnp.tanh(0.1 * self.linear(z["h"]) + x + 1e-6 * noise)
             return {"h": h, "key": key, "count": z["count"] + 1}
 
-    layer, x = DEQ(Noisy(nnx.Rngs(0))), jnp.array([0.1, 1.0])[:, None] * jnp.ones(3)
+    layer, x = DEQ(Noisy(nnx.Rngs(0))), jnp.outer(jnp.array([0.1, 1.0]), jnp.ones(3))
     z0 = {"h": jnp.zeros((2, 3)), "key": jax.random.split(jax.random.key(1), 2), "count": jnp.zeros(2, jnp.int32)}
 
     @nnx.jit
