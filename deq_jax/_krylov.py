@@ -4,180 +4,160 @@ From g = β q₀, k products with J give orthonormal q₀ … q_k and a Hessenbe
 
     (1)  J qⱼ = Σᵢ Hᵢⱼ qᵢ,  i = 0 … j + 1
 
-so that ‖g + J p‖ = ‖β e₀ + H y‖ for p = Σ yⱼ qⱼ. Givens rotations, one for each column, make H upper triangular:
+so that ‖g + J p‖ = ‖β e₀ + H y‖ for p = Σ yⱼ qⱼ. Each column of H makes a pair xⱼ, zⱼ = H xⱼ with orthonormal zⱼ. They
+span the image of H, so the minimizer n needs no system to be solved:
 
-    (2)  Ω H = R,  min ‖g + J p‖ = |β Ωₖ₀|  at  R y = −β Ω e₀, less the last row
+    (2)  min ‖g + J p‖ at n = −Σ ⟨zⱼ, β e₀⟩ xⱼ,  β e₀ + H n = β e₀ − Σ ⟨zⱼ, β e₀⟩ zⱼ
+
+z₀ … z_{k−1} lie among e₀ … e_k, where one unit vector ν is orthogonal to them: ν₀ = e₀. Of the next column h of H, the
+part that is orthogonal to them is therefore a ν + b e_{k+1}, with a = ⟨ν, h⟩ and b the last entry of h. With ρ² = a² + b²
+
+    (3)  z_k = (a ν + b e_{k+1}) / ρ,  ν ← (a e_{k+1} − b ν) / ρ,  x_k = (e_k − Σ ⟨zⱼ, h⟩ xⱼ) / ρ
 
 Powell's dogleg leads from 0 along the steepest descent to the Cauchy point c, and from there to the minimizer n of (2):
 
-    (3)  c = (‖s‖ / ‖H s‖)² s  with  s = −Hᵀ β e₀
-    (4)  ‖c + t (n − c)‖ = r  where it leaves the trust region of radius r
+    (4)  c = (‖s‖ / ‖H s‖)² s  with  s = −Hᵀ β e₀
+    (5)  ‖c + t (n − c)‖ = r  where it leaves the trust region of radius r
 """
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._arrays import aligned, einsum, one_hot, ratio, safe_sqrt, zeros_from
-from deq_jax._rows import combine, first_rows, outer, products, repeated
+from deq_jax._arrays import at_most, one_hot, ratio, safe_sqrt, zeros_from
+from deq_jax._rows import combine, products, repeated, write_row_of_each
 from deq_jax._states import choose, zeros_like
-from deq_jax._vectors import Rows, Vec, norm, scaled, zero_of
+from deq_jax._vectors import Rows, Vec, norm, scaled, size, zero_of
 
 
 class Krylov(NamedTuple):
+    """All of a space but its basis. Vectors of coordinates have `size + 1` entries, zeros after the k-th."""
+
     count: Int[Array, "*batch"]  # products so far, k
     closed: Bool[Array, "*batch"]  # no further product can improve the model
-    basis: Rows  # q₀ … q_k, zeros after that
-    hessenberg: Float[Array, "*batch size+1 size"]  # H, by columns, zeros after the k-th
-    rotation: Float[Array, "*batch size+1 size+1"]  # Ω, orthogonal
-    triangle: Float[Array, "*batch size+1 size"]  # R
     beta: Float[Array, "*batch"]  # ‖g‖
-    residual: Float[Array, "*batch"]  # min ‖g + J p‖ over p in the space
+    directions: Float[Array, "*batch size size+1"]  # xⱼ, zeros after the k-th
+    images: Float[Array, "*batch size size+1"]  # zⱼ = H xⱼ
+    normal: Float[Array, "*batch size+1"]  # ν
+    largest: Float[Array, "*batch"]  # ρ so far
+    minimizer: Float[Array, "*batch size+1"]  # n of (2)
+    remainder: Float[Array, "*batch size+1"]  # β e₀ + H n
+    slope: Float[Array, "*batch size+1"]  # s of (4)
+    slope_image: Float[Array, "*batch size+1"]  # H s
+
+    @property
+    def residual(self) -> Float[Array, "*batch"]:
+        """min ‖g + J p‖ over p in the space."""
+        return jnp.abs(self.beta * self.normal[..., 0])
 
 
-def empty(zero: Vec, size: int) -> Krylov:
-    none = zero_of(zero)
-    column = jnp.stack([none] * (size + 1), axis=-1)
-    square, count = jnp.stack([column] * (size + 1), axis=-1), none.astype(jnp.int32)
-    basis = repeated(zero, size + 1)
-    return Krylov(count, none > 0, basis, square[..., :-1], square, square[..., :-1], none, none)
+def empty(zero: Vec, most: int) -> tuple[Krylov, Rows]:
+    """A space of no vectors that can grow by `most` products, and room for its basis q₀ … q_k."""
+    none, length = zero_of(zero), at_most(most, size(zero))
+    column = jnp.stack([none] * (length + 1), axis=-1)
+    pairs, count = jnp.stack([column] * length, axis=-2), none.astype(jnp.int32)
+    krylov = Krylov(count, none > 0, none, pairs, pairs, column, none, column, column, column, column)
+    return krylov, repeated(zero, length + 1)
 
 
-def restart(krylov: Krylov, g: Vec, beta: Float[Array, "*batch"], where: Bool[Array, "*batch"]) -> Krylov:
-    """A space that begins with g, in the problems named by `where`."""
-    unit = scaled(ratio(1, beta, where=beta > 0), g)
-    unit = choose(where, unit, zeros_like(unit))  # g may not be finite in the other problems
-    column = krylov.rotation[..., 0]
-    fresh = Krylov(
-        count=zeros_from(krylov.count),
-        closed=where & False,
-        basis=outer(one_hot(0, column.shape[-1], column), unit),
-        hessenberg=zeros_from(krylov.hessenberg),
-        rotation=zeros_from(krylov.rotation) + aligned(jnp.eye(column.shape[-1], dtype=column.dtype), krylov.rotation),
-        triangle=zeros_from(krylov.triangle),
-        beta=beta,
-        residual=beta,
-    )
-    return choose(where, fresh, krylov)
+def restart(krylov: Krylov, beta: Float[Array, "*batch"], where: Bool[Array, "*batch"]) -> Krylov:
+    """A space that begins with a g of norm β, in the problems named by `where`."""
+    first = one_hot(0, krylov.normal.shape[-1], krylov.normal)
+    fresh = zeros_like(krylov)._replace(beta=beta, normal=first + zeros_from(krylov.normal))
+    return choose(where, fresh._replace(remainder=beta[..., None] * first), krylov)
 
 
-def newest(krylov: Krylov) -> Vec:
-    """The direction whose product with J comes next."""
-    column = krylov.rotation[..., 0]
-    return combine(one_hot(krylov.count, column.shape[-1], column), krylov.basis)
+def with_newest(krylov: Krylov, basis: Rows, unit: Vec, where: Bool[Array, "*batch"]) -> Rows:
+    """The basis with its newest vector q_k, in the problems named by `where`. Later rows are those of earlier spaces."""
+    return write_row_of_each(basis, unit, krylov.count, where)
 
 
 # ---- one more product --------------------------------------------------------------------------------------
 
 
-def extend(krylov: Krylov, product: Vec, where: Bool[Array, "*batch"]) -> Krylov:
-    """The space with the product J q_k added, in the problems named by `where`; the others pass zeros as product."""
-    k, size = krylov.count, krylov.hessenberg.shape[-1]
-    at_k, after = (one_hot(i, size + 1, krylov.rotation[..., 0]) for i in (k, k + 1))
-    new = new_column(product, krylov.basis, after)
-    rotation, rotated = rotate(krylov.rotation, new.column, at_k, after)
-    put = lambda x, column: x + column[..., :, None] * at_k[..., None, :size]
-    extended = Krylov(
-        count=k + 1,
-        closed=~new.independent | (k + 1 >= size),
-        basis=krylov.basis + outer(after, new.unit),
-        hessenberg=put(krylov.hessenberg, new.column),
-        rotation=rotation,
-        triangle=put(krylov.triangle, rotated),
-        beta=krylov.beta,
-        residual=jnp.abs(krylov.beta * jnp.sum(rotation[..., 0] * after, -1)),
-    )
-    return choose(where, extended, krylov)
-
-
 class Column(NamedTuple):
-    column: Float[Array, "*batch size+1"]  # the next one of H
+    column: Float[Array, "*batch size+1"]  # the next one of H, h
+    length: Float[Array, "*batch"]  # its last entry, b
     unit: Vec  # q_{k+1}
     independent: Bool[Array, "*batch"]  # whether the product leads out of the space; otherwise q_{k+1} is zero
 
 
-def new_column(product: Vec, basis: Rows, after: Array) -> Column:
-    """J q_k = Σ hᵢ qᵢ + ‖w‖ q_{k+1} as in (1), with `after` the unit vector e_{k+1}."""
-    w, h = orthogonalize(product, basis)
+def new_column(krylov: Krylov, basis: Rows, product: Vec) -> Column:
+    """J q_k = Σ hᵢ qᵢ + ‖w‖ q_{k+1} as in (1)."""
+    rows, k = jnp.arange(krylov.normal.shape[-1]), krylov.count[..., None]
+    w, h = orthogonalize(product, basis, rows <= k)
     length, whole = norm(w), norm(product)
     independent = length > 100 * float(jnp.finfo(product.dtype).eps) * whole
     length = jnp.where(independent, length, 0)
-    unit = scaled(ratio(1, length, where=independent), w)
-    return Column(h + length[..., None] * after, unit, independent)
+    unit = choose(independent, scaled(ratio(1, length, where=independent), w), zeros_like(w))
+    return Column(jnp.where(rows == k + 1, length[..., None], h), length, unit, independent)
 
 
-def orthogonalize(w: Vec, basis: Rows) -> tuple[Vec, Float[Array, "*batch rows"]]:
+def orthogonalize(w: Vec, basis: Rows, used: Bool[Array, "*batch rows"]) -> tuple[Vec, Float[Array, "*batch rows"]]:
     """(what is left of w, its coefficients) over orthonormal rows. Gram–Schmidt; twice is enough (Kahan)."""
     coefficients: Any = 0
     for _ in range(2):
-        along = products(basis, w)
+        along = jnp.where(used, products(basis, w), 0)
         w, coefficients = w - combine(along, basis), coefficients + along
     return w, coefficients
 
 
-def rotate(rotation: Array, column: Array, at_k: Array, after: Array) -> tuple[Array, Array]:
-    """(Ω, the new column of R): one more Givens rotation of (2), of rows k and k + 1, ends the column at row k."""
-    rotated = einsum("...ij,...j->...i", rotation, column)
-    a, b = jnp.sum(rotated * at_k, -1), jnp.sum(rotated * after, -1)
-    hypotenuse = safe_sqrt(a * a + b * b)
-    positive = hypotenuse > 0
-    safe = jnp.where(positive, hypotenuse, 1)
-    cos, sin = jnp.where(positive, a / safe, 1)[..., None], jnp.where(positive, b / safe, 0)[..., None]
-    row_k, row_after = (einsum("...i,...ij->...j", i, rotation) for i in (at_k, after))
-    rotation = add_row(rotation, at_k, cos * row_k + sin * row_after - row_k)
-    rotation = add_row(rotation, after, cos * row_after - sin * row_k - row_after)
-    return rotation, rotated + (hypotenuse - a)[..., None] * at_k - b[..., None] * after
-
-
-def add_row(x: Array, unit: Float[Array, "*batch rows"], row: Float[Array, "*batch dim"]) -> Array:
-    """x with `row` added to one row, that of the unit vector."""
-    return x + unit[..., :, None] * row[..., None, :]
+def extend(krylov: Krylov, new: Column, where: Bool[Array, "*batch"]) -> Krylov:
+    """The space with a product J q_k added, in the problems named by `where`."""
+    k, h, length = krylov.count, new.column, krylov.normal.shape[-1]
+    at_k, after = (one_hot(i, length, h) for i in (k, k + 1))
+    a, b = jnp.sum(krylov.normal * h, -1), new.length
+    rho = safe_sqrt(a * a + b * b)
+    cos, sin = (jnp.where(rho > 0, ratio(part, rho), other)[..., None] for part, other in ((a, 1), (b, 0)))  # (3)
+    z, normal = cos * krylov.normal + sin * after, cos * after - sin * krylov.normal
+    largest = jnp.maximum(krylov.largest, rho)
+    # A column that adds nothing to the image of H has no part in n.
+    regular = rho > 10 * length * float(jnp.finfo(h.dtype).eps) * largest
+    x = at_k - combine(products(krylov.images, h), krylov.directions)
+    x = ratio(1, rho, where=regular)[..., None] * x
+    along = jnp.where(regular, krylov.beta * z[..., 0], 0)[..., None]
+    descent = -(krylov.beta * h[..., 0])[..., None]
+    put = lambda rows, row: jnp.where(at_k[..., :-1, None] > 0, row[..., None, :], rows)
+    extended = Krylov(
+        count=k + 1,
+        closed=~new.independent | (k + 2 >= length),
+        beta=krylov.beta,
+        directions=put(krylov.directions, x),
+        images=put(krylov.images, z),
+        normal=normal,
+        largest=largest,
+        minimizer=krylov.minimizer - along * x,
+        remainder=krylov.remainder - along * z,
+        slope=krylov.slope + descent * at_k,
+        slope_image=krylov.slope_image + descent * h,
+    )
+    return choose(where, extended, krylov)
 
 
 # ---- models ------------------------------------------------------------------------------------------------
 
 
-def solution(krylov: Krylov) -> Float[Array, "*batch size"]:
-    """y that minimizes ‖g + J Q y‖ = ‖β e₀ + H y‖, by (2), with zeros where R is singular."""
-    size = krylov.triangle.shape[-1]
-    r = krylov.triangle[..., :size, :]
-    diagonal = einsum("...ii->...i", r)
-    top = jnp.max(jnp.abs(diagonal), axis=-1, keepdims=True)
-    regular = jnp.abs(diagonal) > 10 * size * float(jnp.finfo(r.dtype).eps) * top
-    pivot = ratio(1, diagonal, where=regular)
-    target = -krylov.beta[..., None] * krylov.rotation[..., :size, 0]
-
-    def back(i, y):
-        i = size - 1 - i
-        unit = one_hot(i, size, target)
-        row = jax.lax.dynamic_index_in_dim(r, i, axis=-2, keepdims=False)
-        value = jnp.sum(target * unit, -1) - einsum("...j,...j->...", row, y)
-        return y + (value * jnp.sum(pivot * unit, -1))[..., None] * unit
-
-    return jax.lax.fori_loop(0, size, back, zeros_from(target))
-
-
-def dogleg(krylov: Krylov, radius: Float[Array, "*batch"]) -> tuple[Vec, Float[Array, "*batch"]]:
-    """The step of at most `radius` along Powell's dogleg, and the norm ‖g + J p‖ that the model predicts."""
-    newton = solution(krylov)
-    slope = -krylov.beta[..., None] * krylov.hessenberg[..., 0, :]
-    slope_norm, image = norm(slope), norm(einsum("...ij,...j->...i", krylov.hessenberg, slope))
+def dogleg(
+    krylov: Krylov, radius: Float[Array, "*batch"]
+) -> tuple[Float[Array, "*batch size+1"], Float[Array, "*batch"]]:
+    """(y of the step of at most `radius` along Powell's dogleg, the norm ‖g + J p‖ that the model predicts)."""
+    slope_norm, image, length = norm(krylov.slope), norm(krylov.slope_image), norm(krylov.minimizer)
     far = ratio(slope_norm, image, where=image > 0) ** 2
-    cauchy, cauchy_norm = far[..., None] * slope, far * slope_norm  # (3)
+    cauchy, cauchy_norm = far[..., None] * krylov.slope, far * slope_norm  # (4)
 
-    # (4) is the quadratic a t² + 2 b t + c = 0.
-    leg = newton - cauchy
+    # (5) is the quadratic a t² + 2 b t + c = 0.
+    leg = krylov.minimizer - cauchy
     a, b = jnp.sum(leg * leg, -1), jnp.sum(cauchy * leg, -1)
     c = jnp.where(jnp.isfinite(radius), cauchy_norm**2 - radius**2, 0)
     root = safe_sqrt(b * b - a * c)
     t = jnp.where(b > 0, ratio(-c, b + root, where=b + root > 0), ratio(root - b, a, where=a > 0))
-    between = cauchy + jnp.clip(t, 0, 1)[..., None] * leg
-    inside = ratio(jnp.minimum(radius, cauchy_norm), cauchy_norm, where=cauchy_norm > 0)[..., None] * cauchy
-    y = jnp.where((cauchy_norm >= radius)[..., None], inside, between)
-    y = jnp.where((norm(newton) <= radius)[..., None], newton, y)
+    short, whole = cauchy_norm >= radius, length <= radius
+    inside = ratio(jnp.minimum(radius, cauchy_norm), cauchy_norm, where=cauchy_norm > 0)
+    t = jnp.where(whole, 1, jnp.where(short, 0, jnp.clip(t, 0, 1)))
+    of_slope = far * jnp.where(short & ~whole, inside, 1 - t)
 
-    first = one_hot(0, krylov.hessenberg.shape[-2], y)
-    predicted = norm(krylov.beta[..., None] * first + einsum("...ij,...j->...i", krylov.hessenberg, y))
-    return combine(y, first_rows(krylov.basis, y.shape[-1])), predicted
+    # y = of_slope · s + t n, and so is the remainder β e₀ + H y.
+    add = lambda s, n: of_slope[..., None] * s + t[..., None] * n
+    rest = ((1 - t) * krylov.beta)[..., None] * one_hot(0, krylov.slope.shape[-1], krylov.slope)
+    return add(krylov.slope, krylov.minimizer), norm(rest + add(krylov.slope_image, krylov.remainder))

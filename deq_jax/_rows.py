@@ -67,6 +67,17 @@ def write_row(rows: Rows, new: Vec, index: Int[Array, ""], where: Bool[Array, "*
     return each(of_parts, rows, new)
 
 
+def write_row_of_each(rows: Rows, new: Vec, index: Int[Array, "*batch"], where: Bool[Array, "*batch"]) -> Rows:
+    """The rows with `new` written at an index of each problem's own, in the problems of `where`."""
+
+    def of_parts(part, new):
+        axis = _row_axis(rows, part, 1)
+        here = (jnp.arange(part.shape[axis]) == index[..., None]) & where[..., None]
+        return jnp.where(per_entry(here, part), jnp.expand_dims(new, axis), part)
+
+    return each(of_parts, rows, new)
+
+
 def products(rows: Rows, x: Vec) -> Float[Array, "*batch rows"]:
     """⟨rowᵢ, x⟩."""
 

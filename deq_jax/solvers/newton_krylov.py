@@ -23,11 +23,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from deq_jax import _krylov
-from deq_jax._arrays import at_most, ratio, zeros_from
+from deq_jax._arrays import one_hot, ratio
 from deq_jax._checks import check_number
 from deq_jax._config import Number, config
+from deq_jax._rows import combine
 from deq_jax._states import choose, zeros_like
-from deq_jax._vectors import Vec, divided, norm, scaled, size, zero_of
+from deq_jax._vectors import Rows, Vec, divided, norm, scaled, zero_of
 from deq_jax.solvers.protocol import LoopOptions, check_sees_all
 
 ACCEPTED = 1e-4  # part of the predicted decrease of ‖g‖² that a step must bring
@@ -41,12 +42,14 @@ class NewtonKrylovState(NamedTuple):
     trial: Bool[Array, "*batch"]  # whether the next evaluation is a trial; otherwise it is for a product J q
     z: Vec  # the iterate
     g: Vec  # and its residual
+    z_norm: Float[Array, "*batch"]
     next_z: Vec  # where f is to be evaluated next
     radius: Float[Array, "*batch"]  # of the trust region
     forcing: Float[Array, "*batch"]
     predicted: Float[Array, "*batch"]  # ‖g + J p‖ of the trial step p; below zero for one taken whatever it brings
     widening: Float[Array, "*batch"]  # factor of the difference h, for an h that was lost in rounding
     krylov: _krylov.Krylov
+    basis: Rows  # of the Krylov space
 
 
 @config
@@ -93,9 +96,11 @@ class NewtonKrylov(LoopOptions):
 
     def init(self, z: Vec) -> NewtonKrylovState:
         zero, none = zeros_like(z), zero_of(z)
-        krylov = _krylov.empty(zero, at_most(self.krylov, size(z)))
+        krylov, basis = _krylov.empty(zero, self.krylov)
         no, radius, forcing = none > 0, none + jnp.inf, none + self.forcing
-        return NewtonKrylovState(no, no, zero, zero, z, radius, forcing, none, none + 1, krylov)
+        return NewtonKrylovState(
+            no, no, zero, zero, none, z, radius, forcing, none, widening=none + 1, krylov=krylov, basis=basis
+        )
 
     def resume(self, state: NewtonKrylovState) -> NewtonKrylovState:
         """Nothing of an earlier solve is a start for this one."""
@@ -108,45 +113,50 @@ class NewtonKrylov(LoopOptions):
         return state.next_z
 
     def update(self, residual: Vec, state: NewtonKrylovState, z: Vec) -> tuple[Vec, NewtonKrylovState]:
-        g_norm, last_norm, distance = norm(residual), norm(state.g), norm(z - state.z)
+        g_norm, last_norm, distance = norm(residual), state.krylov.beta, norm(z - state.z)
+        z_norm, f_norm = norm(z), norm(z + residual)
         product = jacobian_product(state, residual, distance, g_norm, last_norm)
-        krylov = _krylov.extend(state.krylov, product.value, product.usable)
+        trial = assess_trial(state, distance, g_norm, last_norm)
+        column = _krylov.new_column(state.krylov, state.basis, product.value)
+        krylov = _krylov.extend(state.krylov, column, product.usable)
         solved = krylov.closed | (krylov.residual <= state.forcing * last_norm)
         ready = state.known & ~state.trial & (solved | ~(product.usable | product.lost))
-        trial = assess_trial(state, distance, g_norm, last_norm)
+        stepping = ready | trial.rejected
+        y, predicted = trial_step(krylov, trial.radius)
 
         # A new iterate begins a new space.
         new = trial.new
         base_z, base_g = choose(new, (z, residual), (state.z, state.g))
-        state = state._replace(z=base_z, g=base_g, radius=trial.radius)
-        base_norm = norm(state.g)
-        krylov = _krylov.restart(krylov, state.g, base_norm, new)
-        forcing = jnp.where(new, self._forcing(state, base_norm, last_norm), state.forcing)
+        base_norm, base_z_norm = jnp.where(new, g_norm, last_norm), jnp.where(new, z_norm, state.z_norm)
+        krylov = _krylov.restart(krylov, base_norm, new)
+        unit = choose(new, scaled(ratio(1, base_norm, where=base_norm > 0), residual), column.unit)
+        basis = _krylov.with_newest(krylov, state.basis, unit, new | product.usable)
 
-        stepping = ready | trial.rejected
-        step, predicted = trial_step(krylov, state.g, base_norm, trial.radius, jnp.any(stepping))
-        predicted = jnp.where(trial.forced, -1, predicted)
         eps = float(jnp.finfo(z.dtype).eps)
         widening = jnp.where(new, 1, jnp.where(product.lost, state.widening * eps**-0.25, state.widening))
-        h = self._difference(norm(state.z), base_norm, eps) * widening  # (1)
-        next_z = state.z + choose(stepping, step, scaled(h, _krylov.newest(krylov)))
-        return next_z - z, state._replace(
+        h = self._difference(base_z_norm, base_norm, eps) * widening  # (1)
+        newest = one_hot(krylov.count, y.shape[-1], y)
+        next_z = base_z + combine(jnp.where(stepping[..., None], y, h[..., None] * newest), basis)
+        return next_z - z, NewtonKrylovState(
             known=state.known | True,
             trial=stepping,
+            z=base_z,
+            g=base_g,
+            z_norm=base_z_norm,
             next_z=next_z,
-            forcing=forcing,
-            predicted=jnp.where(stepping, predicted, 0),
+            radius=trial.radius,
+            forcing=jnp.where(new, self._forcing(state, f_norm, g_norm, last_norm), state.forcing),
+            predicted=jnp.where(stepping, jnp.where(trial.forced, -1, predicted), 0),
             widening=widening,
             krylov=krylov,
+            basis=basis,
         )
 
-    def _forcing(
-        self, state: NewtonKrylovState, base_norm: Float[Array, "*batch"], last_norm: Float[Array, "*batch"]
-    ) -> Float[Array, "*batch"]:
+    def _forcing(self, state: NewtonKrylovState, f_norm: Array, g_norm: Array, last_norm: Array) -> Array:
         """The forcing term (4) of a new iterate."""
-        tolerance: Any = self.atol + self.rtol * norm(state.z + state.g)
-        target = 0.5 * ratio(tolerance, base_norm)
-        fallen = jnp.where(state.known, ratio(base_norm, last_norm), jnp.inf)
+        tolerance: Any = self.atol + self.rtol * f_norm
+        target = 0.5 * ratio(tolerance, g_norm)
+        fallen = jnp.where(state.known, ratio(g_norm, last_norm), jnp.inf)
         # Where the last step brought little, small components of the step are what is missing.
         most = jnp.where((fallen > SLOW) & (fallen < 1), self.forcing**2, self.forcing)
         return jnp.maximum(jnp.minimum(0.9 * fallen**2, most), jnp.minimum(target, 0.5))
@@ -198,7 +208,7 @@ def assess_trial(state: NewtonKrylovState, distance: Array, g_norm: Array, last_
     radius = jnp.where(tried, jnp.where(accepted, adapted, shrunk), state.radius)
     # No step that the arithmetic can tell from zero has helped: a local minimum of ‖g‖. Newton's own step leaves it,
     # whatever it brings.
-    stuck = tried & ~accepted & (radius <= 4 * eps * norm(state.z))
+    stuck = tried & ~accepted & (radius <= 4 * eps * state.z_norm)
     # How far a step may go is a decision, not a function of the inputs, and may be infinite: constant in `Unroll`.
     radius = jax.lax.stop_gradient(jnp.where(stuck, jnp.inf, radius))
     new = ~state.known | accepted | (tried & finite & (state.predicted < 0))
@@ -206,14 +216,11 @@ def assess_trial(state: NewtonKrylovState, distance: Array, g_norm: Array, last_
 
 
 def trial_step(
-    krylov: _krylov.Krylov, g: Vec, g_norm: Array, radius: Array, wanted: Bool[Array, ""]
-) -> tuple[Vec, Float[Array, "*batch"]]:
-    """The step p of at most `radius`, and the norm ‖g + J p‖ that the model predicts. Zeros unless `wanted`."""
-    step, predicted = jax.lax.cond(
-        wanted, lambda: _krylov.dogleg(krylov, radius), lambda: (zeros_like(g), zeros_from(g_norm))
-    )
+    krylov: _krylov.Krylov, radius: Float[Array, "*batch"]
+) -> tuple[Float[Array, "*batch rows"], Float[Array, "*batch"]]:
+    """The coordinates of the step p of at most `radius`, and the norm ‖g + J p‖ that the model predicts."""
+    y, predicted = _krylov.dogleg(krylov, radius)
     # Without a single product there is no model: the plain iteration, within the radius.
-    plain = krylov.count == 0
-    part = ratio(jnp.minimum(radius, g_norm), g_norm)
-    step = choose(plain, scaled(part, g), step)
-    return step, jnp.where(plain, (1 - 0.5 * part) * g_norm, predicted)
+    plain, length = krylov.count == 0, jnp.minimum(radius, krylov.beta)
+    first = length[..., None] * one_hot(0, y.shape[-1], y)
+    return jnp.where(plain[..., None], first, y), jnp.where(plain, krylov.beta - 0.5 * length, predicted)
