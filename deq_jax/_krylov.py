@@ -22,13 +22,14 @@ Powell's dogleg leads from 0 along the steepest descent to the Cauchy point c, a
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._arrays import at_most, one_hot, ratio, safe_sqrt, zeros_from
+from deq_jax._arrays import at_most, one_hot, per_entry, ratio, reciprocal, safe_sqrt, zeros_from
 from deq_jax._rows import combine, products, repeated, write_row_of_each
 from deq_jax._states import choose, zeros_like
-from deq_jax._vectors import Rows, Vec, norm, scaled, size, zero_of
+from deq_jax._vectors import Rows, Vec, each, norm, scaled, size, zero_of
 
 
 class Krylov(NamedTuple):
@@ -42,7 +43,7 @@ class Krylov(NamedTuple):
     normal: Float[Array, "*batch size+1"]  # ν
     largest: Float[Array, "*batch"]  # ρ so far
     minimizer: Float[Array, "*batch size+1"]  # n of (2)
-    remainder: Float[Array, "*batch size+1"]  # β e₀ + H n
+    gain: Float[Array, "*batch"]  # ‖g‖² less the minimum of ‖g + J p‖²
     slope: Float[Array, "*batch size+1"]  # s of (4)
     slope_image: Float[Array, "*batch size+1"]  # H s
 
@@ -57,7 +58,7 @@ def empty(zero: Vec, most: int) -> tuple[Krylov, Rows]:
     none, length = zero_of(zero), at_most(most, size(zero))
     column = jnp.stack([none] * (length + 1), axis=-1)
     pairs, count = jnp.stack([column] * length, axis=-2), none.astype(jnp.int32)
-    krylov = Krylov(count, none > 0, none, pairs, pairs, column, none, column, column, column, column)
+    krylov = Krylov(count, none > 0, none, pairs, pairs, column, none, column, none, column, column)
     return krylov, repeated(zero, length + 1)
 
 
@@ -65,7 +66,7 @@ def restart(krylov: Krylov, beta: Float[Array, "*batch"], where: Bool[Array, "*b
     """A space that begins with a g of norm β, in the problems named by `where`."""
     first = one_hot(0, krylov.normal.shape[-1], krylov.normal)
     fresh = zeros_like(krylov)._replace(beta=beta, normal=first + zeros_from(krylov.normal))
-    return choose(where, fresh._replace(remainder=beta[..., None] * first), krylov)
+    return choose(where, fresh, krylov)
 
 
 def with_newest(krylov: Krylov, basis: Rows, unit: Vec, where: Bool[Array, "*batch"]) -> Rows:
@@ -78,27 +79,28 @@ def with_newest(krylov: Krylov, basis: Rows, unit: Vec, where: Bool[Array, "*bat
 
 class Column(NamedTuple):
     column: Float[Array, "*batch size+1"]  # the next one of H, h
-    length: Float[Array, "*batch"]  # its last entry, b
+    length: Float[
+        Array, "*batch"
+    ]  # its last entry, b; 0 where the product does not lead out of the space, and then q_{k+1} is 0
     unit: Vec  # q_{k+1}
-    independent: Bool[Array, "*batch"]  # whether the product leads out of the space; otherwise q_{k+1} is zero
 
 
-def new_column(krylov: Krylov, basis: Rows, product: Vec) -> Column:
-    """J q_k = Σ hᵢ qᵢ + ‖w‖ q_{k+1} as in (1)."""
+def new_column(krylov: Krylov, basis: Rows, product: Vec, whole: Float[Array, "*batch"]) -> Column:
+    """J q_k = Σ hᵢ qᵢ + ‖w‖ q_{k+1} as in (1), for a product of norm `whole`."""
     rows, k = jnp.arange(krylov.normal.shape[-1]), krylov.count[..., None]
     w, h = orthogonalize(product, basis, rows <= k)
-    length, whole = norm(w), norm(product)
+    length = norm(w)
     independent = length > 100 * float(jnp.finfo(product.dtype).eps) * whole
-    length = jnp.where(independent, length, 0)
-    unit = choose(independent, scaled(ratio(1, length, where=independent), w), zeros_like(w))
-    return Column(jnp.where(rows == k + 1, length[..., None], h), length, unit, independent)
+    length = jax.lax.optimization_barrier(jnp.where(independent, length, 0))
+    unit = choose(length > 0, scaled(reciprocal(length), w), zeros_like(w))
+    return Column(jnp.where(rows == k + 1, length[..., None], h), length, unit)
 
 
 def orthogonalize(w: Vec, basis: Rows, used: Bool[Array, "*batch rows"]) -> tuple[Vec, Float[Array, "*batch rows"]]:
     """(what is left of w, its coefficients) over orthonormal rows. Gram–Schmidt; twice is enough (Kahan)."""
     coefficients: Any = 0
     for _ in range(2):
-        along = jnp.where(used, products(basis, w), 0)
+        along = products(each(lambda part: jnp.where(per_entry(used, part), part, 0), basis), w)
         w, coefficients = w - combine(along, basis), coefficients + along
     return w, coefficients
 
@@ -116,19 +118,19 @@ def extend(krylov: Krylov, new: Column, where: Bool[Array, "*batch"]) -> Krylov:
     regular = rho > 10 * length * float(jnp.finfo(h.dtype).eps) * largest
     x = at_k - combine(products(krylov.images, h), krylov.directions)
     x = ratio(1, rho, where=regular)[..., None] * x
-    along = jnp.where(regular, krylov.beta * z[..., 0], 0)[..., None]
+    along = jnp.where(regular, krylov.beta * z[..., 0], 0)
     descent = -(krylov.beta * h[..., 0])[..., None]
     put = lambda rows, row: jnp.where(at_k[..., :-1, None] > 0, row[..., None, :], rows)
     extended = Krylov(
         count=k + 1,
-        closed=~new.independent | (k + 2 >= length),
+        closed=(b == 0) | (k + 2 >= length),
         beta=krylov.beta,
         directions=put(krylov.directions, x),
         images=put(krylov.images, z),
         normal=normal,
         largest=largest,
-        minimizer=krylov.minimizer - along * x,
-        remainder=krylov.remainder - along * z,
+        minimizer=krylov.minimizer - along[..., None] * x,
+        gain=krylov.gain + along**2,
         slope=krylov.slope + descent * at_k,
         slope_image=krylov.slope_image + descent * h,
     )
@@ -138,26 +140,32 @@ def extend(krylov: Krylov, new: Column, where: Bool[Array, "*batch"]) -> Krylov:
 # ---- models ------------------------------------------------------------------------------------------------
 
 
-def dogleg(
-    krylov: Krylov, radius: Float[Array, "*batch"]
-) -> tuple[Float[Array, "*batch size+1"], Float[Array, "*batch"]]:
-    """(y of the step of at most `radius` along Powell's dogleg, the norm ‖g + J p‖ that the model predicts)."""
-    slope_norm, image, length = norm(krylov.slope), norm(krylov.slope_image), norm(krylov.minimizer)
-    far = ratio(slope_norm, image, where=image > 0) ** 2
-    cauchy, cauchy_norm = far[..., None] * krylov.slope, far * slope_norm  # (4)
+class Step(NamedTuple):
+    y: Float[Array, "*batch size+1"]  # p = Σ yⱼ qⱼ
+    decrease: Float[Array, "*batch"]  # ‖g‖² − ‖g + J p‖²
 
-    # (5) is the quadratic a t² + 2 b t + c = 0.
-    leg = krylov.minimizer - cauchy
-    a, b = jnp.sum(leg * leg, -1), jnp.sum(cauchy * leg, -1)
-    c = jnp.where(jnp.isfinite(radius), cauchy_norm**2 - radius**2, 0)
+
+def dogleg(krylov: Krylov, radius: Float[Array, "*batch"]) -> Step:
+    """The step of at most `radius` along Powell's dogleg."""
+    slope, image, length = norm(krylov.slope), norm(krylov.slope_image), norm(krylov.minimizer)
+    slope_over = ratio(slope, image, where=image > 0)
+    far, cauchy, least = slope_over**2, slope_over**2 * slope, (slope_over * slope) ** 2  # (4), ‖c‖, its decrease
+
+    # (5) is the quadratic a t² + 2 b t + c = 0, where ⟨s, n⟩ = −⟨β e₀, H n⟩ is the gain.
+    b = far * krylov.gain - cauchy**2
+    a = jnp.maximum(length**2 - far * krylov.gain - b, 0)
+    c = jnp.where(jnp.isfinite(radius), cauchy**2 - radius**2, 0)
     root = safe_sqrt(b * b - a * c)
     t = jnp.where(b > 0, ratio(-c, b + root, where=b + root > 0), ratio(root - b, a, where=a > 0))
-    short, whole = cauchy_norm >= radius, length <= radius
-    inside = ratio(jnp.minimum(radius, cauchy_norm), cauchy_norm, where=cauchy_norm > 0)
+    whole, short = length <= radius, cauchy >= radius
     t = jnp.where(whole, 1, jnp.where(short, 0, jnp.clip(t, 0, 1)))
-    of_slope = far * jnp.where(short & ~whole, inside, 1 - t)
+    first = jnp.where(short & ~whole, ratio(radius, cauchy), 1 - t)  # p = first · c + t n
+    # H (n − c) is orthogonal to β e₀ + H n.
+    decrease = jnp.where(t > 0, krylov.gain - (krylov.gain - least) * first**2, least * first * (2 - first))
 
-    # y = of_slope · s + t n, and so is the remainder β e₀ + H y.
-    add = lambda s, n: of_slope[..., None] * s + t[..., None] * n
-    rest = ((1 - t) * krylov.beta)[..., None] * one_hot(0, krylov.slope.shape[-1], krylov.slope)
-    return add(krylov.slope, krylov.minimizer), norm(rest + add(krylov.slope_image, krylov.remainder))
+    # Without a single product there is no model: the plain iteration, within the radius.
+    none, plain = krylov.count == 0, jnp.minimum(radius, krylov.beta)
+    decrease = jnp.where(none, plain * (krylov.beta - 0.25 * plain), decrease)
+    y = (first * far)[..., None] * krylov.slope + t[..., None] * krylov.minimizer
+    e_0 = one_hot(0, y.shape[-1], y)
+    return Step(jnp.where(none[..., None], plain[..., None] * e_0, y), decrease)

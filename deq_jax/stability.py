@@ -132,7 +132,8 @@ def _arnoldi(
     def extend(j, carry):
         space, basis, H = carry
         more = ~space.closed
-        new = _krylov.new_column(space, basis, push(basis[..., j, :]))
+        product = push(basis[..., j, :])
+        new = _krylov.new_column(space, basis, product, norm(product))
         space = _krylov.extend(space, new, more)
         H = H.at[..., j].set(jnp.where(more[..., None], new.column, 0))
         return space, _krylov.with_newest(space, basis, new.unit, more), H

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax import _krylov
-from deq_jax._arrays import one_hot, ratio
+from deq_jax._arrays import one_hot, ratio, reciprocal, zeros_from
 from deq_jax._checks import check_number
 from deq_jax._config import Number, config
 from deq_jax._rows import combine
@@ -33,20 +33,23 @@ from deq_jax.solvers.protocol import LoopOptions, check_sees_all
 
 ACCEPTED = 1e-4  # part of the predicted decrease of ‖g‖² that a step must bring
 NOISE = 30  # units in the last place of g: a difference that changes it by less is lost in rounding
+START, PRODUCT, TRIAL = range(3)  # an evaluation is the first, or for a product J q, or the trial of a step
+# What it was good for: a new iterate; a product; a product that was lost in rounding, so that h is widened and q tried
+# again; nothing, because it is not finite; a shorter step; a step that is taken whatever it brings.
+NEW, USED, LOST, FAILED, REJECTED, STUCK = range(6)
 SLOW = 0.99  # a step that leaves more of ‖g‖ than this is slow
 POOR, GOOD = 0.25, 0.75  # below, the radius shrinks; above, it may grow
 
 
 class NewtonKrylovState(NamedTuple):
-    known: Bool[Array, "*batch"]  # whether z and g belong to this f
-    trial: Bool[Array, "*batch"]  # whether the next evaluation is a trial; otherwise it is for a product J q
+    purpose: Int[Array, "*batch"]  # START, PRODUCT or TRIAL: that of the next evaluation
     z: Vec  # the iterate
     g: Vec  # and its residual
     z_norm: Float[Array, "*batch"]
     next_z: Vec  # where f is to be evaluated next
     radius: Float[Array, "*batch"]  # of the trust region
     forcing: Float[Array, "*batch"]
-    predicted: Float[Array, "*batch"]  # ‖g + J p‖ of the trial step p; below zero for one taken whatever it brings
+    promised: Float[Array, "*batch"]  # decrease of ‖g‖² by the trial step; below zero for one taken whatever it brings
     widening: Float[Array, "*batch"]  # factor of the difference h, for an h that was lost in rounding
     krylov: _krylov.Krylov
     basis: Rows  # of the Krylov space
@@ -97,9 +100,9 @@ class NewtonKrylov(LoopOptions):
     def init(self, z: Vec) -> NewtonKrylovState:
         zero, none = zeros_like(z), zero_of(z)
         krylov, basis = _krylov.empty(zero, self.krylov)
-        no, radius, forcing = none > 0, none + jnp.inf, none + self.forcing
+        start, radius, forcing = zeros_from(krylov.count) + START, none + jnp.inf, none + self.forcing
         return NewtonKrylovState(
-            no, no, zero, zero, none, z, radius, forcing, none, widening=none + 1, krylov=krylov, basis=basis
+            start, zero, zero, none, z, radius, forcing, none, widening=none + 1, krylov=krylov, basis=basis
         )
 
     def resume(self, state: NewtonKrylovState) -> NewtonKrylovState:
@@ -107,120 +110,136 @@ class NewtonKrylov(LoopOptions):
         return self.init(zeros_like(state.z))
 
     def can_backtrack(self, state: NewtonKrylovState) -> Bool[Array, "*batch"]:
-        return state.known | True
+        return state.purpose >= START
 
     def next_point(self, state: NewtonKrylovState, z: Vec) -> Vec:
         return state.next_z
 
     def update(self, residual: Vec, state: NewtonKrylovState, z: Vec) -> tuple[Vec, NewtonKrylovState]:
-        g_norm, last_norm, distance = norm(residual), state.krylov.beta, norm(z - state.z)
-        z_norm, f_norm = norm(z), norm(z + residual)
-        product = jacobian_product(state, residual, distance, g_norm, last_norm)
-        trial = assess_trial(state, distance, g_norm, last_norm)
-        column = _krylov.new_column(state.krylov, state.basis, product.value)
-        krylov = _krylov.extend(state.krylov, column, product.usable)
-        solved = krylov.closed | (krylov.residual <= state.forcing * last_norm)
-        ready = state.known & ~state.trial & (solved | ~(product.usable | product.lost))
-        stepping = ready | trial.rejected
-        y, predicted = trial_step(krylov, trial.radius)
+        sizes = jnp.stack([norm(x) for x in vectors_of(residual, state, z)], axis=-1)
+        sizes = jax.lax.optimization_barrier(sizes)
+        sizes = Sizes(*(sizes[..., i] for i in range(5)))
+        verdict = self._assess(sizes, state)
+        # A verdict is a few numbers a problem: one kernel makes them, before the passes over the vectors.
+        verdict, last_g = jax.lax.optimization_barrier((verdict, state.g))
+        used, new = verdict.used, verdict.new
 
-        # A new iterate begins a new space.
-        new = trial.new
+        product = divided(residual - last_g, verdict.distance)  # (1)
+        product = choose(used, product, zeros_like(product))
+        column = _krylov.new_column(state.krylov, state.basis, product, verdict.length)
+        krylov = _krylov.restart(_krylov.extend(state.krylov, column, used), verdict.g_norm, new)
+        krylov = jax.lax.optimization_barrier(krylov)
+        unit = choose(new, scaled(reciprocal(verdict.g_norm), residual), column.unit)
+        basis = _krylov.with_newest(krylov, state.basis, unit, new | used)
+
+        solved = krylov.closed | (krylov.residual <= verdict.forcing * krylov.beta)
+        stepping = (verdict.event >= FAILED) | (solved & ~new)
+        step = _krylov.dogleg(krylov, verdict.radius)
+        newest = one_hot(krylov.count, step.y.shape[-1], step.y)
+        weights = jnp.where(stepping[..., None], step.y, verdict.h[..., None] * newest)
         base_z, base_g = choose(new, (z, residual), (state.z, state.g))
-        base_norm, base_z_norm = jnp.where(new, g_norm, last_norm), jnp.where(new, z_norm, state.z_norm)
-        krylov = _krylov.restart(krylov, base_norm, new)
-        unit = choose(new, scaled(ratio(1, base_norm, where=base_norm > 0), residual), column.unit)
-        basis = _krylov.with_newest(krylov, state.basis, unit, new | product.usable)
-
-        eps = float(jnp.finfo(z.dtype).eps)
-        widening = jnp.where(new, 1, jnp.where(product.lost, state.widening * eps**-0.25, state.widening))
-        h = self._difference(base_z_norm, base_norm, eps) * widening  # (1)
-        newest = one_hot(krylov.count, y.shape[-1], y)
-        next_z = base_z + combine(jnp.where(stepping[..., None], y, h[..., None] * newest), basis)
+        next_z = base_z + combine(weights, basis)
         return next_z - z, NewtonKrylovState(
-            known=state.known | True,
-            trial=stepping,
+            purpose=jnp.where(stepping, TRIAL, PRODUCT),
             z=base_z,
             g=base_g,
-            z_norm=base_z_norm,
+            z_norm=verdict.z_norm,
             next_z=next_z,
-            radius=trial.radius,
-            forcing=jnp.where(new, self._forcing(state, f_norm, g_norm, last_norm), state.forcing),
-            predicted=jnp.where(stepping, jnp.where(trial.forced, -1, predicted), 0),
-            widening=widening,
+            radius=verdict.radius,
+            forcing=verdict.forcing,
+            promised=jnp.where(verdict.event == STUCK, -1, step.decrease),
+            widening=verdict.widening,
             krylov=krylov,
             basis=basis,
         )
 
-    def _forcing(self, state: NewtonKrylovState, f_norm: Array, g_norm: Array, last_norm: Array) -> Array:
+    def _assess(self, sizes: "Sizes", state: NewtonKrylovState) -> "Verdict":
+        """What an evaluation was good for."""
+        g_norm, distance, change, z_norm, f_norm = sizes
+        last, eps = state.krylov.beta, float(jnp.finfo(g_norm.dtype).eps)
+        usable = jnp.isfinite(g_norm) & (distance > 0) & jnp.isfinite(distance)
+        lost = (change <= NOISE * eps * last) & (distance < eps**0.25 * last)
+        event = jnp.where(usable, jnp.where(lost, LOST, USED), FAILED)
+        trial = assess_trial(sizes, state, eps)
+        event = jnp.where(state.purpose == TRIAL, trial.event, event)
+        new = (state.purpose == START) | (event == NEW)
+        event = jnp.where(new, NEW, event)
+
+        z_norm, beta = jnp.where(new, z_norm, state.z_norm), jnp.where(new, g_norm, last)
+        widening = jnp.where(event == LOST, state.widening * eps**-0.25, state.widening)
+        widening = jnp.where(new, 1, widening)
+        difference: Any = eps**0.5 if self.difference is None else self.difference
+        return Verdict(
+            event=event,
+            new=new,
+            used=event == USED,
+            distance=jnp.where(event == USED, distance, 1),
+            length=ratio(change, distance),
+            z_norm=z_norm,
+            g_norm=beta,
+            radius=trial.radius,
+            forcing=jnp.where(new, self._forcing(sizes, state), state.forcing),
+            widening=widening,
+            h=difference * jnp.where(z_norm > 0, z_norm, beta) * widening,
+        )
+
+    def _forcing(self, sizes: "Sizes", state: NewtonKrylovState) -> Float[Array, "*batch"]:
         """The forcing term (4) of a new iterate."""
-        tolerance: Any = self.atol + self.rtol * f_norm
-        target = 0.5 * ratio(tolerance, g_norm)
-        fallen = jnp.where(state.known, ratio(g_norm, last_norm), jnp.inf)
+        tolerance: Any = self.atol + self.rtol * sizes.f
+        target = 0.5 * ratio(tolerance, sizes.g)
+        fallen = jnp.where(state.purpose == START, jnp.inf, ratio(sizes.g, state.krylov.beta))
         # Where the last step brought little, small components of the step are what is missing.
         most = jnp.where((fallen > SLOW) & (fallen < 1), self.forcing**2, self.forcing)
         return jnp.maximum(jnp.minimum(0.9 * fallen**2, most), jnp.minimum(target, 0.5))
 
-    def _difference(
-        self, size: Float[Array, "*batch"], base_norm: Float[Array, "*batch"], eps: float
-    ) -> Float[Array, "*batch"]:
-        """h of (1) before it is widened; relative to ‖g‖ at z = 0."""
-        difference: Any = eps**0.5 if self.difference is None else self.difference
-        return difference * jnp.where(size > 0, size, base_norm)
+
+class Sizes(NamedTuple):
+    """Norms of what an evaluation at z has brought."""
+
+    g: Float[Array, "*batch"]  # ‖g(z)‖
+    distance: Float[Array, "*batch"]  # of z from the iterate: h of a product, or ‖p‖
+    change: Float[Array, "*batch"]  # of g since the iterate
+    z: Float[Array, "*batch"]
+    f: Float[Array, "*batch"]  # ‖f(z)‖
 
 
-class ProductResult(NamedTuple):
-    value: Vec  # J q where usable
-    usable: Bool[Array, "*batch"]
-    lost: Bool[Array, "*batch"]  # whether the difference was lost in rounding: h is widened, and q tried again
+def vectors_of(residual: Vec, state: NewtonKrylovState, z: Vec) -> tuple[Vec, ...]:
+    """The vectors whose norms are `Sizes`."""
+    return residual, z - state.z, residual - state.g, z, z + residual
 
 
-def jacobian_product(
-    state: NewtonKrylovState, residual: Vec, distance: Array, g_norm: Array, last_norm: Array
-) -> ProductResult:
-    """The product (1), in the problems where the last evaluation was for one; `distance` is h."""
-    eps = float(jnp.finfo(residual.dtype).eps)
-    asked = state.known & ~state.trial & jnp.isfinite(g_norm) & (distance > 0) & jnp.isfinite(distance)
-    change = residual - state.g
-    change = choose(asked, change, zeros_like(change))
-    lost = asked & (norm(change) <= NOISE * eps * last_norm) & (distance < eps**0.25 * last_norm)
-    usable = asked & ~lost
-    return ProductResult(divided(change, jnp.where(usable, distance, 1)), usable, lost)
+class Verdict(NamedTuple):
+    event: Int[Array, "*batch"]  # NEW … STUCK
+    new: Bool[Array, "*batch"]
+    used: Bool[Array, "*batch"]
+    distance: Float[Array, "*batch"]  # h of the product that was found
+    length: Float[Array, "*batch"]  # its norm ‖J q‖
+    z_norm: Float[Array, "*batch"]  # of the iterate, which is z where it is new
+    g_norm: Float[Array, "*batch"]  # of its residual
+    radius: Float[Array, "*batch"]
+    forcing: Float[Array, "*batch"]
+    widening: Float[Array, "*batch"]
+    h: Float[Array, "*batch"]  # of (1) for the next product; relative to ‖g‖ at z = 0
 
 
 class TrialResult(NamedTuple):
-    new: Bool[Array, "*batch"]  # whether z is a new iterate
-    rejected: Bool[Array, "*batch"]  # whether a shorter step is to be tried
-    forced: Bool[Array, "*batch"]  # whether the next step is taken whatever it brings
+    event: Int[Array, "*batch"]  # NEW, REJECTED or STUCK
     radius: Float[Array, "*batch"]
 
 
-def assess_trial(state: NewtonKrylovState, distance: Array, g_norm: Array, last_norm: Array) -> TrialResult:
-    """(2) and (3), in the problems where the last evaluation was a trial; `distance` is ‖p‖."""
-    eps, finite, tried = float(jnp.finfo(state.z.dtype).eps), jnp.isfinite(g_norm), state.known & state.trial
-    gain = (last_norm - g_norm) * (last_norm + g_norm)
-    promise = (last_norm - state.predicted) * (last_norm + state.predicted)
-    rho = jnp.where(finite & (promise > 0), ratio(gain, promise), -1)
-    accepted = tried & finite & (rho > ACCEPTED)
-    shrunk = jnp.where(finite, 0.25, 0.1) * jnp.minimum(state.radius, distance)
-    adapted = jnp.where(rho < POOR, jnp.maximum(0.5 * distance, 0.25 * state.radius), state.radius)
-    adapted = jnp.where(rho > GOOD, jnp.maximum(adapted, 2 * distance), adapted)
+def assess_trial(sizes: Sizes, state: NewtonKrylovState, eps: float) -> TrialResult:
+    """(2) and (3), in the problems where the last evaluation was a trial."""
+    last, finite, tried = state.krylov.beta, jnp.isfinite(sizes.g), state.purpose == TRIAL
+    rho = jnp.where(finite & (state.promised > 0), ratio((last - sizes.g) * (last + sizes.g), state.promised), -1)
+    accepted = finite & (rho > ACCEPTED)
+    shrunk = jnp.where(finite, 0.25, 0.1) * jnp.minimum(state.radius, sizes.distance)
+    adapted = jnp.where(rho < POOR, jnp.maximum(0.5 * sizes.distance, 0.25 * state.radius), state.radius)
+    adapted = jnp.where(rho > GOOD, jnp.maximum(adapted, 2 * sizes.distance), adapted)
     radius = jnp.where(tried, jnp.where(accepted, adapted, shrunk), state.radius)
     # No step that the arithmetic can tell from zero has helped: a local minimum of ‖g‖. Newton's own step leaves it,
     # whatever it brings.
     stuck = tried & ~accepted & (radius <= 4 * eps * state.z_norm)
     # How far a step may go is a decision, not a function of the inputs, and may be infinite: constant in `Unroll`.
     radius = jax.lax.stop_gradient(jnp.where(stuck, jnp.inf, radius))
-    new = ~state.known | accepted | (tried & finite & (state.predicted < 0))
-    return TrialResult(new, tried & ~new, stuck | (state.known & (state.predicted < 0) & ~tried), radius)
-
-
-def trial_step(
-    krylov: _krylov.Krylov, radius: Float[Array, "*batch"]
-) -> tuple[Float[Array, "*batch rows"], Float[Array, "*batch"]]:
-    """The coordinates of the step p of at most `radius`, and the norm ‖g + J p‖ that the model predicts."""
-    y, predicted = _krylov.dogleg(krylov, radius)
-    # Without a single product there is no model: the plain iteration, within the radius.
-    plain, length = krylov.count == 0, jnp.minimum(radius, krylov.beta)
-    first = length[..., None] * one_hot(0, y.shape[-1], y)
-    return jnp.where(plain[..., None], first, y), jnp.where(plain, krylov.beta - 0.5 * length, predicted)
+    taken = accepted | (finite & (state.promised < 0))
+    return TrialResult(jnp.where(taken, NEW, jnp.where(stuck, STUCK, REJECTED)), radius)
