@@ -140,7 +140,7 @@ class NewtonKrylov(LoopOptions):
         base_z, base_g = choose(new, (z, residual), (state.z, state.g))
         next_z = base_z + combine(weights, basis)
         return next_z - z, NewtonKrylovState(
-            purpose=jnp.where(stepping, TRIAL, PRODUCT),
+            purpose=jnp.where(stepping, TRIAL, PRODUCT).astype(jnp.int32),
             z=base_z,
             g=base_g,
             z_norm=verdict.z_norm,
@@ -163,7 +163,7 @@ class NewtonKrylov(LoopOptions):
         trial = assess_trial(sizes, state, eps)
         event = jnp.where(state.purpose == TRIAL, trial.event, event)
         new = (state.purpose == START) | (event == NEW)
-        event = jnp.where(new, NEW, event)
+        event = jnp.where(new, NEW, event).astype(jnp.int32)
 
         z_norm, beta = jnp.where(new, z_norm, state.z_norm), jnp.where(new, g_norm, last)
         widening = jnp.where(event == LOST, state.widening * eps**-0.25, state.widening)
