@@ -135,7 +135,7 @@ def _arnoldi(
         product = push(basis[..., j, :])
         new = _krylov.new_column(space, basis, product, norm(product))
         space = _krylov.extend(space, new, more)
-        H = H.at[..., j].set(jnp.where(more[..., None], new.column, 0))
+        H = H.at[..., j].set(jnp.where(more[..., None], new.h, 0))
         return space, _krylov.with_newest(space, basis, new.unit, more), H
 
     H = jnp.swapaxes(zeros_from(space.directions), -1, -2)

@@ -33,16 +33,19 @@ from deq_jax.solvers.protocol import LoopOptions, check_sees_all
 
 ACCEPTED = 1e-4  # part of the predicted decrease of ‖g‖² that a step must bring
 NOISE = 30  # units in the last place of g: a difference that changes it by less is lost in rounding
-START, PRODUCT, TRIAL = range(3)  # an evaluation is the first, or for a product J q, or the trial of a step
-# What it was good for: a new iterate; a product; a product that was lost in rounding, so that h is widened and q tried
-# again; nothing, because it is not finite; a shorter step; a step that is taken whatever it brings.
-NEW, USED, LOST, FAILED, REJECTED, STUCK = range(6)
 SLOW = 0.99  # a step that leaves more of ‖g‖ than this is slow
 POOR, GOOD = 0.25, 0.75  # below, the radius shrinks; above, it may grow
 
+# What an evaluation is for: it is the first one of f, or for a product J q, or the trial of a step.
+START, PRODUCT, TRIAL = range(3)
+# What it has brought: a new iterate; a product; a difference that was lost in rounding, so h is widened and q tried
+# again; and, where a step comes next, no finite product; a trial that is rejected; one that is so short that Newton's
+# own step is taken next, whatever it brings.
+NEW, USED, LOST, FAILED, REJECTED, STUCK = range(6)
+
 
 class NewtonKrylovState(NamedTuple):
-    purpose: Int[Array, "*batch"]  # START, PRODUCT or TRIAL: that of the next evaluation
+    purpose: Int[Array, "*batch"]  # of the next evaluation: START, PRODUCT or TRIAL
     z: Vec  # the iterate
     g: Vec  # and its residual
     z_norm: Float[Array, "*batch"]
@@ -116,19 +119,18 @@ class NewtonKrylov(LoopOptions):
         return state.next_z
 
     def update(self, residual: Vec, state: NewtonKrylovState, z: Vec) -> tuple[Vec, NewtonKrylovState]:
-        sizes = jnp.stack([norm(x) for x in vectors_of(residual, state, z)], axis=-1)
-        sizes = jax.lax.optimization_barrier(sizes)
-        sizes = Sizes(*(sizes[..., i] for i in range(5)))
-        verdict = self._assess(sizes, state)
-        # A verdict is a few numbers a problem: one kernel makes them, before the passes over the vectors.
+        # On a GPU a barrier keeps XLA from computing small things again, piece by piece, in the kernels that need them.
+        verdict = self._assess(sizes_at(residual, state, z), state)
         verdict, last_g = jax.lax.optimization_barrier((verdict, state.g))
         used, new = verdict.used, verdict.new
 
-        product = divided(residual - last_g, verdict.distance)  # (1)
-        product = choose(used, product, zeros_like(product))
-        column = _krylov.new_column(state.krylov, state.basis, product, verdict.length)
-        krylov = _krylov.restart(_krylov.extend(state.krylov, column, used), verdict.g_norm, new)
+        change = residual - last_g
+        product = divided(choose(used, change, zeros_like(change)), verdict.h)  # (1)
+        krylov = state.krylov._replace(beta=verdict.g_norm)
+        column = _krylov.new_column(krylov, state.basis, product, verdict.product_norm)
+        krylov = _krylov.restart(_krylov.extend(krylov, column, used), verdict.g_norm, new)
         krylov = jax.lax.optimization_barrier(krylov)
+        # Each problem has at most one new vector: the first of a new space, or the one that the product has led to.
         unit = choose(new, scaled(reciprocal(verdict.g_norm), residual), column.unit)
         basis = _krylov.with_newest(krylov, state.basis, unit, new | used)
 
@@ -136,7 +138,7 @@ class NewtonKrylov(LoopOptions):
         stepping = (verdict.event >= FAILED) | (solved & ~new)
         step = _krylov.dogleg(krylov, verdict.radius)
         newest = one_hot(krylov.count, step.y.shape[-1], step.y)
-        weights = jnp.where(stepping[..., None], step.y, verdict.h[..., None] * newest)
+        weights = jnp.where(stepping[..., None], step.y, verdict.next_h[..., None] * newest)
         base_z, base_g = choose(new, (z, residual), (state.z, state.g))
         next_z = base_z + combine(weights, basis)
         return next_z - z, NewtonKrylovState(
@@ -154,33 +156,28 @@ class NewtonKrylov(LoopOptions):
         )
 
     def _assess(self, sizes: "Sizes", state: NewtonKrylovState) -> "Verdict":
-        """What an evaluation was good for."""
-        g_norm, distance, change, z_norm, f_norm = sizes
-        last, eps = state.krylov.beta, float(jnp.finfo(g_norm.dtype).eps)
-        usable = jnp.isfinite(g_norm) & (distance > 0) & jnp.isfinite(distance)
-        lost = (change <= NOISE * eps * last) & (distance < eps**0.25 * last)
-        event = jnp.where(usable, jnp.where(lost, LOST, USED), FAILED)
+        """What the evaluation was good for, and the numbers that follow from it."""
+        last, eps = state.krylov.beta, float(jnp.finfo(sizes.g.dtype).eps)
         trial = assess_trial(sizes, state, eps)
-        event = jnp.where(state.purpose == TRIAL, trial.event, event)
-        new = (state.purpose == START) | (event == NEW)
-        event = jnp.where(new, NEW, event).astype(jnp.int32)
-
-        z_norm, beta = jnp.where(new, z_norm, state.z_norm), jnp.where(new, g_norm, last)
+        event = jnp.where(state.purpose == TRIAL, trial.event, assess_product(sizes, last, eps))
+        event = jnp.where(state.purpose == START, NEW, event).astype(jnp.int32)
+        new, used = event == NEW, event == USED
+        z_norm, g_norm = jnp.where(new, sizes.z, state.z_norm), jnp.where(new, sizes.g, last)
         widening = jnp.where(event == LOST, state.widening * eps**-0.25, state.widening)
         widening = jnp.where(new, 1, widening)
         difference: Any = eps**0.5 if self.difference is None else self.difference
         return Verdict(
             event=event,
             new=new,
-            used=event == USED,
-            distance=jnp.where(event == USED, distance, 1),
-            length=ratio(change, distance),
+            used=used,
+            h=jnp.where(used, sizes.distance, 1),
+            product_norm=ratio(sizes.change, sizes.distance),
             z_norm=z_norm,
-            g_norm=beta,
+            g_norm=g_norm,
             radius=trial.radius,
             forcing=jnp.where(new, self._forcing(sizes, state), state.forcing),
             widening=widening,
-            h=difference * jnp.where(z_norm > 0, z_norm, beta) * widening,
+            next_h=difference * jnp.where(z_norm > 0, z_norm, g_norm) * widening,
         )
 
     def _forcing(self, sizes: "Sizes", state: NewtonKrylovState) -> Float[Array, "*batch"]:
@@ -198,28 +195,37 @@ class Sizes(NamedTuple):
 
     g: Float[Array, "*batch"]  # ‖g(z)‖
     distance: Float[Array, "*batch"]  # of z from the iterate: h of a product, or ‖p‖
-    change: Float[Array, "*batch"]  # of g since the iterate
+    change: Float[Array, "*batch"]  # of g from that at the iterate
     z: Float[Array, "*batch"]
     f: Float[Array, "*batch"]  # ‖f(z)‖
 
 
-def vectors_of(residual: Vec, state: NewtonKrylovState, z: Vec) -> tuple[Vec, ...]:
-    """The vectors whose norms are `Sizes`."""
-    return residual, z - state.z, residual - state.g, z, z + residual
+def sizes_at(residual: Vec, state: NewtonKrylovState, z: Vec) -> Sizes:
+    vectors = Sizes(residual, z - state.z, residual - state.g, z, z + residual)
+    # Stacked, they are made by one kernel.
+    sizes = jax.lax.optimization_barrier(jnp.stack([norm(x) for x in vectors], axis=-1))
+    return Sizes(*(sizes[..., i] for i in range(len(vectors))))
 
 
 class Verdict(NamedTuple):
-    event: Int[Array, "*batch"]  # NEW … STUCK
+    event: Int[Array, "*batch"]  # NEW, USED, LOST, FAILED, REJECTED or STUCK
     new: Bool[Array, "*batch"]
     used: Bool[Array, "*batch"]
-    distance: Float[Array, "*batch"]  # h of the product that was found
-    length: Float[Array, "*batch"]  # its norm ‖J q‖
-    z_norm: Float[Array, "*batch"]  # of the iterate, which is z where it is new
-    g_norm: Float[Array, "*batch"]  # of its residual
+    h: Float[Array, "*batch"]  # of the product; 1 where there is none
+    product_norm: Float[Array, "*batch"]  # ‖J q‖
+    z_norm: Float[Array, "*batch"]  # of the iterate
+    g_norm: Float[Array, "*batch"]  # and of its residual
     radius: Float[Array, "*batch"]
     forcing: Float[Array, "*batch"]
     widening: Float[Array, "*batch"]
-    h: Float[Array, "*batch"]  # of (1) for the next product; relative to ‖g‖ at z = 0
+    next_h: Float[Array, "*batch"]  # of the next product, if there is one: relative to ‖g‖ at z = 0
+
+
+def assess_product(sizes: Sizes, last_norm: Float[Array, "*batch"], eps: float) -> Int[Array, "*batch"]:
+    """USED, LOST or FAILED, in the problems where the last evaluation was for a product (1)."""
+    finite = jnp.isfinite(sizes.g) & (sizes.distance > 0) & jnp.isfinite(sizes.distance)
+    lost = (sizes.change <= NOISE * eps * last_norm) & (sizes.distance < eps**0.25 * last_norm)
+    return jnp.where(finite, jnp.where(lost, LOST, USED), FAILED)
 
 
 class TrialResult(NamedTuple):
