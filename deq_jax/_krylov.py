@@ -176,7 +176,7 @@ def dogleg(krylov: Krylov, radius: Float[Array, "*batch"]) -> Step:
     t = jnp.where(b > 0, ratio(-c, b + root, where=b + root > 0), ratio(root - b, a, where=a > 0))
     whole, short = length <= radius, (cauchy >= radius) & (length > radius)
     t = jnp.where(whole, 1, jnp.where(short, 0, jnp.clip(t, 0, 1)))
-    u = jnp.where(short, ratio(radius, cauchy), 1 - t)  # p = u c + t n
+    u = jnp.where(short, ratio(jnp.minimum(radius, cauchy), cauchy), 1 - t)  # p = u c + t n
     decrease = jnp.where(short, d * u * (2 - u), D - (D - d) * u**2)  # (6)
     y = (u * far)[..., None] * krylov.slope + t[..., None] * krylov.minimizer
 
