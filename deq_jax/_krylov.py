@@ -4,14 +4,26 @@ From g = β q₀, k products with J give orthonormal q₀ … q_k and a Hessenbe
 
     (1)  J qⱼ = Σᵢ Hᵢⱼ qᵢ,  i = 0 … j + 1
 
-so that ‖g + J p‖ = ‖β e₀ + H y‖ for p = Σ yⱼ qⱼ. Givens rotations, one for each column, make H upper triangular:
+so that ‖g + J p‖ = ‖β e₀ + H y‖ for p = Σ yⱼ qⱼ. No system has to be solved for the minimizer n of that, if each column
+of H makes a pair of xⱼ and zⱼ = H xⱼ, with orthonormal zⱼ:
 
-    (2)  Ω H = R,  min ‖g + J p‖ = |β Ωₖ₀|  at  R y = −β Ω e₀, less the last row
+    (2)  n = −Σ ⟨zⱼ, β e₀⟩ xⱼ
+
+z₀ … z_{k−1} lie in the span of e₀ … e_k. One unit vector ν of that span is orthogonal to all of them, at first e₀, so
+β e₀ + H n = ⟨ν, β e₀⟩ ν. What the next column h of H adds to the images is a ν + b e_{k+1}, where a = ⟨ν, h⟩ and b is
+the last entry of h. With ρ² = a² + b²
+
+    (3)  z_k = (a ν + b e_{k+1}) / ρ,  x_k = (e_k − Σ ⟨zⱼ, h⟩ xⱼ) / ρ,  ν ← (a e_{k+1} − b ν) / ρ
 
 Powell's dogleg leads from 0 along the steepest descent to the Cauchy point c, and from there to the minimizer n of (2):
 
-    (3)  c = (‖s‖ / ‖H s‖)² s  with  s = −Hᵀ β e₀
-    (4)  ‖c + t (n − c)‖ = r  where it leaves the trust region of radius r
+    (4)  c = (‖s‖ / ‖H s‖)² s  with  s = −Hᵀ β e₀
+    (5)  ‖c + t (n − c)‖ = r  where it leaves the trust region of radius r
+
+H (n − c) is orthogonal to β e₀ + H n. With d and D for the decrease of ‖g + J p‖² at c and at n, that at a point of the
+first leg and at one of the second is
+
+    (6)  d u (2 − u)  at u c,  D − (D − d) (1 − t)²  at c + t (n − c)
 """
 
 from typing import Any, NamedTuple
@@ -20,164 +32,154 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._arrays import aligned, einsum, one_hot, ratio, safe_sqrt, zeros_from
-from deq_jax._rows import combine, first_rows, outer, products, repeated
+from deq_jax._arrays import aligned, at_most, one_hot, per_entry, ratio, reciprocal, safe_sqrt, zeros_from
+from deq_jax._rows import combine, products, repeated, write_row_of_each
 from deq_jax._states import choose, zeros_like
-from deq_jax._vectors import Rows, Vec, norm, scaled, zero_of
+from deq_jax._vectors import Rows, Vec, each, norm, scaled, size, zero_of
 
 
 class Krylov(NamedTuple):
+    """All of a space except its basis. Coordinates are those in the basis, with zeros where it has not grown yet."""
+
     count: Int[Array, "*batch"]  # products so far, k
     closed: Bool[Array, "*batch"]  # no further product can improve the model
-    basis: Rows  # q₀ … q_k, zeros after that
-    hessenberg: Float[Array, "*batch size+1 size"]  # H, by columns, zeros after the k-th
-    rotation: Float[Array, "*batch size+1 size+1"]  # Ω, orthogonal
-    triangle: Float[Array, "*batch size+1 size"]  # R
     beta: Float[Array, "*batch"]  # ‖g‖
-    residual: Float[Array, "*batch"]  # min ‖g + J p‖ over p in the space
+    directions: Float[Array, "*batch size size+1"]  # xⱼ, zeros from the k-th on
+    images: Float[Array, "*batch size size+1"]  # zⱼ
+    normal: Float[Array, "*batch size+1"]  # ν
+    rest: Float[Array, "*batch"]  # ⟨ν, β e₀⟩
+    largest: Float[Array, "*batch"]  # of all ρ
+    minimizer: Float[Array, "*batch size+1"]  # n
+    gain: Float[Array, "*batch"]  # D of (6): ‖g‖² less the minimum of ‖g + J p‖²
+    slope: Float[Array, "*batch size+1"]  # s of (4)
+    slope_image: Float[Array, "*batch size+1"]  # H s
+
+    @property
+    def residual(self) -> Float[Array, "*batch"]:
+        """min ‖g + J p‖ over p in the space."""
+        return jnp.abs(self.rest)
 
 
-def empty(zero: Vec, size: int) -> Krylov:
-    none = zero_of(zero)
-    column = jnp.stack([none] * (size + 1), axis=-1)
-    square, count = jnp.stack([column] * (size + 1), axis=-1), none.astype(jnp.int32)
-    basis = repeated(zero, size + 1)
-    return Krylov(count, none > 0, basis, square[..., :-1], square, square[..., :-1], none, none)
+def empty(zero: Vec, most: int) -> tuple[Krylov, Rows]:
+    """A space of no vectors that can grow by `most` products, and room for its basis q₀ … q_k."""
+    none, length = zero_of(zero), at_most(most, size(zero))
+    y = jnp.stack([none] * (length + 1), axis=-1)
+    pairs, count = jnp.stack([y] * length, axis=-2), none.astype(jnp.int32)
+    return Krylov(count, none > 0, none, pairs, pairs, y, none, none, y, none, y, y), repeated(zero, length + 1)
 
 
-def restart(krylov: Krylov, g: Vec, beta: Float[Array, "*batch"], where: Bool[Array, "*batch"]) -> Krylov:
-    """A space that begins with g, in the problems named by `where`."""
-    unit = scaled(ratio(1, beta, where=beta > 0), g)
-    unit = choose(where, unit, zeros_like(unit))  # g may not be finite in the other problems
-    column = krylov.rotation[..., 0]
-    fresh = Krylov(
-        count=zeros_from(krylov.count),
-        closed=where & False,
-        basis=outer(one_hot(0, column.shape[-1], column), unit),
-        hessenberg=zeros_from(krylov.hessenberg),
-        rotation=zeros_from(krylov.rotation) + aligned(jnp.eye(column.shape[-1], dtype=column.dtype), krylov.rotation),
-        triangle=zeros_from(krylov.triangle),
-        beta=beta,
-        residual=beta,
-    )
-    return choose(where, fresh, krylov)
+def restart(krylov: Krylov, beta: Float[Array, "*batch"], where: Bool[Array, "*batch"]) -> Krylov:
+    """A space that begins with a g of norm β, in the problems named by `where`."""
+    first = one_hot(0, krylov.normal.shape[-1], krylov.normal)
+    normal = first + zeros_from(krylov.normal)
+    return choose(where, zeros_like(krylov)._replace(beta=beta, normal=normal, rest=beta), krylov)
 
 
-def newest(krylov: Krylov) -> Vec:
-    """The direction whose product with J comes next."""
-    column = krylov.rotation[..., 0]
-    return combine(one_hot(krylov.count, column.shape[-1], column), krylov.basis)
+def with_newest(krylov: Krylov, basis: Rows, unit: Vec, where: Bool[Array, "*batch"]) -> Rows:
+    """The basis with its newest vector q_k, in the problems named by `where`. Later rows are not used."""
+    return write_row_of_each(basis, unit, krylov.count, where)
 
 
 # ---- one more product --------------------------------------------------------------------------------------
 
 
-def extend(krylov: Krylov, product: Vec, where: Bool[Array, "*batch"]) -> Krylov:
-    """The space with the product J q_k added, in the problems named by `where`; the others pass zeros as product."""
-    k, size = krylov.count, krylov.hessenberg.shape[-1]
-    at_k, after = (one_hot(i, size + 1, krylov.rotation[..., 0]) for i in (k, k + 1))
-    new = new_column(product, krylov.basis, after)
-    rotation, rotated = rotate(krylov.rotation, new.column, at_k, after)
-    put = lambda x, column: x + column[..., :, None] * at_k[..., None, :size]
-    extended = Krylov(
-        count=k + 1,
-        closed=~new.independent | (k + 1 >= size),
-        basis=krylov.basis + outer(after, new.unit),
-        hessenberg=put(krylov.hessenberg, new.column),
-        rotation=rotation,
-        triangle=put(krylov.triangle, rotated),
-        beta=krylov.beta,
-        residual=jnp.abs(krylov.beta * jnp.sum(rotation[..., 0] * after, -1)),
-    )
-    return choose(where, extended, krylov)
-
-
 class Column(NamedTuple):
-    column: Float[Array, "*batch size+1"]  # the next one of H
-    unit: Vec  # q_{k+1}
-    independent: Bool[Array, "*batch"]  # whether the product leads out of the space; otherwise q_{k+1} is zero
+    h: Float[Array, "*batch size+1"]  # the next one of H
+    b: Float[Array, "*batch"]  # its last entry; 0 where the product does not lead out of the space
+    unit: Vec  # q_{k+1}, zero where b is
 
 
-def new_column(product: Vec, basis: Rows, after: Array) -> Column:
-    """J q_k = Σ hᵢ qᵢ + ‖w‖ q_{k+1} as in (1), with `after` the unit vector e_{k+1}."""
-    w, h = orthogonalize(product, basis)
-    length, whole = norm(w), norm(product)
-    independent = length > 100 * float(jnp.finfo(product.dtype).eps) * whole
-    length = jnp.where(independent, length, 0)
-    unit = scaled(ratio(1, length, where=independent), w)
-    return Column(h + length[..., None] * after, unit, independent)
+def new_column(krylov: Krylov, basis: Rows, product: Vec, whole: Float[Array, "*batch"]) -> Column:
+    """J q_k = Σ hᵢ qᵢ + b q_{k+1} as in (1), for a product of norm `whole`."""
+    rows = aligned(jnp.arange(krylov.normal.shape[-1], dtype=jnp.int32), krylov.normal)
+    k = krylov.count[..., None]
+    w, h = orthogonalize(product, basis, rows <= k)
+    b = norm(w)
+    independent = b > 100 * float(jnp.finfo(product.dtype).eps) * whole
+    b = jax.lax.optimization_barrier(jnp.where(independent, b, 0))
+    unit = choose(b > 0, scaled(reciprocal(b), w), zeros_like(w))
+    return Column(jnp.where(rows == k + 1, b[..., None], h), b, unit)
 
 
-def orthogonalize(w: Vec, basis: Rows) -> tuple[Vec, Float[Array, "*batch rows"]]:
+def orthogonalize(w: Vec, basis: Rows, used: Bool[Array, "*batch rows"]) -> tuple[Vec, Float[Array, "*batch rows"]]:
     """(what is left of w, its coefficients) over orthonormal rows. Gram–Schmidt; twice is enough (Kahan)."""
     coefficients: Any = 0
     for _ in range(2):
-        along = products(basis, w)
+        along = _products(basis, w, used)
         w, coefficients = w - combine(along, basis), coefficients + along
     return w, coefficients
 
 
-def rotate(rotation: Array, column: Array, at_k: Array, after: Array) -> tuple[Array, Array]:
-    """(Ω, the new column of R): one more Givens rotation of (2), of rows k and k + 1, ends the column at row k."""
-    rotated = einsum("...ij,...j->...i", rotation, column)
-    a, b = jnp.sum(rotated * at_k, -1), jnp.sum(rotated * after, -1)
-    hypotenuse = safe_sqrt(a * a + b * b)
-    positive = hypotenuse > 0
-    safe = jnp.where(positive, hypotenuse, 1)
-    cos, sin = jnp.where(positive, a / safe, 1)[..., None], jnp.where(positive, b / safe, 0)[..., None]
-    row_k, row_after = (einsum("...i,...ij->...j", i, rotation) for i in (at_k, after))
-    rotation = add_row(rotation, at_k, cos * row_k + sin * row_after - row_k)
-    rotation = add_row(rotation, after, cos * row_after - sin * row_k - row_after)
-    return rotation, rotated + (hypotenuse - a)[..., None] * at_k - b[..., None] * after
+def _products(basis: Rows, w: Vec, used: Bool[Array, "*batch rows"]) -> Float[Array, "*batch rows"]:
+    """⟨qᵢ, w⟩, and 0 for the rows that are not used."""
+    # A GPU leaves rows out while it reads them. A CPU would write the basis again.
+    only = lambda part: jnp.where(per_entry(used, part), part, 0)
+    return jax.lax.platform_dependent(
+        basis,
+        w,
+        cpu=lambda basis, w: jnp.where(used, products(basis, w), 0),
+        default=lambda basis, w: products(each(only, basis), w),
+    )
 
 
-def add_row(x: Array, unit: Float[Array, "*batch rows"], row: Float[Array, "*batch dim"]) -> Array:
-    """x with `row` added to one row, that of the unit vector."""
-    return x + unit[..., :, None] * row[..., None, :]
+def extend(krylov: Krylov, new: Column, where: Bool[Array, "*batch"]) -> Krylov:
+    """The space with a product J q_k added, in the problems named by `where`."""
+    k, (h, b, _), size = krylov.count, new, krylov.images.shape[-2]
+    at_k, after = (one_hot(i, size + 1, h) for i in (k, k + 1))
+    a = jnp.sum(krylov.normal * h, -1)
+    rho = safe_sqrt(a * a + b * b)
+    cos, sin = jnp.where(rho > 0, ratio(a, rho), 1), ratio(b, rho)
+    z = cos[..., None] * krylov.normal + sin[..., None] * after  # (3)
+    largest = jnp.maximum(krylov.largest, rho)
+    # A column that adds nothing but rounding to the images has no part in n.
+    regular = rho > 10 * size * float(jnp.finfo(h.dtype).eps) * largest
+    x = ratio(1, rho, where=regular)[..., None] * (at_k - combine(products(krylov.images, h), krylov.directions))
+    along = jnp.where(regular, cos * krylov.rest, 0)  # ⟨z_k, β e₀⟩
+    descent = -(krylov.beta * h[..., 0])[..., None]
+    put = lambda rows, row: jnp.where(at_k[..., :size, None] > 0, row[..., None, :], rows)
+    extended = Krylov(
+        count=k + 1,
+        closed=(b == 0) | (k + 1 >= size),
+        beta=krylov.beta,
+        directions=put(krylov.directions, x),
+        images=put(krylov.images, z),
+        normal=cos[..., None] * after - sin[..., None] * krylov.normal,
+        rest=-sin * krylov.rest,
+        largest=largest,
+        minimizer=krylov.minimizer - along[..., None] * x,
+        gain=krylov.gain + along**2,
+        slope=krylov.slope + descent * at_k,
+        slope_image=krylov.slope_image + descent * h,
+    )
+    return choose(where, extended, krylov)
 
 
 # ---- models ------------------------------------------------------------------------------------------------
 
 
-def solution(krylov: Krylov) -> Float[Array, "*batch size"]:
-    """y that minimizes ‖g + J Q y‖ = ‖β e₀ + H y‖, by (2), with zeros where R is singular."""
-    size = krylov.triangle.shape[-1]
-    r = krylov.triangle[..., :size, :]
-    diagonal = einsum("...ii->...i", r)
-    top = jnp.max(jnp.abs(diagonal), axis=-1, keepdims=True)
-    regular = jnp.abs(diagonal) > 10 * size * float(jnp.finfo(r.dtype).eps) * top
-    pivot = ratio(1, diagonal, where=regular)
-    target = -krylov.beta[..., None] * krylov.rotation[..., :size, 0]
-
-    def back(i, y):
-        i = size - 1 - i
-        unit = one_hot(i, size, target)
-        row = jax.lax.dynamic_index_in_dim(r, i, axis=-2, keepdims=False)
-        value = jnp.sum(target * unit, -1) - einsum("...j,...j->...", row, y)
-        return y + (value * jnp.sum(pivot * unit, -1))[..., None] * unit
-
-    return jax.lax.fori_loop(0, size, back, zeros_from(target))
+class Step(NamedTuple):
+    y: Float[Array, "*batch size+1"]  # p = Σ yⱼ qⱼ
+    decrease: Float[Array, "*batch"]  # ‖g‖² − ‖g + J p‖²
 
 
-def dogleg(krylov: Krylov, radius: Float[Array, "*batch"]) -> tuple[Vec, Float[Array, "*batch"]]:
-    """The step of at most `radius` along Powell's dogleg, and the norm ‖g + J p‖ that the model predicts."""
-    newton = solution(krylov)
-    slope = -krylov.beta[..., None] * krylov.hessenberg[..., 0, :]
-    slope_norm, image = norm(slope), norm(einsum("...ij,...j->...i", krylov.hessenberg, slope))
-    far = ratio(slope_norm, image, where=image > 0) ** 2
-    cauchy, cauchy_norm = far[..., None] * slope, far * slope_norm  # (3)
+def dogleg(krylov: Krylov, radius: Float[Array, "*batch"]) -> Step:
+    """The step of at most `radius` along Powell's dogleg; the plain iteration as long as there is no product."""
+    slope, image, length = norm(krylov.slope), norm(krylov.slope_image), norm(krylov.minimizer)
+    bend = ratio(slope, image, where=image > 0)
+    far, cauchy, d, D = bend**2, bend**2 * slope, (bend * slope) ** 2, krylov.gain  # c = far · s of (4), ‖c‖
 
-    # (4) is the quadratic a t² + 2 b t + c = 0.
-    leg = newton - cauchy
-    a, b = jnp.sum(leg * leg, -1), jnp.sum(cauchy * leg, -1)
-    c = jnp.where(jnp.isfinite(radius), cauchy_norm**2 - radius**2, 0)
+    # (5) is the quadratic a t² + 2 b t + c = 0. In it ⟨s, n⟩ = −⟨β e₀, H n⟩ = D.
+    b = far * D - cauchy**2
+    a = jnp.maximum(length**2 - far * D - b, 0)
+    c = jnp.where(jnp.isfinite(radius), cauchy**2 - radius**2, 0)
     root = safe_sqrt(b * b - a * c)
     t = jnp.where(b > 0, ratio(-c, b + root, where=b + root > 0), ratio(root - b, a, where=a > 0))
-    between = cauchy + jnp.clip(t, 0, 1)[..., None] * leg
-    inside = ratio(jnp.minimum(radius, cauchy_norm), cauchy_norm, where=cauchy_norm > 0)[..., None] * cauchy
-    y = jnp.where((cauchy_norm >= radius)[..., None], inside, between)
-    y = jnp.where((norm(newton) <= radius)[..., None], newton, y)
+    whole, short = length <= radius, (cauchy >= radius) & (length > radius)
+    t = jnp.where(whole, 1, jnp.where(short, 0, jnp.clip(t, 0, 1)))
+    u = jnp.where(short, ratio(jnp.minimum(radius, cauchy), cauchy), 1 - t)  # p = u c + t n
+    decrease = jnp.where(short, d * u * (2 - u), D - (D - d) * u**2)  # (6)
+    y = (u * far)[..., None] * krylov.slope + t[..., None] * krylov.minimizer
 
-    first = one_hot(0, krylov.hessenberg.shape[-2], y)
-    predicted = norm(krylov.beta[..., None] * first + einsum("...ij,...j->...i", krylov.hessenberg, y))
-    return combine(y, first_rows(krylov.basis, y.shape[-1])), predicted
+    none, plain = krylov.count == 0, jnp.minimum(radius, krylov.beta)
+    first = plain[..., None] * one_hot(0, y.shape[-1], y)
+    return Step(jnp.where(none[..., None], first, y), jnp.where(none, plain * (krylov.beta - 0.25 * plain), decrease))

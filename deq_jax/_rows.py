@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._arrays import einsum, per_entry
+from deq_jax._arrays import einsum, one_hot, per_entry
 from deq_jax._vectors import Rows, Vec, Vector, each, has_one_axis, norm, own_axes, reduced
 
 
@@ -63,6 +63,29 @@ def write_row(rows: Rows, new: Vec, index: Int[Array, ""], where: Bool[Array, "*
         old = jax.lax.dynamic_slice(part, start, part.shape[:axis] + (1,) + part.shape[axis + 1 :])
         new = jnp.where(per_entry(where, old), jnp.expand_dims(new, axis), old)
         return jax.lax.dynamic_update_slice(part, new, start)
+
+    return each(of_parts, rows, new)
+
+
+def write_row_of_each(rows: Rows, new: Vec, index: Int[Array, "*batch"], where: Bool[Array, "*batch"]) -> Rows:
+    """The rows with `new` written at an index of each problem's own, in the problems of `where`."""
+
+    def selected(part, new):
+        axis = _row_axis(rows, part, 1)
+        here = one_hot(jnp.where(where, index, part.shape[axis]), part.shape[axis], index[..., None]) > 0
+        return jnp.where(per_entry(here, part), jnp.expand_dims(new, axis), part)
+
+    def scattered(part, new):
+        # Elsewhere the index is that of no row, and nothing is written.
+        problem = jnp.meshgrid(*map(jnp.arange, index.shape), indexing="ij")
+        at = (*problem, jnp.where(where, index, part.shape[index.ndim]))
+        return part.at[at].set(new, mode="drop", unique_indices=True)
+
+    def of_parts(part, new):
+        if not has_one_axis(rows, part, 1):
+            return selected(part, new)
+        # In a loop a GPU scatters in place: it moves one row, where a selection moves them all.
+        return jax.lax.platform_dependent(part, new, cuda=scattered, rocm=scattered, default=selected)
 
     return each(of_parts, rows, new)
 

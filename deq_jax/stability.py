@@ -125,11 +125,22 @@ def _arnoldi(
     rounding, the rest of Q and H is zero.
     """
     everywhere = jnp.isfinite(norm(v)) | True
-    space = _krylov.restart(_krylov.empty(zeros_from(v), m), v, norm(v), everywhere)
-    extend = lambda _, space: _krylov.extend(space, push(_krylov.newest(space)), ~space.closed)
-    space = jax.lax.fori_loop(0, m, extend, space)
-    out = jnp.einsum("...jj->...j", space.hessenberg[..., 1:, :])
-    return space.basis[..., :m, :], space.hessenberg[..., :m, :], out
+    space, basis = _krylov.empty(zeros_from(v), m)
+    space = _krylov.restart(space, norm(v), everywhere)
+    basis = _krylov.with_newest(space, basis, _unit(v)[0], everywhere)
+
+    def extend(j, carry):
+        space, basis, H = carry
+        more = ~space.closed
+        product = push(basis[..., j, :])
+        new = _krylov.new_column(space, basis, product, norm(product))
+        space = _krylov.extend(space, new, more)
+        H = H.at[..., j].set(jnp.where(more[..., None], new.h, 0))
+        return space, _krylov.with_newest(space, basis, new.unit, more), H
+
+    H = jnp.swapaxes(zeros_from(space.directions), -1, -2)
+    _, basis, H = jax.lax.fori_loop(0, m, extend, (space, basis, H))
+    return basis[..., :m, :], H[..., :m, :], jnp.einsum("...jj->...j", H[..., 1:, :])
 
 
 def _gelfand(H: Float[Array, "*batch m m"]) -> Float[Array, "*batch"]:

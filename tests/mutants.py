@@ -377,7 +377,7 @@ MUTANTS = [
     Mutant(
         "NewtonKrylov never widens a lost difference",
         "solvers/newton_krylov.py",
-        "jnp.where(product.lost, state.widening * eps**-0.25, state.widening)",
+        "jnp.where(event == LOST, state.widening * eps**-0.25, state.widening)",
         "state.widening",
         "test_convergence.py -k widens_a_difference",
     ),

@@ -20,14 +20,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax import _krylov
-from deq_jax._arrays import at_most, ratio, zeros_from
+from deq_jax._arrays import one_hot, ratio, reciprocal, zeros_from
 from deq_jax._checks import check_number
 from deq_jax._config import Number, config
+from deq_jax._rows import combine
 from deq_jax._states import choose, zeros_like
-from deq_jax._vectors import Vec, divided, norm, scaled, size, zero_of
+from deq_jax._vectors import Rows, Vec, divided, norm, scaled, zero_of
 from deq_jax.solvers.protocol import LoopOptions, check_sees_all
 
 ACCEPTED = 1e-4  # part of the predicted decrease of ‖g‖² that a step must bring
@@ -35,18 +36,26 @@ NOISE = 30  # units in the last place of g: a difference that changes it by less
 SLOW = 0.99  # a step that leaves more of ‖g‖ than this is slow
 POOR, GOOD = 0.25, 0.75  # below, the radius shrinks; above, it may grow
 
+# What an evaluation is for: it is the first one of f, or for a product J q, or the trial of a step.
+START, PRODUCT, TRIAL = range(3)
+# What it has brought: a new iterate; a product; a difference that was lost in rounding, so h is widened and q tried
+# again; and, where a step comes next, no finite product; a trial that is rejected; one that is so short that Newton's
+# own step is taken next, whatever it brings.
+NEW, USED, LOST, FAILED, REJECTED, STUCK = range(6)
+
 
 class NewtonKrylovState(NamedTuple):
-    known: Bool[Array, "*batch"]  # whether z and g belong to this f
-    trial: Bool[Array, "*batch"]  # whether the next evaluation is a trial; otherwise it is for a product J q
+    purpose: Int[Array, "*batch"]  # of the next evaluation: START, PRODUCT or TRIAL
     z: Vec  # the iterate
     g: Vec  # and its residual
+    z_norm: Float[Array, "*batch"]
     next_z: Vec  # where f is to be evaluated next
     radius: Float[Array, "*batch"]  # of the trust region
     forcing: Float[Array, "*batch"]
-    predicted: Float[Array, "*batch"]  # ‖g + J p‖ of the trial step p; below zero for one taken whatever it brings
+    promised: Float[Array, "*batch"]  # decrease of ‖g‖² by the trial step; below zero for one taken whatever it brings
     widening: Float[Array, "*batch"]  # factor of the difference h, for an h that was lost in rounding
     krylov: _krylov.Krylov
+    basis: Rows  # of the Krylov space
 
 
 @config
@@ -93,127 +102,150 @@ class NewtonKrylov(LoopOptions):
 
     def init(self, z: Vec) -> NewtonKrylovState:
         zero, none = zeros_like(z), zero_of(z)
-        krylov = _krylov.empty(zero, at_most(self.krylov, size(z)))
-        no, radius, forcing = none > 0, none + jnp.inf, none + self.forcing
-        return NewtonKrylovState(no, no, zero, zero, z, radius, forcing, none, none + 1, krylov)
+        krylov, basis = _krylov.empty(zero, self.krylov)
+        start, radius, forcing = zeros_from(krylov.count) + START, none + jnp.inf, none + self.forcing
+        return NewtonKrylovState(
+            start, zero, zero, none, z, radius, forcing, none, widening=none + 1, krylov=krylov, basis=basis
+        )
 
     def resume(self, state: NewtonKrylovState) -> NewtonKrylovState:
         """Nothing of an earlier solve is a start for this one."""
         return self.init(zeros_like(state.z))
 
     def can_backtrack(self, state: NewtonKrylovState) -> Bool[Array, "*batch"]:
-        return state.known | True
+        return state.purpose >= START
 
     def next_point(self, state: NewtonKrylovState, z: Vec) -> Vec:
         return state.next_z
 
     def update(self, residual: Vec, state: NewtonKrylovState, z: Vec) -> tuple[Vec, NewtonKrylovState]:
-        g_norm, last_norm, distance = norm(residual), norm(state.g), norm(z - state.z)
-        product = jacobian_product(state, residual, distance, g_norm, last_norm)
-        krylov = _krylov.extend(state.krylov, product.value, product.usable)
-        solved = krylov.closed | (krylov.residual <= state.forcing * last_norm)
-        ready = state.known & ~state.trial & (solved | ~(product.usable | product.lost))
-        trial = assess_trial(state, distance, g_norm, last_norm)
+        # On a GPU a barrier keeps XLA from computing small things again, piece by piece, in the kernels that need them.
+        verdict = self._assess(sizes_at(residual, state, z), state)
+        verdict, last_g = jax.lax.optimization_barrier((verdict, state.g))
+        used, new = verdict.used, verdict.new
 
-        # A new iterate begins a new space.
-        new = trial.new
+        change = residual - last_g
+        product = divided(choose(used, change, zeros_like(change)), verdict.h)  # (1)
+        krylov = state.krylov._replace(beta=verdict.g_norm)
+        column = _krylov.new_column(krylov, state.basis, product, verdict.product_norm)
+        krylov = _krylov.restart(_krylov.extend(krylov, column, used), verdict.g_norm, new)
+        krylov = jax.lax.optimization_barrier(krylov)
+        # Each problem has at most one new vector: the first of a new space, or the one that the product has led to.
+        unit = choose(new, scaled(reciprocal(verdict.g_norm), residual), column.unit)
+        basis = _krylov.with_newest(krylov, state.basis, unit, new | used)
+
+        solved = krylov.closed | (krylov.residual <= verdict.forcing * krylov.beta)
+        stepping = (verdict.event >= FAILED) | (solved & ~new)
+        step = _krylov.dogleg(krylov, verdict.radius)
+        newest = one_hot(krylov.count, step.y.shape[-1], step.y)
+        weights = jnp.where(stepping[..., None], step.y, verdict.next_h[..., None] * newest)
         base_z, base_g = choose(new, (z, residual), (state.z, state.g))
-        state = state._replace(z=base_z, g=base_g, radius=trial.radius)
-        base_norm = norm(state.g)
-        krylov = _krylov.restart(krylov, state.g, base_norm, new)
-        forcing = jnp.where(new, self._forcing(state, base_norm, last_norm), state.forcing)
-
-        stepping = ready | trial.rejected
-        step, predicted = trial_step(krylov, state.g, base_norm, trial.radius, jnp.any(stepping))
-        predicted = jnp.where(trial.forced, -1, predicted)
-        eps = float(jnp.finfo(z.dtype).eps)
-        widening = jnp.where(new, 1, jnp.where(product.lost, state.widening * eps**-0.25, state.widening))
-        h = self._difference(norm(state.z), base_norm, eps) * widening  # (1)
-        next_z = state.z + choose(stepping, step, scaled(h, _krylov.newest(krylov)))
-        return next_z - z, state._replace(
-            known=state.known | True,
-            trial=stepping,
+        next_z = base_z + combine(weights, basis)
+        return next_z - z, NewtonKrylovState(
+            purpose=jnp.where(stepping, TRIAL, PRODUCT).astype(jnp.int32),
+            z=base_z,
+            g=base_g,
+            z_norm=verdict.z_norm,
             next_z=next_z,
-            forcing=forcing,
-            predicted=jnp.where(stepping, predicted, 0),
-            widening=widening,
+            radius=verdict.radius,
+            forcing=verdict.forcing,
+            promised=jnp.where(verdict.event == STUCK, -1, step.decrease),
+            widening=verdict.widening,
             krylov=krylov,
+            basis=basis,
         )
 
-    def _forcing(
-        self, state: NewtonKrylovState, base_norm: Float[Array, "*batch"], last_norm: Float[Array, "*batch"]
-    ) -> Float[Array, "*batch"]:
+    def _assess(self, sizes: "Sizes", state: NewtonKrylovState) -> "Verdict":
+        """What the evaluation was good for, and the numbers that follow from it."""
+        last, eps = state.krylov.beta, float(jnp.finfo(sizes.g.dtype).eps)
+        trial = assess_trial(sizes, state, eps)
+        event = jnp.where(state.purpose == TRIAL, trial.event, assess_product(sizes, last, eps))
+        event = jnp.where(state.purpose == START, NEW, event).astype(jnp.int32)
+        new, used = event == NEW, event == USED
+        z_norm, g_norm = jnp.where(new, sizes.z, state.z_norm), jnp.where(new, sizes.g, last)
+        widening = jnp.where(event == LOST, state.widening * eps**-0.25, state.widening)
+        widening = jnp.where(new, 1, widening)
+        difference: Any = eps**0.5 if self.difference is None else self.difference
+        return Verdict(
+            event=event,
+            new=new,
+            used=used,
+            h=jnp.where(used, sizes.distance, 1),
+            product_norm=ratio(sizes.change, sizes.distance),
+            z_norm=z_norm,
+            g_norm=g_norm,
+            radius=trial.radius,
+            forcing=jnp.where(new, self._forcing(sizes, state), state.forcing),
+            widening=widening,
+            next_h=difference * jnp.where(z_norm > 0, z_norm, g_norm) * widening,
+        )
+
+    def _forcing(self, sizes: "Sizes", state: NewtonKrylovState) -> Float[Array, "*batch"]:
         """The forcing term (4) of a new iterate."""
-        tolerance: Any = self.atol + self.rtol * norm(state.z + state.g)
-        target = 0.5 * ratio(tolerance, base_norm)
-        fallen = jnp.where(state.known, ratio(base_norm, last_norm), jnp.inf)
+        tolerance: Any = self.atol + self.rtol * sizes.f
+        target = 0.5 * ratio(tolerance, sizes.g)
+        fallen = jnp.where(state.purpose == START, jnp.inf, ratio(sizes.g, state.krylov.beta))
         # Where the last step brought little, small components of the step are what is missing.
         most = jnp.where((fallen > SLOW) & (fallen < 1), self.forcing**2, self.forcing)
         return jnp.maximum(jnp.minimum(0.9 * fallen**2, most), jnp.minimum(target, 0.5))
 
-    def _difference(
-        self, size: Float[Array, "*batch"], base_norm: Float[Array, "*batch"], eps: float
-    ) -> Float[Array, "*batch"]:
-        """h of (1) before it is widened; relative to ‖g‖ at z = 0."""
-        difference: Any = eps**0.5 if self.difference is None else self.difference
-        return difference * jnp.where(size > 0, size, base_norm)
+
+class Sizes(NamedTuple):
+    """Norms of what an evaluation at z has brought."""
+
+    g: Float[Array, "*batch"]  # ‖g(z)‖
+    distance: Float[Array, "*batch"]  # of z from the iterate: h of a product, or ‖p‖
+    change: Float[Array, "*batch"]  # of g from that at the iterate
+    z: Float[Array, "*batch"]
+    f: Float[Array, "*batch"]  # ‖f(z)‖
 
 
-class ProductResult(NamedTuple):
-    value: Vec  # J q where usable
-    usable: Bool[Array, "*batch"]
-    lost: Bool[Array, "*batch"]  # whether the difference was lost in rounding: h is widened, and q tried again
+def sizes_at(residual: Vec, state: NewtonKrylovState, z: Vec) -> Sizes:
+    vectors = Sizes(residual, z - state.z, residual - state.g, z, z + residual)
+    # Stacked, they are made by one kernel.
+    sizes = jax.lax.optimization_barrier(jnp.stack([norm(x) for x in vectors], axis=-1))
+    return Sizes(*(sizes[..., i] for i in range(len(vectors))))
 
 
-def jacobian_product(
-    state: NewtonKrylovState, residual: Vec, distance: Array, g_norm: Array, last_norm: Array
-) -> ProductResult:
-    """The product (1), in the problems where the last evaluation was for one; `distance` is h."""
-    eps = float(jnp.finfo(residual.dtype).eps)
-    asked = state.known & ~state.trial & jnp.isfinite(g_norm) & (distance > 0) & jnp.isfinite(distance)
-    change = residual - state.g
-    change = choose(asked, change, zeros_like(change))
-    lost = asked & (norm(change) <= NOISE * eps * last_norm) & (distance < eps**0.25 * last_norm)
-    usable = asked & ~lost
-    return ProductResult(divided(change, jnp.where(usable, distance, 1)), usable, lost)
+class Verdict(NamedTuple):
+    event: Int[Array, "*batch"]  # NEW, USED, LOST, FAILED, REJECTED or STUCK
+    new: Bool[Array, "*batch"]
+    used: Bool[Array, "*batch"]
+    h: Float[Array, "*batch"]  # of the product; 1 where there is none
+    product_norm: Float[Array, "*batch"]  # ‖J q‖
+    z_norm: Float[Array, "*batch"]  # of the iterate
+    g_norm: Float[Array, "*batch"]  # and of its residual
+    radius: Float[Array, "*batch"]
+    forcing: Float[Array, "*batch"]
+    widening: Float[Array, "*batch"]
+    next_h: Float[Array, "*batch"]  # of the next product, if there is one: relative to ‖g‖ at z = 0
+
+
+def assess_product(sizes: Sizes, last_norm: Float[Array, "*batch"], eps: float) -> Int[Array, "*batch"]:
+    """USED, LOST or FAILED, in the problems where the last evaluation was for a product (1)."""
+    finite = jnp.isfinite(sizes.g) & (sizes.distance > 0) & jnp.isfinite(sizes.distance)
+    lost = (sizes.change <= NOISE * eps * last_norm) & (sizes.distance < eps**0.25 * last_norm)
+    return jnp.where(finite, jnp.where(lost, LOST, USED), FAILED)
 
 
 class TrialResult(NamedTuple):
-    new: Bool[Array, "*batch"]  # whether z is a new iterate
-    rejected: Bool[Array, "*batch"]  # whether a shorter step is to be tried
-    forced: Bool[Array, "*batch"]  # whether the next step is taken whatever it brings
+    event: Int[Array, "*batch"]  # NEW, REJECTED or STUCK
     radius: Float[Array, "*batch"]
 
 
-def assess_trial(state: NewtonKrylovState, distance: Array, g_norm: Array, last_norm: Array) -> TrialResult:
-    """(2) and (3), in the problems where the last evaluation was a trial; `distance` is ‖p‖."""
-    eps, finite, tried = float(jnp.finfo(state.z.dtype).eps), jnp.isfinite(g_norm), state.known & state.trial
-    gain = (last_norm - g_norm) * (last_norm + g_norm)
-    promise = (last_norm - state.predicted) * (last_norm + state.predicted)
-    rho = jnp.where(finite & (promise > 0), ratio(gain, promise), -1)
-    accepted = tried & finite & (rho > ACCEPTED)
-    shrunk = jnp.where(finite, 0.25, 0.1) * jnp.minimum(state.radius, distance)
-    adapted = jnp.where(rho < POOR, jnp.maximum(0.5 * distance, 0.25 * state.radius), state.radius)
-    adapted = jnp.where(rho > GOOD, jnp.maximum(adapted, 2 * distance), adapted)
+def assess_trial(sizes: Sizes, state: NewtonKrylovState, eps: float) -> TrialResult:
+    """(2) and (3), in the problems where the last evaluation was a trial."""
+    last, finite, tried = state.krylov.beta, jnp.isfinite(sizes.g), state.purpose == TRIAL
+    rho = jnp.where(finite & (state.promised > 0), ratio((last - sizes.g) * (last + sizes.g), state.promised), -1)
+    accepted = finite & (rho > ACCEPTED)
+    shrunk = jnp.where(finite, 0.25, 0.1) * jnp.minimum(state.radius, sizes.distance)
+    adapted = jnp.where(rho < POOR, jnp.maximum(0.5 * sizes.distance, 0.25 * state.radius), state.radius)
+    adapted = jnp.where(rho > GOOD, jnp.maximum(adapted, 2 * sizes.distance), adapted)
     radius = jnp.where(tried, jnp.where(accepted, adapted, shrunk), state.radius)
     # No step that the arithmetic can tell from zero has helped: a local minimum of ‖g‖. Newton's own step leaves it,
     # whatever it brings.
-    stuck = tried & ~accepted & (radius <= 4 * eps * norm(state.z))
+    stuck = tried & ~accepted & (radius <= 4 * eps * state.z_norm)
     # How far a step may go is a decision, not a function of the inputs, and may be infinite: constant in `Unroll`.
     radius = jax.lax.stop_gradient(jnp.where(stuck, jnp.inf, radius))
-    new = ~state.known | accepted | (tried & finite & (state.predicted < 0))
-    return TrialResult(new, tried & ~new, stuck | (state.known & (state.predicted < 0) & ~tried), radius)
-
-
-def trial_step(
-    krylov: _krylov.Krylov, g: Vec, g_norm: Array, radius: Array, wanted: Bool[Array, ""]
-) -> tuple[Vec, Float[Array, "*batch"]]:
-    """The step p of at most `radius`, and the norm ‖g + J p‖ that the model predicts. Zeros unless `wanted`."""
-    step, predicted = jax.lax.cond(
-        wanted, lambda: _krylov.dogleg(krylov, radius), lambda: (zeros_like(g), zeros_from(g_norm))
-    )
-    # Without a single product there is no model: the plain iteration, within the radius.
-    plain = krylov.count == 0
-    part = ratio(jnp.minimum(radius, g_norm), g_norm)
-    step = choose(plain, scaled(part, g), step)
-    return step, jnp.where(plain, (1 - 0.5 * part) * g_norm, predicted)
+    taken = accepted | (finite & (state.promised < 0))
+    return TrialResult(jnp.where(taken, NEW, jnp.where(stuck, STUCK, REJECTED)), radius)
