@@ -932,7 +932,7 @@ def test_the_memory_of_a_problem_that_stopped_is_frozen(x64, rng, Solver):
     assert both.stats.steps[1] > both.stats.steps[0] + 8
     first = lambda leaf: leaf[0] if leaf.ndim else leaf
     for name, before, after in zip(alone.memory._fields, alone.memory, both.memory, strict=True):
-        if name != "count":
+        if name not in ("count", "moved"):  # of the last round, in which one problem ran
             if name == "core":  # between steps of any length: what counts is the estimate that they make up
                 after, before = (dense(jax.tree.map(first, m))[None] for m in (both.memory, alone.memory))
             # Alone and in a batch differ in rounding, which a chain of secant updates amplifies.

@@ -37,7 +37,7 @@ from deq_jax._config import Number, config
 from deq_jax._rows import appended, combine, first_rows, products, repeated, row, with_first_rows, write_row
 from deq_jax._states import choose, zeros_like
 from deq_jax._vectors import Rows, Vec, divided, dot, is_same, norm, scaled, size, zero_of
-from deq_jax.solvers.protocol import LoopOptions, check_sees_all
+from deq_jax.solvers.protocol import LoopOptions, Renewing, check_sees_all
 
 GROWTH = 1.5  # a step that makes the residual grow by this factor is rejected
 DAMPED_BELOW = 0.1  # Moré & Trangenstein's σ: an update may shrink det B⁻¹ by no more than this
@@ -47,11 +47,12 @@ USELESS = 1e-6  # reset the memory when ‖B g‖ is less than this part of ‖g
 class BroydenState(NamedTuple):
     """B = −I + Σ coreᵢⱼ sᵢ sⱼᵀ estimates the inverse Jacobian of g = f(z) − z."""
 
-    count: Int[Array, ""]  # residuals seen
+    count: Int[Array, ""]  # slots that are filled; the step after z is in the last of them
     z: Vec  # the last iterate that was accepted
     g: Vec  # and its residual
     g_norm: Float[Array, "*batch"]
     known: Bool[Array, "*batch"]  # whether z and g belong to this f
+    moved: Bool[Array, "*batch"]  # whether the last update was one: z had moved
     steps: Rows  # sᵢ: the steps taken, then the next one; other slots hold anything finite
     core: Float[Array, "*batch slots slots"]  # zero for slots not in use
     step_size: Float[Array, "*batch"]  # t: the next step is −t B g
@@ -72,7 +73,7 @@ class Move(NamedTuple):
 
 
 @config
-class Broyden(LoopOptions):
+class Broyden(Renewing, LoopOptions):
     """Broyden's good method, paper Eq 10, holding `rank` updates; when they are full, their sum is compressed.
 
     Memory is rank + 1 states, half of what pairs take. A problem of few entries holds twice as many updates as entries,
@@ -122,20 +123,25 @@ class Broyden(LoopOptions):
         zero, none, slots = zeros_like(z), zero_of(z), at_most(self.rank, 2 * size(z)) + 1
         core, cuts = jnp.stack([jnp.stack([none] * slots, axis=-1)] * slots, axis=-1), none.astype(jnp.int32)
         count = jnp.zeros((), jnp.int32)
-        return BroydenState(count, zero, zero, none, none > 0, repeated(zero, slots), core, none + 1, cuts, z)
+        no = none > 0
+        return BroydenState(count, zero, zero, none, no, no, repeated(zero, slots), core, none + 1, cuts, z)
 
     def next_point(self, state: BroydenState, z: Vec) -> Vec:
         return state.next_z
 
     def resume(self, state: BroydenState) -> BroydenState:
         """The memory of a solve of a similar problem: its estimate is a start, its last residual is not ours."""
+        state = jax.lax.cond(self.is_full(state), self.renewed, lambda state: state, state)
         return state._replace(known=state.known & False)
 
-    def update(self, residual: Vec, state: BroydenState, z: Vec) -> tuple[Vec, BroydenState]:
+    def is_full(self, state: BroydenState) -> Bool[Array, ""]:
+        # By the count that all problems share: to ask whether one is full is one more collective in a sharded solve.
+        return state.count == state.core.shape[-1]
+
+    def round(self, residual: Vec, state: BroydenState, z: Vec) -> tuple[Vec, BroydenState]:
         # Slots are filled in turn. Once the last one is filled, the memory is compressed into the first ones.
-        rank = state.core.shape[-1] - 1
-        last, new = self._slot(state.count - 1, rank, compressed=True), self._slot(state.count, rank)
-        is_new = one_hot(new, rank + 1, state.core[..., 0])
+        last, new = state.count - 1, state.count
+        is_new = one_hot(new, state.core.shape[-1], state.core[..., 0])
         move = last_move(state, z, last)
         g_norm = norm(residual)
         finite = jnp.isfinite(g_norm)
@@ -160,12 +166,24 @@ class Broyden(LoopOptions):
         core = core + jnp.where(usable[..., None, None], u[..., :, None] * with_B.dz_B[..., None, :], 0)  # (2)
         core = jnp.where((useless & move.moved)[..., None, None], 0, core)
         steps = write_row(steps, step, new, move.moved)
-        # By the count that all problems share: to ask whether one is full is one more collective in a sharded solve.
-        compress = lambda: self._compressed(move.moved, steps, core, step, step_size, from_g)
-        steps, core, step = jax.lax.cond(new == rank, compress, lambda: (steps, core, step))
         next_z, known, cuts = from_z + step, state.known | True, jnp.where(rejected, state.cuts + 1, 0)
-        start = state.count + 1, from_z, from_g, from_norm, known
+        start = state.count + 1, from_z, from_g, from_norm, known, move.moved
         return next_z - z, BroydenState(*start, steps, core, step_size, cuts, next_z)
+
+    def renewed(self, state: BroydenState) -> BroydenState:
+        """B + I projected, in the problems that moved, and the step −t B g computed anew."""
+        slots = state.core.shape[-1]
+        kept = (slots - 1) // 2 if self.keep is None else min(self.keep, slots - 2)
+        rows, small = _low_rank.projected(state.steps, state.core, kept)
+        weights = einsum("...ij,...j->...i", small, products(rows, state.g))
+        step = scaled(state.step_size, state.g - combine(weights, rows))
+        rim = (0, slots - kept)
+        small = jnp.pad(small, [(0, 0)] * (small.ndim - 2) + [rim, rim])
+        compressed = appended(rows, step), small, state.z + step
+        before = first_rows(state.steps, kept + 1), state.core, state.next_z
+        rows, core, next_z = choose(state.moved, compressed, before)
+        steps = with_first_rows(state.steps, rows)
+        return state._replace(count=state.count * 0 + kept + 1, steps=steps, core=core, next_z=next_z)
 
     def _next_step(
         self, direction: Vec, z: Vec, g: Vec, g_norm: Array, move: Move, rejected: Array, finite: Array
@@ -181,27 +199,6 @@ class Broyden(LoopOptions):
         useless = ~jnp.isfinite(length) | (stays & (length < USELESS * g_norm))
         step = choose(useless, scaled(self.damping, g), step)
         return step, jnp.where(useless, self.damping, step_size), useless
-
-    def _slot(self, count: Int[Array, ""], rank: int, compressed: bool = False) -> Int[Array, ""]:
-        """Where the step after `count` earlier residuals is written, or where it is once the memory is compressed."""
-        kept = self._kept(rank)
-        slot = jnp.where(count <= rank, count, kept + 1 + (count - rank - 1) % (rank - kept))
-        return jnp.where(slot == rank, kept, slot) if compressed else slot
-
-    def _kept(self, rank: int) -> int:
-        return rank // 2 if self.keep is None else min(self.keep, rank - 1)
-
-    def _compressed(self, where, steps, core, step, step_size, g) -> tuple:
-        """(steps, core, step) with B + I projected, in the problems of `where`, and the step −t B g computed anew."""
-        kept = self._kept(core.shape[-1] - 1)
-        rows, small = _low_rank.projected(steps, core, kept)
-        weights = einsum("...ij,...j->...i", small, products(rows, g))
-        again = scaled(step_size, g - combine(weights, rows))
-        rim = (0, core.shape[-1] - kept)
-        small = jnp.pad(small, [(0, 0)] * (small.ndim - 2) + [rim, rim])
-        compressed, before = (appended(rows, again), small, again), (first_rows(steps, kept + 1), core, step)
-        rows, small, again = choose(where, compressed, before)
-        return with_first_rows(steps, rows), small, again
 
 
 # ---- one update --------------------------------------------------------------------------------------------

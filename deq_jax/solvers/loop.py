@@ -13,7 +13,7 @@ from deq_jax._config import cast_options, with_options
 from deq_jax._states import Layout, choose, join, split, wide_dtype
 from deq_jax._trace import axes_of
 from deq_jax._vectors import Vec, scaled, shape_of, zero_of
-from deq_jax.solvers.protocol import Evaluation, Fold, Solver, SolveResult, Stats, Status, member
+from deq_jax.solvers.protocol import Evaluation, Fold, Renewing, Solver, SolveResult, Stats, Status, member
 from deq_jax.solvers.stopping import (
     RUNNING,
     STALE_EVALUATIONS,
@@ -66,10 +66,40 @@ def run_loop(
     along them are one coupled problem, and stop together.
     """
     solver = cast_options(solver, wide_dtype(z0))
-    body = make_body(f, z0, solver, batch_ndim, fold)
+    layout = layout_for(solver, z0, batch_ndim)
     carry = init_carry(z0, solver, batch_ndim, memory, fold)
-    end = jax.lax.while_loop(lambda carry: jnp.any(carry.status == RUNNING), body, carry)
-    return finalize(end, layout_for(solver, z0, batch_ndim))
+    goes_on = lambda carry: jnp.any(carry.status == RUNNING)
+    if isinstance(solver, Renewing):
+        rounds = make_body(f, z0, WithoutRenewal(solver), batch_ndim, fold)
+        has_room = lambda carry: goes_on(carry) & ~solver.is_full(carry.solver)
+        body = lambda carry: renewed(jax.lax.while_loop(has_room, rounds, carry), solver, layout)
+    else:
+        body = make_body(f, z0, solver, batch_ndim, fold)
+    return finalize(jax.lax.while_loop(goes_on, body, carry), layout)
+
+
+class WithoutRenewal:
+    def __init__(self, solver):
+        self.solver = solver
+
+    def update(self, *args):
+        return self.solver.round(*args)
+
+    def __getattr__(self, name):
+        return getattr(self.solver, name)
+
+
+def renewed(carry: Carry, solver: Any, layout: Layout) -> Carry:
+    """The carry with the solver's memory compressed where it is full, and the next iterate that follows from it."""
+
+    def renew(state, z):
+        state = solver.renewed(state)
+        unit = half_power(carry.first_scale) if member(solver, "scale_free") else 1.0
+        return state, choose(carry.status == RUNNING, layout.round(scaled(unit, solver.next_point(state, z))), z)
+
+    keep = lambda state, z: (state, z)
+    state, z = jax.lax.cond(solver.is_full(carry.solver), renew, keep, carry.solver, carry.z)
+    return carry._replace(solver=state, z=z)
 
 
 def init_carry(z0: PyTree, solver: Solver, batch_ndim: int, memory: Any = None, fold: Fold | None = None) -> Carry:
@@ -220,7 +250,8 @@ def advance(solver: Solver, state: Any, residual: Vec, z: Vec, first_scale: Arra
     """The next iterate, and the solver's state."""
     if member(solver, "scale_free"):
         unit = half_power(first_scale)
-        solver = with_options(solver, atol=solver.atol / unit)
+        if not isinstance(solver, WithoutRenewal):
+            solver = with_options(solver, atol=solver.atol / unit)
         z, state = _next_point(solver, state, scaled(1 / unit, residual), scaled(1 / unit, z))
         return scaled(unit, z), state
     return _next_point(solver, state, residual, z)

@@ -4,6 +4,7 @@ import dataclasses
 import enum
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import jax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from deq_jax._checks import check_number, check_stopping
@@ -122,6 +123,19 @@ class Defaults:
     def next_point(state: Any, z: Vec) -> Vec:
         """The exact next iterate, for a solver that loses precision in z + step, which is given as `z`."""
         return z
+
+
+class Renewing:
+    """A solver whose memory has to be compressed now and then, which the loop does between its rounds.
+
+    The solver defines `round`, which is `update` without the compression, `is_full(state)`, read from scalars alone,
+    and `renewed(state)`: the compressed memory, with the next iterate that follows from it in `next_point(state)`.
+    """
+
+    def update(self: Any, residual: Vec, state: Any, z: Vec) -> tuple[Vec, Any]:
+        step, state = self.round(residual, state, z)
+        state = jax.lax.cond(self.is_full(state), self.renewed, lambda state: state, state)
+        return self.next_point(state, z + step) - z, state
 
 
 def member(solver: Solver, name: str) -> Any:
