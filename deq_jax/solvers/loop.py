@@ -225,11 +225,17 @@ def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry
         # An iterate so far out that its residual is all rounding is not a better one.
         better = running & finite & ~lost & (converged | made.improved)
         pick = lambda new, old: jnp.where(by_leaf(better, layout), new, old)
+        best_norms = Norms(*map(pick, norms, carry.best_norms))
+        if isinstance(solver, WithoutRenewal):
+            unit = half_power(first_scale)
+            small = better, first_scale, growth, stale, steps, status, best_norms, unit, 1 / unit
+            small = jax.lax.optimization_barrier(small)
+            better, first_scale, growth, stale, steps, status, best_norms, *solver.unit = small
         return carry._replace(
             best=choose(better, carry.z, carry.best),
             best_carried=choose(better, carry.carried, carry.best_carried),
             returned=choose(running, returned, carry.returned),
-            best_norms=Norms(*map(pick, norms, carry.best_norms)),
+            best_norms=best_norms,
             first_scale=first_scale,
             growth=growth,
             stale=stale,
@@ -250,9 +256,12 @@ def advance(solver: Solver, state: Any, residual: Vec, z: Vec, first_scale: Arra
     """The next iterate, and the solver's state."""
     if member(solver, "scale_free"):
         unit = half_power(first_scale)
+        inverse = 1 / unit
         if not isinstance(solver, WithoutRenewal):
             solver = with_options(solver, atol=solver.atol / unit)
-        z, state = _next_point(solver, state, scaled(1 / unit, residual), scaled(1 / unit, z))
+        else:
+            unit, inverse = solver.unit
+        z, state = _next_point(solver, state, scaled(inverse, residual), scaled(inverse, z))
         return scaled(unit, z), state
     return _next_point(solver, state, residual, z)
 
