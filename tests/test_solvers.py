@@ -879,7 +879,7 @@ def test_a_broyden_memory_that_leaves_no_step_or_overflows_is_given_up(contracti
     singular = np.linalg.pinv(state.steps[:7]).T @ np.linalg.pinv(state.steps[:7])
     core = jnp.zeros_like(state.core).at[:7, :7].set(singular)  # B is zero on the span of the steps
     inside = 1e-3 * state.steps[2]
-    for spoilt in (core, jnp.full_like(core, 1e300)):
+    for spoilt in (core, jnp.full_like(core, jnp.inf)):
         step, after = solver.update(inside, state._replace(core=spoilt), jnp.asarray(z))
         np.testing.assert_allclose(step, inside, rtol=1e-8)
         np.testing.assert_array_equal(dense(after), -np.eye(10))
@@ -932,7 +932,7 @@ def test_the_memory_of_a_problem_that_stopped_is_frozen(x64, rng, Solver):
     assert both.stats.steps[1] > both.stats.steps[0] + 8
     first = lambda leaf: leaf[0] if leaf.ndim else leaf
     for name, before, after in zip(alone.memory._fields, alone.memory, both.memory, strict=True):
-        if name not in ("count", "moved"):  # of the last round, in which one problem ran
+        if name not in ("count", "motion"):  # of the last round, in which one problem ran
             if name == "core":  # between steps of any length: what counts is the estimate that they make up
                 after, before = (dense(jax.tree.map(first, m))[None] for m in (both.memory, alone.memory))
             # Alone and in a batch differ in rounding, which a chain of secant updates amplifies.
