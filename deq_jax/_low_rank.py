@@ -1,12 +1,21 @@
 """Compression of a low-rank matrix that is held as a small core between long vectors."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deq_jax._arrays import einsum, one_hot, reciprocal, zeros_from
-from deq_jax._rows import combine_rows, gram, row_norms
+from deq_jax._arrays import einsum, one_hot, ratio, reciprocal, safe_sqrt, zeros_from
+from deq_jax._rows import combine_rows, gram, matmul, row_norms
 from deq_jax._vectors import Rows
+
+
+class Steps(NamedTuple):
+    """What the projection needs to know of the steps sᵢ."""
+
+    lengths: Float[Array, "*batch slots"]
+    gram: Float[Array, "*batch slots slots"]  # inner products of the steps, made unit
 
 
 def projected(
@@ -16,38 +25,52 @@ def projected(
     # All in coordinates of the steps, made unit: no LAPACK calls on small matrices, one pass over the steps each way.
     lengths = row_norms(steps)
     inverse = reciprocal(lengths)
-    times = lambda x, y: einsum("...ij,...jk->...ik", x, y)
-    transposed = lambda x: jnp.swapaxes(x, -2, -1)
     products = gram(steps) * inverse[..., :, None] * inverse[..., None, :]
-    core = core * lengths[..., :, None] * lengths[..., None, :]
-    # The images of the steps by Aᵀ and by A.
-    images = jnp.concatenate([times(products, core), times(products, transposed(core))], axis=-2)
-    rows = leading_rows(images, products, keep)
-    rows_s = times(rows, products)  # inner products of the rows with the steps
-    small = times(times(rows_s, core), transposed(rows_s))
+    rows = leading_rows(core, Steps(lengths, products), keep)
+    rows_s = matmul(rows, products) * lengths[..., None, :]  # inner products of the rows with the steps
+    small = matmul(matmul(rows_s, core), jnp.swapaxes(rows_s, -2, -1))
     return combine_rows(rows * inverse[..., None, :], steps), small
 
 
 def leading_rows(
-    x: Float[Array, "*batch rows slots"], gram: Float[Array, "*batch slots slots"], keep: int
+    core: Float[Array, "*batch slots slots"], steps: Steps, keep: int
 ) -> Float[Array, "*batch keep slots"]:
-    """Orthonormal rows that span what is longest in x, in the inner product of `gram`; zeros where nothing is left.
+    """Orthonormal rows that span the longest images of the unit steps by Aᵀ and A; zeros where nothing is left.
 
-    Gram–Schmidt, always on the longest of the rows that remain.
+    Gram–Schmidt, always on the longest of the images that remain. Of all images only the lengths are held.
     """
-    lowered = einsum("...rs,...st->...rt", x, gram)
-    squares = lambda x, lowered: einsum("...rs,...rs->...r", x, lowered)
-    floor = jnp.finfo(x.dtype).eps * jnp.max(squares(x, lowered), axis=-1)  # below it, `gram` is rounding
+    slots, lengths = core.shape[-1], steps.lengths
+    with_gram = lambda x: einsum("...i,...ij->...j", x, steps.gram)
+    by_A = lambda x: einsum("...ij,...j->...i", core, x * lengths) * lengths
+    by_A_transposed = lambda x: einsum("...i,...ij->...j", x * lengths, core) * lengths
+    squares = squared_images(core, steps)
+    floor = jnp.finfo(core.dtype).eps * jnp.max(squares, axis=-1)  # below it, `gram` is rounding
 
     def pick(i, carry):
-        x, lowered, picked = carry
-        square = squares(x, lowered)
-        is_longest, most = one_hot(jnp.argmax(square, axis=-1), x.shape[-2], square), jnp.max(square, axis=-1)
-        scale = jnp.where(most > floor, 1 / jnp.sqrt(jnp.where(most > floor, most, 1)), 0)
-        unit, down = (scale[..., None] * einsum("...r,...rs->...s", is_longest, y) for y in (x, lowered))
-        along = einsum("...rs,...s->...r", x, down)[..., None]
-        picked = jax.lax.dynamic_update_index_in_dim(picked, unit, i, axis=-2)
-        return x - along * unit[..., None, :], lowered - along * down[..., None, :], picked
+        squares, rows = carry
+        longest = one_hot(jnp.argmax(squares, axis=-1), 2 * slots, squares)
+        image = by_A_transposed(with_gram(longest[..., :slots])) + by_A(with_gram(longest[..., slots:]))
+        for _ in range(2):  # once leaves rounding of what is taken away
+            along = einsum("...ks,...s->...k", rows, with_gram(image))
+            image = image - einsum("...k,...ks->...s", along, rows)
+        lowered = with_gram(image)
+        square = einsum("...s,...s->...", image, lowered)
+        scale = ratio(1, safe_sqrt(square), where=square > floor)[..., None]
+        unit, lowered = scale * image, scale * lowered
+        along = jnp.concatenate([with_gram(by_A(lowered)), with_gram(by_A_transposed(lowered))], axis=-1)
+        squares = jnp.where(longest > 0, 0, squares - along**2)
+        return squares, jax.lax.dynamic_update_index_in_dim(rows, unit, i, axis=-2)
 
-    none = zeros_from(x[..., :keep, :])
-    return jax.lax.fori_loop(0, keep, pick, (x, lowered, none))[2] if keep else none
+    none = zeros_from(core[..., :keep, :])
+    return jax.lax.fori_loop(0, keep, pick, (squares, none))[1] if keep else none
+
+
+def squared_images(core: Float[Array, "*batch slots slots"], steps: Steps) -> Float[Array, "*batch images"]:
+    """‖Aᵀ ŝᵢ‖² of the unit steps ŝᵢ, and then ‖A ŝᵢ‖²."""
+    lengths, products = steps
+    images = matmul(products * lengths[..., None, :], core) * lengths[..., None, :]
+    first = jnp.sum(matmul(images, products) * images, axis=-1)
+    # The images by A when those by Aᵀ are gone: it is here that a solve needs most memory.
+    core, products, first = jax.lax.optimization_barrier((core, products, first))
+    images = lengths[..., :, None] * matmul(core, lengths[..., :, None] * products)
+    return jnp.concatenate([first, jnp.sum(matmul(products, images) * images, axis=-2)], axis=-1)

@@ -9,6 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 from deq_jax._arrays import einsum, per_entry
 from deq_jax._vectors import Rows, Vec, Vector, each, has_one_axis, norm, own_axes, reduced
 
+SHORT = 128  # rows of at most so many entries are multiplied as small matrices are
+
 
 def repeated(x: Vec, count: int) -> Rows:
     """Rows that are all x."""
@@ -83,7 +85,7 @@ def gram(rows: Rows) -> Float[Array, "*batch rows rows"]:
 
     def of_part(part):
         if has_one_axis(rows, part, 1):
-            return einsum("...id,...jd->...ij", part, part)
+            return _contracted(part, jnp.swapaxes(part, -2, -1), length=part.shape[-1])
         by_i, by_j = (jnp.expand_dims(part, rows.batch_ndim + k) for k in (1, 0))
         return jnp.sum(by_i * by_j, axis=own_axes(rows, by_i, 2))
 
@@ -111,7 +113,7 @@ def combine_rows(weights: Float[Array, "*batch new rows"], rows: Rows) -> Rows:
 
     def of_part(part):
         if has_one_axis(rows, part, 1):
-            return einsum("...km,...md->...kd", weights, part)
+            return _contracted(weights, part, length=part.shape[-1])
         part = jnp.expand_dims(part, rows.batch_ndim)
         return jnp.sum(per_entry(weights, part) * part, axis=rows.batch_ndim + 1)
 
@@ -126,6 +128,21 @@ def outer(weights: Float[Array, "*#batch rows"], x: Vec) -> Rows:
         return per_entry(weights, part) * part
 
     return each(of_part, x)
+
+
+def matmul(x: Float[Array, "*batch i j"], y: Float[Array, "*batch j k"]) -> Float[Array, "*batch i k"]:
+    """The product of two small matrices a problem: where the platform is no CPU one kernel, without cuBLAS."""
+    by_sums = lambda x, y: jnp.sum(x[..., None] * y[..., None, :, :], axis=-2)
+    return jax.lax.platform_dependent(x, y, cpu=_product, default=by_sums)
+
+
+def _contracted(x: Array, y: Array, length: int) -> Array:
+    """The product of two matrices a problem, of which one holds vectors of this length."""
+    return matmul(x, y) if length <= SHORT else _product(x, y)
+
+
+def _product(x: Array, y: Array) -> Array:
+    return einsum("...ij,...jk->...ik", x, y)
 
 
 def _row_axis(x: Any, part: Array, rows: int = 0) -> int:
