@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deq_jax._arrays import einsum, one_hot, ratio, reciprocal, safe_sqrt, zeros_from
+from deq_jax._arrays import einsum, one_hot, ratio, reciprocal, safe_sqrt
 from deq_jax._rows import combine_rows, gram, matmul, row_norms
 from deq_jax._vectors import Rows
 
 
 class Steps(NamedTuple):
-    """What the projection needs to know of the steps sᵢ."""
+    """What is to be known of the steps sᵢ for a projection. (A core scaled by lengths would be one more to hold.)"""
 
     lengths: Float[Array, "*batch slots"]
     gram: Float[Array, "*batch slots slots"]  # inner products of the steps, made unit
@@ -26,51 +26,65 @@ def projected(
     lengths = row_norms(steps)
     inverse = reciprocal(lengths)
     products = gram(steps) * inverse[..., :, None] * inverse[..., None, :]
-    rows = leading_rows(core, Steps(lengths, products), keep)
-    rows_s = matmul(rows, products) * lengths[..., None, :]  # inner products of the rows with the steps
+    rows, rows_s = leading_rows(core, Steps(lengths, products), keep)
+    rows_s = rows_s * lengths[..., None, :]
     small = matmul(matmul(rows_s, core), jnp.swapaxes(rows_s, -2, -1))
     return combine_rows(rows * inverse[..., None, :], steps), small
 
 
 def leading_rows(
     core: Float[Array, "*batch slots slots"], steps: Steps, keep: int
-) -> Float[Array, "*batch keep slots"]:
-    """Orthonormal rows that span the longest images of the unit steps by Aᵀ and A; zeros where nothing is left.
+) -> tuple[Float[Array, "*batch keep slots"], Float[Array, "*batch keep slots"]]:
+    """Orthonormal rows that span the longest images of the steps by Aᵀ and A, and their inner products with the steps.
 
-    Gram–Schmidt, always on the longest of the images that remain. Of all images only the lengths are held.
+    Gram–Schmidt, always on the longest of the images that remain, of which only the lengths are held. Rows are zero
+    where nothing is left.
     """
-    slots, lengths = core.shape[-1], steps.lengths
-    with_gram = lambda x: einsum("...i,...ij->...j", x, steps.gram)
-    by_A = lambda x: einsum("...ij,...j->...i", core, x * lengths) * lengths
-    by_A_transposed = lambda x: einsum("...i,...ij->...j", x * lengths, core) * lengths
-    squares = squared_images(core, steps)
+    slots, lengths, gram = core.shape[-1], *steps
+    images, squares = images_of_steps(core, steps)
     floor = jnp.finfo(core.dtype).eps * jnp.max(squares, axis=-1)  # below it, `gram` is rounding
 
     def pick(i, carry):
-        squares, rows = carry
-        longest = one_hot(jnp.argmax(squares, axis=-1), 2 * slots, squares)
-        image = by_A_transposed(with_gram(longest[..., :slots])) + by_A(with_gram(longest[..., slots:]))
+        squares, rows, rows_s = carry
+        which = jnp.argmax(squares, axis=-1)
+        longest, is_first = one_hot(which, 2 * slots, squares), (which < slots)[..., None]
+        s = times(longest[..., :slots] + longest[..., slots:], gram) * lengths
+        image = jnp.where(is_first, times(s, core), times_transposed(s, core)) * lengths
         for _ in range(2):  # once leaves rounding of what is taken away
-            along = einsum("...ks,...s->...k", rows, with_gram(image))
-            image = image - einsum("...k,...ks->...s", along, rows)
-        lowered = with_gram(image)
-        square = einsum("...s,...s->...", image, lowered)
+            image = image - times(times_transposed(image, rows_s), rows)
+        image_s = times(image, gram)
+        square = jnp.sum(image * image_s, axis=-1)
         scale = ratio(1, safe_sqrt(square), where=square > floor)[..., None]
-        unit, lowered = scale * image, scale * lowered
-        along = jnp.concatenate([with_gram(by_A(lowered)), with_gram(by_A_transposed(lowered))], axis=-1)
+        row, row_s = scale * image, scale * image_s
+        along = jnp.concatenate([times_transposed(row, images), times(row, images)], axis=-1)
         squares = jnp.where(longest > 0, 0, squares - along**2)
-        return squares, jax.lax.dynamic_update_index_in_dim(rows, unit, i, axis=-2)
+        put = lambda rows, new: jax.lax.dynamic_update_index_in_dim(rows, new, i, axis=-2)
+        return squares, put(rows, row), put(rows_s, row_s)
 
-    none = zeros_from(core[..., :keep, :])
-    return jax.lax.fori_loop(0, keep, pick, (squares, none))[1] if keep else none
+    # Zeros, but no constant: XLA would write it early, while the memory is needed for the images.
+    none = jnp.where(floor < 0, floor, 0)[..., None, None] + jnp.zeros((keep, slots), core.dtype)
+    return jax.lax.fori_loop(0, keep, pick, (squares, none, none))[1:] if keep else (none, none)
 
 
-def squared_images(core: Float[Array, "*batch slots slots"], steps: Steps) -> Float[Array, "*batch images"]:
-    """‖Aᵀ ŝᵢ‖² of the unit steps ŝᵢ, and then ‖A ŝᵢ‖²."""
-    lengths, products = steps
-    images = matmul(products * lengths[..., None, :], core) * lengths[..., None, :]
-    first = jnp.sum(matmul(images, products) * images, axis=-1)
+def images_of_steps(
+    core: Float[Array, "*batch slots slots"], steps: Steps
+) -> tuple[Float[Array, "*batch slots slots"], Float[Array, "*batch images"]]:
+    """(⟨Aᵀ sᵢ, sⱼ⟩, the squared lengths of all Aᵀ sᵢ and then of all A sᵢ)."""
+    lengths, gram = steps
+    by_transposed = matmul(gram, core, lengths) * lengths[..., None, :]  # Aᵀ sᵢ in coordinates
+    images = matmul(by_transposed, gram)
+    first = jnp.sum(images * by_transposed, axis=-1)
     # The images by A when those by Aᵀ are gone: it is here that a solve needs most memory.
-    core, products, first = jax.lax.optimization_barrier((core, products, first))
-    images = lengths[..., :, None] * matmul(core, lengths[..., :, None] * products)
-    return jnp.concatenate([first, jnp.sum(matmul(products, images) * images, axis=-2)], axis=-1)
+    core, gram, images, first = jax.lax.optimization_barrier((core, gram, images, first))
+    by_A = lengths[..., :, None] * matmul(core, gram, lengths)
+    return images, jnp.concatenate([first, jnp.sum(images * by_A, axis=-2)], axis=-1)
+
+
+def times(x: Float[Array, "*batch i"], y: Float[Array, "*batch i j"]) -> Float[Array, "*batch j"]:
+    """xᵀy, as a sum: on a CPU it takes as long as a matrix product, and less long to compile."""
+    return jnp.sum(x[..., :, None] * y, axis=-2)
+
+
+def times_transposed(x: Float[Array, "*batch j"], y: Float[Array, "*batch i j"]) -> Float[Array, "*batch i"]:
+    """y x."""
+    return einsum("...ij,...j->...i", y, x)

@@ -130,10 +130,14 @@ def outer(weights: Float[Array, "*#batch rows"], x: Vec) -> Rows:
     return each(of_part, x)
 
 
-def matmul(x: Float[Array, "*batch i j"], y: Float[Array, "*batch j k"]) -> Float[Array, "*batch i k"]:
-    """The product of two small matrices a problem: where the platform is no CPU one kernel, without cuBLAS."""
-    by_sums = lambda x, y: jnp.sum(x[..., None] * y[..., None, :, :], axis=-2)
-    return jax.lax.platform_dependent(x, y, cpu=_product, default=by_sums)
+def matmul(
+    x: Float[Array, "*batch i j"], y: Float[Array, "*batch j k"], weights: Float[Array, "*batch j"] | None = None
+) -> Float[Array, "*batch i k"]:
+    """Σⱼ xᵢⱼ weightsⱼ yⱼₖ of small matrices: where the platform is no CPU one kernel, without the memory of cuBLAS."""
+    w = jnp.ones_like(x[..., :1, :]) if weights is None else weights[..., None, :]
+    product = lambda x, y, w: _product(x if weights is None else x * w, y)
+    by_sums = lambda x, y, w: jnp.sum(x[..., None] * y[..., None, :, :] * w[..., None], axis=-2)
+    return jax.lax.platform_dependent(x, y, w, cpu=product, default=by_sums)
 
 
 def _contracted(x: Array, y: Array, length: int) -> Array:
