@@ -62,7 +62,7 @@ def leading_rows(
         return squares, put(rows, row), put(rows_s, row_s)
 
     # Zeros, but no constant: XLA would write it early, while the memory is needed for the images.
-    none = jnp.where(floor < 0, floor, 0)[..., None, None] + jnp.zeros((keep, slots), core.dtype)
+    none = jnp.where((floor < 0)[..., None, None], core[..., :keep, :], 0)
     return jax.lax.fori_loop(0, keep, pick, (squares, none, none))[1:] if keep else (none, none)
 
 
