@@ -209,7 +209,7 @@ MUTANTS = [
     Mutant(
         "Broyden overwrites what is in use",
         "solvers/broyden.py",
-        "core = jnp.where(reset[..., None, None], 0, state.core)",
+        "core = jnp.where(move.reset[..., None, None], 0, state.core)",
         "core = state.core",
         "test_solvers.py -k slot_is_in_use",
     ),

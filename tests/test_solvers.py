@@ -820,6 +820,29 @@ def test_broyden_whose_memory_was_compressed_steps_by_what_is_left_and_learns_on
         assert np.linalg.matrix_rank(dense(state) + np.eye(10), 1e-9) <= (3 if full else 6)
 
 
+def test_the_loop_compresses_a_memory_as_update_does(contraction):
+    solver = deq.Broyden(rank=4, max_steps=12, rtol=0.0)
+    run = trajectory(solver, contraction, jnp.zeros(10), 12)
+    z, _, memory, *_ = deq_solvers.run_loop(contraction, jnp.zeros(10), solver)
+    best, *_ = min(run, key=lambda seen: np.linalg.norm(seen[1]))
+    np.testing.assert_allclose(z, best, rtol=1e-9)
+    solve_from = lambda z0: deq_solvers.run_loop(contraction, z0, solver).value
+    starts = jnp.stack([jnp.zeros(10), jnp.ones(10)])
+    np.testing.assert_allclose(jax.vmap(solve_from)(starts), [z, solve_from(starts[1])], rtol=1e-9)
+    np.testing.assert_allclose(dense(memory), dense(run[-1][-1]), atol=1e-6)
+
+
+def test_a_memory_that_a_solve_leaves_full_is_compressed_when_it_is_resumed(contraction):
+    solver = deq.Broyden(rank=4, max_steps=5, rtol=0.0)
+    memory = deq_solvers.run_loop(contraction, jnp.zeros(10), solver).memory
+    *_, (_, _, _, after) = trajectory(solver, contraction, jnp.zeros(10), 5)
+    resumed = solver.resume(memory)
+    np.testing.assert_allclose(dense(resumed), dense(after), rtol=1e-9, atol=1e-12)
+    assert not solver.is_full(resumed) and resumed.count == 3
+    again = deq_solvers.run_loop(contraction, jnp.ones(10), deq.Broyden(rank=4, rtol=1e-8), memory=memory)
+    assert again.stats.converged
+
+
 def test_a_compressed_memory_keeps_what_leads(x64, rng):
     steps, core = jax.random.normal(rng, (2, 9, 30)), jax.random.normal(jax.random.key(1), (2, 9, 9))
     weights = 10.0 ** -jnp.arange(9.0)[:, None]

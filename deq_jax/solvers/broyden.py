@@ -41,8 +41,8 @@ from deq_jax.solvers.protocol import LoopOptions, Renewing, check_sees_all
 
 GROWTH = 1.5  # a step that makes the residual grow by this factor is rejected
 DAMPED_BELOW = 0.1  # Moré & Trangenstein's σ: an update may shrink det B⁻¹ by no more than this
-UNKNOWN, STILL, MOVED = range(3)
 USELESS = 1e-6  # reset the memory when ‖B g‖ is less than this part of ‖g‖ and the step rounds to zero
+UNKNOWN, STILL, MOVED = range(3)  # what is known of the last move: nothing in a new solve, or whether z moved
 
 
 class BroydenState(NamedTuple):
@@ -52,7 +52,7 @@ class BroydenState(NamedTuple):
     z: Vec  # the last iterate that was accepted
     g: Vec  # and its residual
     g_norm: Float[Array, "*batch"]
-    motion: Int[Array, "*batch"]  # UNKNOWN where z and g belong to another f, else whether z has moved to the last one
+    motion: Int[Array, "*batch"]  # UNKNOWN where z and g belong to another f; else STILL or MOVED, by the last update
     steps: Rows  # sᵢ: the steps taken, then the next one; other slots hold anything finite
     core: Float[Array, "*batch slots slots"]  # zero for slots not in use
     last_used: Int[Array, "*batch"]  # the last slot with an entry in the core, −1 for none
@@ -122,7 +122,7 @@ class Broyden(Renewing, LoopOptions):
         return (state.cuts >= 0) & (self.line_search > 0)
 
     def init(self, z: Vec) -> BroydenState:
-        zero, none, slots = zeros_like(z), zero_of(z), at_most(self.rank, 2 * size(z)) + 1
+        zero, none, slots = zeros_like(z), zero_of(z), max(1, at_most(self.rank, 2 * size(z))) + 1
         core, no = jnp.stack([jnp.stack([none] * slots, axis=-1)] * slots, axis=-1), none.astype(jnp.int32)
         count = jnp.zeros((), jnp.int32)
         return BroydenState(count, zero, zero, none, no, repeated(zero, slots), core, no - 1, none + 1, no, z)
@@ -136,11 +136,12 @@ class Broyden(Renewing, LoopOptions):
         return state._replace(motion=zeros_like(state.motion))
 
     def is_full(self, state: BroydenState) -> Bool[Array, ""]:
+        """Whether all slots are filled, so that the memory has to be compressed before the next round."""
         # By the count that all problems share: to ask whether one is full is one more collective in a sharded solve.
         return state.count == state.core.shape[-1]
 
     def round(self, residual: Vec, state: BroydenState, z: Vec) -> tuple[Vec, BroydenState]:
-        # Slots are filled in turn. Once the last one is filled, the memory is compressed into the first ones.
+        """One update. Slots are filled in turn; once the last one is, `renewed` compresses them into the first ones."""
         slots, last, new = state.core.shape[-1], state.count - 1, state.count
         is_last, is_new = (one_hot(slot, slots, state.core[..., 0]) for slot in (last, new))
         dz, g_norm = z - state.z, norm(residual)
@@ -170,7 +171,7 @@ class Broyden(Renewing, LoopOptions):
         return next_z - z, BroydenState(*start, steps, core, last_used, step_size, cuts, next_z)
 
     def renewed(self, state: BroydenState) -> BroydenState:
-        """B + I projected, in the problems that moved, and the step −t B g computed anew."""
+        """The memory with B + I projected, in the problems that moved, and the step −t B g computed anew."""
         slots = state.core.shape[-1]
         kept = (slots - 1) // 2 if self.keep is None else min(self.keep, slots - 2)
         rows, small = _low_rank.projected(state.steps, state.core, kept)
@@ -207,7 +208,7 @@ class Broyden(Renewing, LoopOptions):
 
 
 def in_one_kernel(small: tuple) -> tuple:
-    """The arrays, computed before what uses them: else XLA computes them in several kernels, each in part."""
+    """The small arrays, all computed before any is used. A GPU else computes them in many kernels, parts repeatedly."""
     return jax.lax.optimization_barrier(small)
 
 
