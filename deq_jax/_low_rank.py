@@ -1,12 +1,21 @@
 """Compression of a low-rank matrix that is held as a small core between long vectors."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deq_jax._arrays import einsum, one_hot, reciprocal, zeros_from
-from deq_jax._rows import combine_rows, gram, row_norms
+from deq_jax._arrays import einsum, one_hot, ratio, reciprocal, safe_sqrt
+from deq_jax._rows import combine_rows, gram, matmul, row_norms
 from deq_jax._vectors import Rows
+
+
+class Steps(NamedTuple):
+    """What is to be known of the steps sᵢ for a projection. (A core scaled by lengths would be one more to hold.)"""
+
+    lengths: Float[Array, "*batch slots"]
+    gram: Float[Array, "*batch slots slots"]  # inner products of the steps, made unit
 
 
 def projected(
@@ -16,38 +25,66 @@ def projected(
     # All in coordinates of the steps, made unit: no LAPACK calls on small matrices, one pass over the steps each way.
     lengths = row_norms(steps)
     inverse = reciprocal(lengths)
-    times = lambda x, y: einsum("...ij,...jk->...ik", x, y)
-    transposed = lambda x: jnp.swapaxes(x, -2, -1)
     products = gram(steps) * inverse[..., :, None] * inverse[..., None, :]
-    core = core * lengths[..., :, None] * lengths[..., None, :]
-    # The images of the steps by Aᵀ and by A.
-    images = jnp.concatenate([times(products, core), times(products, transposed(core))], axis=-2)
-    rows = leading_rows(images, products, keep)
-    rows_s = times(rows, products)  # inner products of the rows with the steps
-    small = times(times(rows_s, core), transposed(rows_s))
+    rows, rows_s = leading_rows(core, Steps(lengths, products), keep)
+    rows_s = rows_s * lengths[..., None, :]
+    small = matmul(matmul(rows_s, core), jnp.swapaxes(rows_s, -2, -1))
     return combine_rows(rows * inverse[..., None, :], steps), small
 
 
 def leading_rows(
-    x: Float[Array, "*batch rows slots"], gram: Float[Array, "*batch slots slots"], keep: int
-) -> Float[Array, "*batch keep slots"]:
-    """Orthonormal rows that span what is longest in x, in the inner product of `gram`; zeros where nothing is left.
+    core: Float[Array, "*batch slots slots"], steps: Steps, keep: int
+) -> tuple[Float[Array, "*batch keep slots"], Float[Array, "*batch keep slots"]]:
+    """Orthonormal rows that span the longest images of the steps by Aᵀ and A, and their inner products with the steps.
 
-    Gram–Schmidt, always on the longest of the rows that remain.
+    Gram–Schmidt, always on the longest of the images that remain, of which only the lengths are held. Rows are zero
+    where nothing is left.
     """
-    lowered = einsum("...rs,...st->...rt", x, gram)
-    squares = lambda x, lowered: einsum("...rs,...rs->...r", x, lowered)
-    floor = jnp.finfo(x.dtype).eps * jnp.max(squares(x, lowered), axis=-1)  # below it, `gram` is rounding
+    slots, lengths, gram = core.shape[-1], *steps
+    images, squares = images_of_steps(core, steps)
+    floor = jnp.finfo(core.dtype).eps * jnp.max(squares, axis=-1)  # below it, `gram` is rounding
 
     def pick(i, carry):
-        x, lowered, picked = carry
-        square = squares(x, lowered)
-        is_longest, most = one_hot(jnp.argmax(square, axis=-1), x.shape[-2], square), jnp.max(square, axis=-1)
-        scale = jnp.where(most > floor, 1 / jnp.sqrt(jnp.where(most > floor, most, 1)), 0)
-        unit, down = (scale[..., None] * einsum("...r,...rs->...s", is_longest, y) for y in (x, lowered))
-        along = einsum("...rs,...s->...r", x, down)[..., None]
-        picked = jax.lax.dynamic_update_index_in_dim(picked, unit, i, axis=-2)
-        return x - along * unit[..., None, :], lowered - along * down[..., None, :], picked
+        squares, rows, rows_s = carry
+        which = jnp.argmax(squares, axis=-1)
+        longest, is_first = one_hot(which, 2 * slots, squares), (which < slots)[..., None]
+        s = times(longest[..., :slots] + longest[..., slots:], gram) * lengths
+        image = jnp.where(is_first, times(s, core), times_transposed(s, core)) * lengths
+        for _ in range(2):  # once leaves rounding of what is taken away
+            image = image - times(times_transposed(image, rows_s), rows)
+        image_s = times(image, gram)
+        square = jnp.sum(image * image_s, axis=-1)
+        scale = ratio(1, safe_sqrt(square), where=square > floor)[..., None]
+        row, row_s = scale * image, scale * image_s
+        along = jnp.concatenate([times_transposed(row, images), times(row, images)], axis=-1)
+        squares = jnp.where(longest > 0, 0, squares - along**2)
+        put = lambda rows, new: jax.lax.dynamic_update_index_in_dim(rows, new, i, axis=-2)
+        return squares, put(rows, row), put(rows_s, row_s)
 
-    none = zeros_from(x[..., :keep, :])
-    return jax.lax.fori_loop(0, keep, pick, (x, lowered, none))[2] if keep else none
+    # Zeros, but no constant: XLA would write it early, while the memory is needed for the images.
+    none = jnp.where((floor < 0)[..., None, None], core[..., :keep, :], 0)
+    return jax.lax.fori_loop(0, keep, pick, (squares, none, none))[1:] if keep else (none, none)
+
+
+def images_of_steps(
+    core: Float[Array, "*batch slots slots"], steps: Steps
+) -> tuple[Float[Array, "*batch slots slots"], Float[Array, "*batch images"]]:
+    """(⟨Aᵀ sᵢ, sⱼ⟩, the squared lengths of all Aᵀ sᵢ and then of all A sᵢ)."""
+    lengths, gram = steps
+    by_transposed = matmul(gram, core, lengths) * lengths[..., None, :]  # Aᵀ sᵢ in coordinates
+    images = matmul(by_transposed, gram)
+    first = jnp.sum(images * by_transposed, axis=-1)
+    # The images by A when those by Aᵀ are gone: it is here that a solve needs most memory.
+    core, gram, images, first = jax.lax.optimization_barrier((core, gram, images, first))
+    by_A = lengths[..., :, None] * matmul(core, gram, lengths)
+    return images, jnp.concatenate([first, jnp.sum(images * by_A, axis=-2)], axis=-1)
+
+
+def times(x: Float[Array, "*batch i"], y: Float[Array, "*batch i j"]) -> Float[Array, "*batch j"]:
+    """xᵀy, as a sum: on a CPU it takes as long as a matrix product, and less long to compile."""
+    return jnp.sum(x[..., :, None] * y, axis=-2)
+
+
+def times_transposed(x: Float[Array, "*batch j"], y: Float[Array, "*batch i j"]) -> Float[Array, "*batch i"]:
+    """y x."""
+    return einsum("...ij,...j->...i", y, x)

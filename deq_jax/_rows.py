@@ -9,6 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 from deq_jax._arrays import einsum, one_hot, per_entry
 from deq_jax._vectors import Rows, Vec, Vector, each, has_one_axis, norm, own_axes, reduced
 
+SHORT = 128  # rows of at most so many entries are multiplied as small matrices are
+
 
 def repeated(x: Vec, count: int) -> Rows:
     """Rows that are all x."""
@@ -106,7 +108,7 @@ def gram(rows: Rows) -> Float[Array, "*batch rows rows"]:
 
     def of_part(part):
         if has_one_axis(rows, part, 1):
-            return einsum("...id,...jd->...ij", part, part)
+            return _contracted(part, jnp.swapaxes(part, -2, -1), length=part.shape[-1])
         by_i, by_j = (jnp.expand_dims(part, rows.batch_ndim + k) for k in (1, 0))
         return jnp.sum(by_i * by_j, axis=own_axes(rows, by_i, 2))
 
@@ -134,7 +136,7 @@ def combine_rows(weights: Float[Array, "*batch new rows"], rows: Rows) -> Rows:
 
     def of_part(part):
         if has_one_axis(rows, part, 1):
-            return einsum("...km,...md->...kd", weights, part)
+            return _contracted(weights, part, length=part.shape[-1])
         part = jnp.expand_dims(part, rows.batch_ndim)
         return jnp.sum(per_entry(weights, part) * part, axis=rows.batch_ndim + 1)
 
@@ -149,6 +151,25 @@ def outer(weights: Float[Array, "*#batch rows"], x: Vec) -> Rows:
         return per_entry(weights, part) * part
 
     return each(of_part, x)
+
+
+def matmul(
+    x: Float[Array, "*batch i j"], y: Float[Array, "*batch j k"], weights: Float[Array, "*batch j"] | None = None
+) -> Float[Array, "*batch i k"]:
+    """Σⱼ xᵢⱼ weightsⱼ yⱼₖ of small matrices: where the platform is no CPU one kernel, without the memory of cuBLAS."""
+    w = jnp.ones_like(x[..., :1, :]) if weights is None else weights[..., None, :]
+    product = lambda x, y, w: _product(x if weights is None else x * w, y)
+    by_sums = lambda x, y, w: jnp.sum(x[..., None] * y[..., None, :, :] * w[..., None], axis=-2)
+    return jax.lax.platform_dependent(x, y, w, cpu=product, default=by_sums)
+
+
+def _contracted(x: Array, y: Array, length: int) -> Array:
+    """The product of two matrices a problem, of which one holds vectors of this length."""
+    return matmul(x, y) if length <= SHORT else _product(x, y)
+
+
+def _product(x: Array, y: Array) -> Array:
+    return einsum("...ij,...jk->...ik", x, y)
 
 
 def _row_axis(x: Any, part: Array, rows: int = 0) -> int:

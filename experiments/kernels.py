@@ -153,8 +153,17 @@ def both_ways(name: str, x: jax.ShapeDtypeStruct) -> dict[str, Callable[[], Any]
 
 
 def loop_of(module: programs.Module) -> programs.Loop:
-    """The solver's loop: the only one of a forward program, the last of a backward one."""
-    return programs.loops(module)[-1]
+    """The loop of the solver's rounds: in the only outermost loop of a forward program, or the last of a backward one.
+
+    Where that loop compresses a memory now and then, the rounds are a loop inside it, the first one: f is called there.
+    """
+    loop = programs.loops(module)[-1]
+    return next((inner for inner in loop.inner if calls_f(inner) and not calls_f(loop)), loop)
+
+
+def calls_f(loop: programs.Loop) -> bool:
+    """Whether a kernel of its body computes f, by the name of its scope (see `solvers.loop`)."""
+    return any("/f/" in text for kernel in loop.body for text in programs.op_names(kernel))
 
 
 # ---- rounds ------------------------------------------------------------------------------------------------

@@ -218,6 +218,12 @@ def kind(instruction: Instruction) -> str:
     return f"{instruction.opcode} {found[1]}" if found else instruction.opcode
 
 
+def op_names(kernel: Kernel) -> list[str]:
+    """Where what a kernel computes stands in the JAX program."""
+    instructions = fused(kernel).values() if kernel.instruction.opcode == "fusion" else [kernel.instruction]
+    return [found[1] for i in instructions if (found := re.search(r'op_name="([^"]*)"', i.attributes))]
+
+
 def conditionals(loop: Loop) -> int:
     """Branches that the host takes in a round: each waits for a predicate."""
     return sum(kernel.instruction.opcode == "conditional" for kernel in loop.body)

@@ -188,15 +188,15 @@ MUTANTS = [
     Mutant(
         "Broyden's memory as a ring",
         "solvers/broyden.py",
-        "jax.lax.cond(new == rank, compress",
-        "jax.lax.cond(new < 0, compress",
+        "return state.count == state.core.shape[-1]",
+        "return state.count < 0",
         "test_solvers.py -k broyden_restarts_when_full",
     ),
     Mutant(
         "Broyden's step not that of its compressed memory",
         "solvers/broyden.py",
-        "again = scaled(step_size, g - combine(weights, rows))",
-        "again = step",
+        "state.z + step\n",
+        "state.next_z\n",
         "test_solvers.py -k whose_memory_was_compressed",
     ),
     Mutant(
@@ -209,7 +209,7 @@ MUTANTS = [
     Mutant(
         "Broyden overwrites what is in use",
         "solvers/broyden.py",
-        "core = jnp.where(reset[..., None, None], 0, state.core)",
+        "core = jnp.where(move.reset[..., None, None], 0, state.core)",
         "core = state.core",
         "test_solvers.py -k slot_is_in_use",
     ),

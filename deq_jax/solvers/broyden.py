@@ -37,42 +37,45 @@ from deq_jax._config import Number, config
 from deq_jax._rows import appended, combine, first_rows, products, repeated, row, with_first_rows, write_row
 from deq_jax._states import choose, zeros_like
 from deq_jax._vectors import Rows, Vec, divided, dot, is_same, norm, scaled, size, zero_of
-from deq_jax.solvers.protocol import LoopOptions, check_sees_all
+from deq_jax.solvers.protocol import LoopOptions, Renewing, check_sees_all
 
 GROWTH = 1.5  # a step that makes the residual grow by this factor is rejected
 DAMPED_BELOW = 0.1  # Moré & Trangenstein's σ: an update may shrink det B⁻¹ by no more than this
 USELESS = 1e-6  # reset the memory when ‖B g‖ is less than this part of ‖g‖ and the step rounds to zero
+UNKNOWN, STILL, MOVED = range(3)  # what is known of the last move: nothing in a new solve, or whether z moved
 
 
 class BroydenState(NamedTuple):
     """B = −I + Σ coreᵢⱼ sᵢ sⱼᵀ estimates the inverse Jacobian of g = f(z) − z."""
 
-    count: Int[Array, ""]  # residuals seen
+    count: Int[Array, ""]  # slots that are filled; the step after z is in the last of them
     z: Vec  # the last iterate that was accepted
     g: Vec  # and its residual
     g_norm: Float[Array, "*batch"]
-    known: Bool[Array, "*batch"]  # whether z and g belong to this f
+    motion: Int[Array, "*batch"]  # UNKNOWN where z and g belong to another f; else STILL or MOVED, by the last update
     steps: Rows  # sᵢ: the steps taken, then the next one; other slots hold anything finite
     core: Float[Array, "*batch slots slots"]  # zero for slots not in use
+    last_used: Int[Array, "*batch"]  # the last slot with an entry in the core, −1 for none
     step_size: Float[Array, "*batch"]  # t: the next step is −t B g
     cuts: Int[Array, "*batch"]  # of the present step
     next_z: Vec  # where f is to be evaluated next
 
 
 class Move(NamedTuple):
-    """How z has moved since the last iterate that was accepted."""
+    """How z has moved since the last iterate that was accepted, and what its residual says of it."""
 
-    dz: Vec
     dz_dz: Float[Array, "*batch"]  # ‖dz‖²
-    in_steps: Float[Array, "*batch slots"]  # dz = Σ in_stepsᵢ sᵢ where taken
     moved: Bool[Array, "*batch"]
+    reset: Bool[Array, "*batch"]  # whether B is set to −I
     taken: Bool[Array, "*batch"]  # whether dz is the step that was asked for, up to rounding and a factor
     scaling: Float[Array, "*batch"]  # that factor; 1 where not taken
     step_size: Float[Array, "*batch"]  # t with dz = −t B g; 1 where not taken
+    finite: Bool[Array, "*batch"]  # whether g⁺ is
+    rejected: Bool[Array, "*batch"]
 
 
 @config
-class Broyden(LoopOptions):
+class Broyden(Renewing, LoopOptions):
     """Broyden's good method, paper Eq 10, holding `rank` updates; when they are full, their sum is compressed.
 
     Memory is rank + 1 states, half of what pairs take. A problem of few entries holds twice as many updates as entries,
@@ -119,62 +122,80 @@ class Broyden(LoopOptions):
         return (state.cuts >= 0) & (self.line_search > 0)
 
     def init(self, z: Vec) -> BroydenState:
-        zero, none, slots = zeros_like(z), zero_of(z), at_most(self.rank, 2 * size(z)) + 1
-        core, cuts = jnp.stack([jnp.stack([none] * slots, axis=-1)] * slots, axis=-1), none.astype(jnp.int32)
+        zero, none, slots = zeros_like(z), zero_of(z), max(1, at_most(self.rank, 2 * size(z))) + 1
+        core, no = jnp.stack([jnp.stack([none] * slots, axis=-1)] * slots, axis=-1), none.astype(jnp.int32)
         count = jnp.zeros((), jnp.int32)
-        return BroydenState(count, zero, zero, none, none > 0, repeated(zero, slots), core, none + 1, cuts, z)
+        return BroydenState(count, zero, zero, none, no, repeated(zero, slots), core, no - 1, none + 1, no, z)
 
     def next_point(self, state: BroydenState, z: Vec) -> Vec:
         return state.next_z
 
     def resume(self, state: BroydenState) -> BroydenState:
         """The memory of a solve of a similar problem: its estimate is a start, its last residual is not ours."""
-        return state._replace(known=state.known & False)
+        state = jax.lax.cond(self.is_full(state), self.renewed, lambda state: state, state)
+        return state._replace(motion=zeros_like(state.motion))
 
-    def update(self, residual: Vec, state: BroydenState, z: Vec) -> tuple[Vec, BroydenState]:
-        # Slots are filled in turn. Once the last one is filled, the memory is compressed into the first ones.
-        rank = state.core.shape[-1] - 1
-        last, new = self._slot(state.count - 1, rank, compressed=True), self._slot(state.count, rank)
-        is_new = one_hot(new, rank + 1, state.core[..., 0])
-        move = last_move(state, z, last)
-        g_norm = norm(residual)
-        finite = jnp.isfinite(g_norm)
-        g = choose(finite, residual, zeros_like(residual))
-        # A rejected step is taken back: its pair improves B, and the next step starts where it started.
-        grown = g_norm > GROWTH * state.g_norm
-        rejected = move.taken & jnp.where(finite, grown & (state.cuts < self.line_search), self.line_search > 0)
-        from_z, from_g, from_norm = choose(rejected, (state.z, state.g, state.g_norm), (z, g, g_norm))
-
-        # A resumed memory may still use the slot whose turn it is: B is reset to −I then.
-        in_turn = jnp.maximum(is_new[..., :, None], is_new[..., None, :])
-        reset = move.moved & jnp.any(state.core * in_turn != 0, axis=(-2, -1))
-        core = jnp.where(reset[..., None, None], 0, state.core)
-        steps = write_row(state.steps, divided(move.dz, move.scaling), last, move.taken)
-        with_B = products_with_B(core, steps, g, move)
-        curvature = with_B.slope + move.dz_dz / move.step_size  # (3)
-        alpha, usable = damped(curvature, move.dz_dz, move.taken & finite & ~reset)
-        direction = next_direction(with_B, steps, g, move, alpha, rejected)
-        step, step_size, useless = self._next_step(direction, from_z, from_g, from_norm, move, rejected, finite)
-
-        u = u_in_steps(with_B, move, alpha, rejected, step_size, is_new)
-        core = core + jnp.where(usable[..., None, None], u[..., :, None] * with_B.dz_B[..., None, :], 0)  # (2)
-        core = jnp.where((useless & move.moved)[..., None, None], 0, core)
-        steps = write_row(steps, step, new, move.moved)
+    def is_full(self, state: BroydenState) -> Bool[Array, ""]:
+        """Whether all slots are filled, so that the memory has to be compressed before the next round."""
         # By the count that all problems share: to ask whether one is full is one more collective in a sharded solve.
-        compress = lambda: self._compressed(move.moved, steps, core, step, step_size, from_g)
-        steps, core, step = jax.lax.cond(new == rank, compress, lambda: (steps, core, step))
-        next_z, known, cuts = from_z + step, state.known | True, jnp.where(rejected, state.cuts + 1, 0)
-        start = state.count + 1, from_z, from_g, from_norm, known
-        return next_z - z, BroydenState(*start, steps, core, step_size, cuts, next_z)
+        return state.count == state.core.shape[-1]
+
+    def round(self, residual: Vec, state: BroydenState, z: Vec) -> tuple[Vec, BroydenState]:
+        """One update. Slots are filled in turn; once the last one is, `renewed` compresses them into the first ones."""
+        slots, last, new = state.core.shape[-1], state.count - 1, state.count
+        is_last, is_new = (one_hot(slot, slots, state.core[..., 0]) for slot in (last, new))
+        dz, g_norm = z - state.z, norm(residual)
+        move = in_one_kernel(last_move(state, dz, row(state.steps, last), g_norm, self.line_search))
+        g = choose(move.finite, residual, zeros_like(residual))
+        from_z, from_g, from_norm = choose(move.rejected, (state.z, state.g, state.g_norm), (z, g, g_norm))
+
+        steps = write_row(state.steps, divided(dz, move.scaling), last, move.taken)
+        core = jnp.where(move.reset[..., None, None], 0, state.core)
+        with_B = products_with_B(core, steps, g, dz, move.scaling[..., None] * is_last)
+        weights = in_one_kernel(weights_of(dot(with_B.dz_B, with_B.s_g), move))
+        B_g = combine(with_B.g_in_steps, steps) - g
+        direction = scaled(weights.d_of_Bg, B_g) + scaled(weights.d_of_dz, dz)  # (4)
+        step, step_size, useless = self._next_step(direction, from_z, from_g, from_norm, move)
+
+        # (5) in coordinates of the steps; d is the next step over its size. NaN, if any, is found a step later.
+        motion, cuts = jnp.where(move.moved, MOVED, STILL), jnp.where(move.rejected, state.cuts + 1, 0)
+        last_used = jnp.where(weights.usable, new, jnp.where(move.reset, -1, state.last_used))
+        useless, last_used = useless & move.moved, jnp.where(useless & move.moved, -1, last_used)
+        small = ratio(weights.u_of_d, step_size), step_size, useless, last_used, motion.astype(jnp.int32), cuts
+        of_new, step_size, useless, last_used, motion, cuts = in_one_kernel(small)
+        u = (weights.u_of_dz * move.scaling)[..., None] * is_last + of_new[..., None] * is_new
+        core = core + jnp.where(weights.usable[..., None, None], u[..., :, None] * with_B.dz_B[..., None, :], 0)  # (2)
+        core = jnp.where(useless[..., None, None], 0, core)
+        steps = write_row(steps, step, new, move.moved)
+        next_z, start = from_z + step, (state.count + 1, from_z, from_g, from_norm, motion)
+        return next_z - z, BroydenState(*start, steps, core, last_used, step_size, cuts, next_z)
+
+    def renewed(self, state: BroydenState) -> BroydenState:
+        """The memory with B + I projected, in the problems that moved, and the step −t B g computed anew."""
+        slots = state.core.shape[-1]
+        kept = (slots - 1) // 2 if self.keep is None else min(self.keep, slots - 2)
+        rows, small = _low_rank.projected(state.steps, state.core, kept)
+        weights = einsum("...ij,...j->...i", small, products(rows, state.g))
+        step = scaled(state.step_size, state.g - combine(weights, rows))
+        rim = (0, slots - kept)
+        small = jnp.pad(small, [(0, 0)] * (small.ndim - 2) + [rim, rim])
+        compressed = appended(rows, step), small, state.z + step
+        before = first_rows(state.steps, kept + 1), state.core, state.next_z
+        moved = state.motion == MOVED
+        rows, core, next_z = choose(moved, compressed, before)
+        steps = with_first_rows(state.steps, rows)
+        count, last_used = zeros_like(state.count) + kept + 1, jnp.where(moved, kept - 1, state.last_used)
+        return state._replace(count=count, steps=steps, core=core, last_used=last_used, next_z=next_z)
 
     def _next_step(
-        self, direction: Vec, z: Vec, g: Vec, g_norm: Array, move: Move, rejected: Array, finite: Array
+        self, direction: Vec, z: Vec, g: Vec, g_norm: Array, move: Move
     ) -> tuple[Vec, Float[Array, "*batch"], Bool[Array, "*batch"]]:
         """(step, t, useless): the step (1) from z. Where the memory is useless, it is to be reset: a plain step."""
         # At most half as far as the step that was rejected, a tenth where f was not finite.
         step = scaled(self.damping, direction)
-        length, longest = norm(step), jnp.where(finite, 0.5, 0.1) * safe_sqrt(move.dz_dz)
-        cut = jnp.where(rejected & (length > longest), ratio(longest, length), 1)
+        length, longest = norm(step), jnp.where(move.finite, 0.5, 0.1) * safe_sqrt(move.dz_dz)
+        cut = jnp.where(move.rejected & (length > longest), ratio(longest, length), 1)
+        cut, length = in_one_kernel((cut, length))
         step, step_size = scaled(cut, step), cut * self.damping
         # A memory is useless if it has overflowed, or if it gives no step although there is a residual.
         stays = is_same(z + step, z)
@@ -182,61 +203,49 @@ class Broyden(LoopOptions):
         step = choose(useless, scaled(self.damping, g), step)
         return step, jnp.where(useless, self.damping, step_size), useless
 
-    def _slot(self, count: Int[Array, ""], rank: int, compressed: bool = False) -> Int[Array, ""]:
-        """Where the step after `count` earlier residuals is written, or where it is once the memory is compressed."""
-        kept = self._kept(rank)
-        slot = jnp.where(count <= rank, count, kept + 1 + (count - rank - 1) % (rank - kept))
-        return jnp.where(slot == rank, kept, slot) if compressed else slot
-
-    def _kept(self, rank: int) -> int:
-        return rank // 2 if self.keep is None else min(self.keep, rank - 1)
-
-    def _compressed(self, where, steps, core, step, step_size, g) -> tuple:
-        """(steps, core, step) with B + I projected, in the problems of `where`, and the step −t B g computed anew."""
-        kept = self._kept(core.shape[-1] - 1)
-        rows, small = _low_rank.projected(steps, core, kept)
-        weights = einsum("...ij,...j->...i", small, products(rows, g))
-        again = scaled(step_size, g - combine(weights, rows))
-        rim = (0, core.shape[-1] - kept)
-        small = jnp.pad(small, [(0, 0)] * (small.ndim - 2) + [rim, rim])
-        compressed, before = (appended(rows, again), small, again), (first_rows(steps, kept + 1), core, step)
-        rows, small, again = choose(where, compressed, before)
-        return with_first_rows(steps, rows), small, again
-
 
 # ---- one update --------------------------------------------------------------------------------------------
 
 
-def last_move(state: BroydenState, z: Vec, last: Int[Array, ""]) -> Move:
-    """How z has moved, compared with the step that was asked for, which stands in slot `last`.
+def in_one_kernel(small: tuple) -> tuple:
+    """The small arrays, all computed before any is used. A GPU else computes them in many kernels, parts repeatedly."""
+    return jax.lax.optimization_barrier(small)
+
+
+def last_move(state: BroydenState, dz: Vec, s: Vec, g_norm: Float[Array, "*batch"], line_search: int) -> Move:
+    """How z has moved, compared with the step s that was asked for.
 
     An optax chain may scale the step. A problem that stopped is shown its best z again, which is another point. Where z
     does not move at all, the state must not change.
     """
-    s = row(state.steps, last)
-    dz = z - state.z
     dz_dz, dz_s, s_s = dot(dz, dz), dot(dz, s), dot(s, s)
     scaling = dz_s / jnp.where(s_s > 0, s_s, 1)  # not `ratio`: `taken` masks it
-    taken = state.known & (dz_s > 0) & (dz_s * scaling > 0.9 * dz_dz)
+    known = state.motion != UNKNOWN
+    taken = known & (dz_s > 0) & (dz_s * scaling > 0.9 * dz_dz)
     scaling, step_size = jnp.where(taken, scaling, 1), jnp.where(taken, state.step_size * scaling, 1)
-    in_steps = scaling[..., None] * one_hot(last, state.core.shape[-1], state.core[..., 0])
-    return Move(dz, dz_dz, in_steps, ~state.known | (dz_dz > 0), taken, scaling, step_size)
+    # A rejected step is taken back: its pair improves B, and the next step starts where it started.
+    finite, grown = jnp.isfinite(g_norm), g_norm > GROWTH * state.g_norm
+    rejected = taken & jnp.where(finite, grown & (state.cuts < line_search), line_search > 0)
+    moved = ~known | (dz_dz > 0)
+    # A resumed memory may still use the slot whose turn it is: B is reset to −I then.
+    reset = moved & (state.last_used >= state.count)
+    return Move(dz_dz, moved, reset, taken, scaling, step_size, finite, rejected)
 
 
 class ProductsWithB(NamedTuple):
     """Products with B, in coordinates of the steps."""
 
-    weights: Float[Array, "*batch slots"]  # B g⁺ = −g⁺ + Σ weightsᵢ sᵢ
+    s_g: Float[Array, "*batch slots"]  # ⟨sᵢ, g⁺⟩
+    g_in_steps: Float[Array, "*batch slots"]  # B g⁺ = −g⁺ + Σ g_in_stepsᵢ sᵢ
     dz_B: Float[Array, "*batch slots"]  # dzᵀB = Σ dz_Bⱼ sⱼᵀ
-    slope: Float[Array, "*batch"]  # dzᵀB g⁺
 
 
-def products_with_B(core: Array, steps: Rows, g: Vec, move: Move) -> ProductsWithB:
-    """B g⁺, dzᵀB and dzᵀB g⁺, from two passes over the steps."""
-    s_g = products(steps, g)  # a pass for each: as one product they are slower
-    weights = einsum("...ij,...j->...i", core, s_g)
-    dz_B = einsum("...ij,...i->...j", core, products(steps, move.dz)) - move.in_steps
-    return ProductsWithB(weights, dz_B, dot(dz_B, s_g))
+def products_with_B(core: Array, steps: Rows, g: Vec, dz: Vec, dz_in_steps: Array) -> ProductsWithB:
+    """B g⁺ and dzᵀB, from two passes over the steps."""
+    s_g, s_dz = products(steps, g), products(steps, dz)  # a pass for each: as one product they are slower
+    g_in_steps = einsum("...ij,...j->...i", core, s_g)
+    dz_B = einsum("...ij,...i->...j", core, s_dz) - dz_in_steps
+    return in_one_kernel(ProductsWithB(s_g, g_in_steps, dz_B))
 
 
 def damped(
@@ -255,21 +264,24 @@ def damped(
     return ratio(theta, denominator, where=usable), usable
 
 
-def next_direction(with_B: ProductsWithB, steps: Rows, g: Vec, move: Move, alpha: Array, rejected: Array) -> Vec:
-    """d of (4)."""
-    t, dz_dz, slope = move.step_size, move.dz_dz, with_B.slope
-    of_Bg = jnp.where(rejected, -alpha * dz_dz / t, -(1 - alpha * slope))
-    of_dz = jnp.where(rejected, (1 + alpha * dz_dz * (1 - 1 / t)) / t, -alpha * slope * (1 - 1 / t))
-    in_steps = of_Bg[..., None] * with_B.weights + of_dz[..., None] * move.in_steps
-    return combine(in_steps, steps) - scaled(of_Bg, g)
+class Weights(NamedTuple):
+    """The weights of (4) and (5)."""
+
+    d_of_Bg: Float[Array, "*batch"]
+    d_of_dz: Float[Array, "*batch"]
+    u_of_dz: Float[Array, "*batch"]
+    u_of_d: Float[Array, "*batch"]
+    usable: Bool[Array, "*batch"]  # whether B is updated
 
 
-def u_in_steps(
-    with_B: ProductsWithB, move: Move, alpha: Array, rejected: Array, step_size: Array, is_new: Array
-) -> Float[Array, "*batch slots"]:
-    """u of (5), in coordinates of the steps; d is the next step over its size. NaN, if any, is found a step later."""
-    t, remaining = move.step_size, 1 - alpha * with_B.slope
-    dz_dz = jnp.where(rejected, move.dz_dz, 1)  # positive: a step that is rejected was taken
-    of_dz = jnp.where(rejected, -1 / dz_dz, alpha * (1 - 1 / t) / remaining)
-    of_new = ratio(jnp.where(rejected, t / dz_dz, alpha / remaining), step_size)
-    return of_dz[..., None] * move.in_steps + of_new[..., None] * is_new
+def weights_of(slope: Float[Array, "*batch"], move: Move) -> Weights:
+    """From slope = dzᵀB g⁺."""
+    t, dz_dz, rejected = move.step_size, move.dz_dz, move.rejected
+    curvature = slope + dz_dz / t  # (3)
+    alpha, usable = damped(curvature, dz_dz, move.taken & move.finite & ~move.reset)
+    remaining = 1 - alpha * slope
+    d_of_Bg = jnp.where(rejected, -alpha * dz_dz / t, -remaining)
+    d_of_dz = jnp.where(rejected, (1 + alpha * dz_dz * (1 - 1 / t)) / t, -alpha * slope * (1 - 1 / t))
+    dz_dz = jnp.where(rejected, dz_dz, 1)  # positive: a step that is rejected was taken
+    u_of_dz = jnp.where(rejected, -1 / dz_dz, alpha * (1 - 1 / t) / remaining)
+    return Weights(d_of_Bg, d_of_dz, u_of_dz, jnp.where(rejected, t / dz_dz, alpha / remaining), usable)

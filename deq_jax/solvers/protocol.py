@@ -157,14 +157,13 @@ class Defaults:
 
 
 class Renewing:
-    """The whole `update` of a solver that defines `round`, `is_full` and `renewed`."""
+    """A solver whose memory has to be compressed now and then, which the loop does between its rounds.
 
-    round: Any
-    is_full: Any
-    renewed: Any
-    next_point: Any
+    The solver defines `round`, which is `update` without the compression, `is_full(state)`, read from scalars alone,
+    and `renewed(state)`: the compressed memory, with the next iterate that follows from it in `next_point(state)`.
+    """
 
-    def update(self, residual: Vec, state: Any, z: Vec) -> tuple[Vec, Any]:
+    def update(self: Any, residual: Vec, state: Any, z: Vec) -> tuple[Vec, Any]:
         step, state = self.round(residual, state, z)
         state = jax.lax.cond(self.is_full(state), self.renewed, lambda state: state, state)
         return self.next_point(state, z + step) - z, state
