@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from deq_jax._arrays import half_power
 from deq_jax._checks import check_flat
@@ -147,10 +147,14 @@ def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | No
         with jax.named_scope("f"):
             fz_tree = f(z_tree)
         fz = layout.pack(fz_tree)
-        norms = norms_at(carry.z, fz, layout)
-        after = judged(carry, norms, split(fz_tree)[1])
+        norms, residual = norms_at(carry.z, fz, layout), fz - carry.z
+        verdict = judged(carry, norms)
+        if member(solver, "scale_free"):
+            # The verdict is computed once, and not again by each kernel that works on vectors: they read its results.
+            verdict, residual = jax.lax.optimization_barrier((verdict, residual))
+        after = noted(carry, verdict, split(fz_tree)[1])
         with jax.named_scope(type(solver).__name__):
-            z, state = advance(solver, carry.solver, fz - carry.z, carry.z, after.first_scale)
+            z, state = advance(solver, carry.solver, residual, carry.z, verdict)
         # A problem that has stopped is given its best z again, with what it was given there.
         then, stay = (layout.round(z), after.returned), (after.best, after.best_carried)
         z, carried = choose(after.status == RUNNING, then, stay)
@@ -165,12 +169,26 @@ def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | No
     return evaluate
 
 
-def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry, Norms, PyTree], Carry]:
-    """The function that brings the carry up to date with the evaluation of f at its z, except what f is given next."""
+class Verdict(NamedTuple):
+    """What an evaluation says of each problem."""
+
+    best_norms: Norms  # and the others, as in the carry
+    first_scale: Float[Array, "*batch"]
+    growth: Growth
+    stale: Int[Array, "*batch"]
+    steps: Int[Array, "*batch"]
+    status: Int[Array, "*batch"]
+    better: Bool[Array, "*batch"]  # whether this z is the best one so far
+    unit: Float[Array, "*batch"]  # by which the vectors are divided that a `scale_free` solver is shown
+    per_unit: Float[Array, "*batch"]
+
+
+def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry, Norms], Verdict]:
+    """The function that judges the evaluation of f at the carry's z."""
     patience, recovers = max(STALE_EVALUATIONS, member(solver, "patience")), member(solver, "recovers")
     coupled = coupling(axes)
 
-    def judged(carry: Carry, norms: Norms, returned: PyTree) -> Carry:
+    def judged(carry: Carry, norms: Norms) -> Verdict:
         running, first = carry.status == RUNNING, carry.steps == 0
         residual, scale = (whole(x, layout) for x in norms)
         steps = carry.steps + running.astype(jnp.int32)
@@ -195,19 +213,26 @@ def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry
         # An iterate so far out that its residual is all rounding is not a better one.
         better = running & finite & ~lost & (converged | made.improved)
         pick = lambda new, old: jnp.where(by_leaf(better, layout), new, old)
-        return carry._replace(
-            best=choose(better, carry.z, carry.best),
-            best_carried=choose(better, carry.carried, carry.best_carried),
-            returned=choose(running, returned, carry.returned),
-            best_norms=Norms(*map(pick, norms, carry.best_norms)),
-            first_scale=first_scale,
-            growth=growth,
-            stale=stale,
-            steps=steps,
-            status=status,
-        )
+        best_norms, unit = Norms(*map(pick, norms, carry.best_norms)), half_power(first_scale)
+        return Verdict(best_norms, first_scale, growth, stale, steps, status, better, unit, 1 / unit)
 
     return judged
+
+
+def noted(carry: Carry, verdict: Verdict, returned: PyTree) -> Carry:
+    """The carry, up to date with the evaluation of f at its z, except what f is given next."""
+    better, running = verdict.better, carry.status == RUNNING
+    return carry._replace(
+        best=choose(better, carry.z, carry.best),
+        best_carried=choose(better, carry.carried, carry.best_carried),
+        returned=choose(running, returned, carry.returned),
+        best_norms=verdict.best_norms,
+        first_scale=verdict.first_scale,
+        growth=verdict.growth,
+        stale=verdict.stale,
+        steps=verdict.steps,
+        status=verdict.status,
+    )
 
 
 def shown(carry: Carry, z: PyTree, fz: PyTree, norms: Norms, layout: Layout) -> Evaluation:
@@ -216,13 +241,12 @@ def shown(carry: Carry, z: PyTree, fz: PyTree, norms: Norms, layout: Layout) -> 
     return Evaluation(carry.evaluation, z, fz, residual, relative, carry.status == RUNNING)
 
 
-def advance(solver: Solver, state: Any, residual: Vec, z: Vec, first_scale: Array) -> tuple[Vec, Any]:
+def advance(solver: Solver, state: Any, residual: Vec, z: Vec, verdict: Verdict) -> tuple[Vec, Any]:
     """The next iterate, and the solver's state."""
     if member(solver, "scale_free"):
-        unit = half_power(first_scale)
-        solver = with_options(solver, atol=solver.atol / unit)
-        z, state = _next_point(solver, state, scaled(1 / unit, residual), scaled(1 / unit, z))
-        return scaled(unit, z), state
+        solver = with_options(solver, atol=solver.atol / verdict.unit)
+        z, state = _next_point(solver, state, scaled(verdict.per_unit, residual), scaled(verdict.per_unit, z))
+        return scaled(verdict.unit, z), state
     return _next_point(solver, state, residual, z)
 
 

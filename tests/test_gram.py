@@ -1,0 +1,93 @@
+"""The small systems of a history: two ways to solve them, and how they are kept up to date."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deq_jax import _gram
+
+M = (1, 2, 3, 5, 8, 12, 16, 17)
+
+
+def system_of(columns, g, in_use=None):
+    """[m + 1, m, batch] of columns [batch, m, dim] and g [batch, dim]."""
+    a, b = jnp.einsum("nid,njd->ijn", columns, columns), jnp.einsum("nid,nd->in", columns, g)
+    if in_use is not None:
+        a = jnp.where(jnp.eye(len(a), dtype=bool)[..., None] & ~jnp.asarray(in_use)[:, None, None], 0, a)
+    return jnp.concatenate([a, b[None]])
+
+
+def in_slots(gamma, newest):
+    """The solution in the order of slots, from one in the order of age."""
+    ages = (newest - np.arange(len(gamma))) % len(gamma)
+    return jnp.stack([gamma[age] for age in ages], axis=-1)
+
+
+WAYS = pytest.mark.parametrize("way", [_gram.in_a_loop, _gram.written_out])
+
+
+@WAYS
+@pytest.mark.parametrize("m", M)
+def test_it_is_the_least_squares_solution(x64, rng, m, way):
+    columns, g = jax.random.normal(rng, (4, m, 40)), jax.random.normal(jax.random.key(1), (4, 40))
+    columns = columns * 10.0 ** jnp.linspace(-6, 6, m)[None, :, None]
+    newest = jnp.asarray(m // 2)
+    gamma = in_slots(jax.jit(way)(system_of(columns, g), jnp.asarray(0.0), newest), newest)
+    for i in range(4):
+        expected = np.linalg.lstsq(columns[i].T / np.linalg.norm(columns[i], axis=-1), g[i], rcond=None)[0]
+        np.testing.assert_allclose(gamma[i] * np.linalg.norm(columns[i], axis=-1), expected, rtol=1e-10)
+
+
+@WAYS
+@pytest.mark.parametrize("m", M)
+def test_the_ridge_is_relative_and_one_a_problem(x64, rng, m, way):
+    columns, g = jax.random.normal(rng, (2, m, 40)), jax.random.normal(jax.random.key(1), (2, 40))
+    ridge, newest = jnp.array([1e-3, 0.5]), jnp.asarray(0)
+    system = system_of(columns, g)
+    gamma = in_slots(jax.jit(way)(system, ridge, newest), newest)
+    for i in range(2):
+        a, b = system[:m, :, i], system[m, :, i]
+        np.testing.assert_allclose(gamma[i], np.linalg.solve(a + ridge[i] * np.diag(np.diag(a)), b), rtol=1e-9)
+
+
+@WAYS
+@pytest.mark.parametrize("m", M)
+def test_a_column_is_left_out_if_it_depends_on_newer_ones_or_is_not_in_use(x64, rng, m, way):
+    columns, g = jax.random.normal(rng, (3, m, 40)), jax.random.normal(jax.random.key(1), (3, 40))
+    newest, in_use = jnp.asarray(m - 1), np.arange(m) % 4 != 1  # in the order of age: m − 1, …, 0
+    if m > 2:
+        columns = columns.at[:, 0].set(2 * columns[:, m - 1] - columns[:, 2])
+    gamma = in_slots(jax.jit(way)(system_of(columns, g, in_use), jnp.asarray(0.0), newest), newest)
+    kept = in_use & ((np.arange(m) > 0) | (m <= 2))
+    assert jnp.all(gamma[:, ~kept] == 0)
+    for i in range(3):
+        expected = np.linalg.lstsq(columns[i, kept].T, g[i], rcond=None)[0]
+        np.testing.assert_allclose(gamma[i, kept], expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("m", M)
+def test_both_ways_have_the_same_derivative(x64, rng, m):
+    columns, g = jax.random.normal(rng, (2, m, 40)), jax.random.normal(jax.random.key(1), (2, 40))
+    args = system_of(columns, g), jnp.asarray(1e-4), jnp.asarray(0)
+    tangents = system_of(columns[:, ::-1], g), jnp.asarray(1e-3)
+    slopes = [
+        jax.jvp(lambda a, r, way=way: jnp.stack(way(a, r, args[2])), args[:2], tangents)[1]
+        for way in (_gram.in_a_loop, _gram.written_out)
+    ]
+    np.testing.assert_allclose(*slopes, rtol=1e-8)
+
+
+def test_a_new_column_replaces_one_and_brings_the_products_up_to_date(x64, rng):
+    columns, g = jax.random.normal(rng, (3, 4, 9)), jax.random.normal(jax.random.key(1), (3, 9))
+    d, slot = jax.random.normal(jax.random.key(2), (3, 9)), jnp.asarray(2)
+    yes, no = jnp.ones(3, bool), jnp.zeros(3, bool)
+    given = jnp.einsum("nid,nd->in", columns, d), jnp.sum(d * d, -1), jnp.sum(d * (g + d), -1), slot
+    system = _gram.with_column(system_of(columns, g), *given, yes, no, no)
+    np.testing.assert_allclose(system, system_of(columns.at[:, 2].set(d), g + d), rtol=1e-12, atol=1e-12)
+    # What is not new changes b alone, where it is not held; where the history has ended no other column is in use.
+    np.testing.assert_allclose(_gram.with_column(system_of(columns, g), *given, no, no, no), system_of(columns, g + d))
+    np.testing.assert_array_equal(_gram.with_column(system_of(columns, g), *given, no, yes, no), system_of(columns, g))
+    ended = _gram.with_column(system_of(columns, g), *given, yes, no, yes)
+    np.testing.assert_array_equal(jnp.diagonal(ended)[:, jnp.array([0, 1, 3])], 0)
+    np.testing.assert_allclose(ended[2, 2], given[1])
