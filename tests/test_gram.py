@@ -34,13 +34,13 @@ def test_it_is_the_least_squares_solution(x64, rng, m, way):
     columns = columns * 10.0 ** jnp.linspace(-6, 6, m)[None, :, None]
     newest = jnp.asarray(m // 2)
     gamma = in_slots(jax.jit(way)(system_of(columns, g), jnp.asarray(0.0), newest), newest)
-    for i in range(4):
-        expected = np.linalg.lstsq(columns[i].T / np.linalg.norm(columns[i], axis=-1), g[i], rcond=None)[0]
-        np.testing.assert_allclose(gamma[i] * np.linalg.norm(columns[i], axis=-1), expected, rtol=1e-10)
+    for a, b, y in zip(*map(np.asarray, (columns, g, gamma)), strict=True):
+        lengths = np.linalg.norm(a, axis=-1)
+        np.testing.assert_allclose(y * lengths, np.linalg.lstsq(a.T / lengths, b, rcond=None)[0], rtol=1e-10)
 
 
 @WAYS
-@pytest.mark.parametrize("m", M)
+@pytest.mark.parametrize("m", [1, 5, 12])
 def test_the_ridge_is_relative_and_one_a_problem(x64, rng, m, way):
     columns, g = jax.random.normal(rng, (2, m, 40)), jax.random.normal(jax.random.key(1), (2, 40))
     ridge, newest = jnp.array([1e-3, 0.5]), jnp.asarray(0)
@@ -66,7 +66,7 @@ def test_a_column_is_left_out_if_it_depends_on_newer_ones_or_is_not_in_use(x64, 
         np.testing.assert_allclose(gamma[i, kept], expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("m", M)
+@pytest.mark.parametrize("m", [3, 12])
 def test_both_ways_have_the_same_derivative(x64, rng, m):
     columns, g = jax.random.normal(rng, (2, m, 40)), jax.random.normal(jax.random.key(1), (2, 40))
     args = system_of(columns, g), jnp.asarray(1e-4), jnp.asarray(0)
