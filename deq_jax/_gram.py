@@ -4,8 +4,8 @@ For m columns dᵢ and a vector g the system is
 
     (1)  A γ = b  with  Aᵢⱼ = ⟨dᵢ, dⱼ⟩,  bᵢ = ⟨dᵢ, g⟩      so γ = argmin ‖g − Σ γᵢ dᵢ‖
 
-It is one array `[m + 1, m, *batch]`: A, and b as its last row. Aᵢᵢ is zero where column i is not in use. The problems
-come last, side by side in the vector registers. With D = diag(1 / ‖dᵢ‖) and a relative ridge, (1) is solved as
+It is one array `[*batch, m + 1, m]`: A, and b as its last row. Aᵢᵢ is zero where column i is not in use. With a
+relative ridge and D = diag(1 / ‖dᵢ‖), (1) is solved as
 
     (2)  (D A D + ridge I) y = D b,  γ = D y
 
@@ -21,50 +21,72 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax._arrays import ratio, reciprocal, safe_sqrt, zeros_from
+from deq_jax._rows import write_row
 
 SMALL = 8  # the most columns that one kernel eliminates; the compiler takes 29 s and more for 16 of them
 LARGE = 16  # the most that are written out
 
 
-def stacked(entries: list[Float[Array, "*batch"]]) -> Float[Array, "m *batch"]:
+def stacked(entries: list[Float[Array, "*batch"]]) -> Float[Array, "*batch m"]:
     """`jnp.stack`, by selections: it then needs no kernel of its own."""
-    place, (first, *others) = _index(len(entries), 0, 1 + entries[0].ndim), [x[None] for x in entries]
+    place, (first, *others) = _index(len(entries), -1, 1 + entries[0].ndim), [x[..., None] for x in entries]
     return functools.reduce(lambda a, i: jnp.where(place == i + 1, others[i], a), range(len(others)), first)
 
 
 def with_column(
-    system: Float[Array, "rows m *batch"],
-    products: Float[Array, "m *batch"],
+    system: Float[Array, "*batch rows m"],
+    products: Float[Array, "*batch m"],
     square: Float[Array, "*batch"],
     newest: Float[Array, "*batch"],
     slot: Int[Array, ""],
     new: Bool[Array, "*batch"],
     held: Bool[Array, "*batch"],
     ended: Bool[Array, "*batch"],
-) -> Float[Array, "rows m *batch"]:
+) -> Float[Array, "*batch rows m"]:
     """The system with one more column d at `slot`, where `new`, and with g + d in place of g, except where `held`.
 
     Given are the products ⟨dᵢ, d⟩, ⟨d, d⟩ and ⟨d, g + d⟩. Where `ended`, the columns before it are in use no longer.
+
+    ⟨dᵢ, g + d⟩ is updated from the stored products; only that with d itself is computed from scratch. Rounding errors
+    add up for as long as a column is held, and cost no evaluation (experiments/gains_study.py, 6). All is kept finite,
+    so that an overflow in a column out of use is no NaN in those in use.
     """
-    # On a GPU it is one kernel, as long as nothing of it is used twice that is not cheap: hence `finite` at each use.
-    m, finite = system.shape[1], lambda x: jnp.where(jnp.isfinite(x), x, 0)
-    row, column = _index(m + 1, 0, system.ndim), _index(m, 1, system.ndim)
-    square, newest, new, held, ended = (x[None, None] for x in (square, newest, new, held, ended))
-    by_row = jax.lax.pad(products, jnp.zeros((), products.dtype), [(0, 1, 0)] + [(0, 0, 0)] * (products.ndim - 1))
-    by_row, by_column = jnp.where(row == m, newest, by_row[:, None]), products[None]
-    # ⟨dᵢ, g + d⟩ is updated from the stored products; only that with d itself is computed from scratch. Rounding errors
-    # add up for as long as a column is held, and cost no evaluation (experiments/gains_study.py, 6).
+    given = system, products, square, newest, slot, new, held, ended
+    return jax.lax.platform_dependent(*given, cpu=column_in_place, default=column_in_one_kernel)
+
+
+def column_in_place(system, products, square, newest, slot, new, held, ended):
+    """What changes is written where it stands: two rows, and a column in one pass."""
+    m, finite = system.shape[-1], lambda x: jnp.where(jnp.isfinite(x), x, 0)
+    row, column = _index(m + 1, -2, system.ndim), _index(m, -1, system.ndim)
+    here = new[..., None] & (column[..., 0, :] == slot)
+    products = jnp.where(here, square[..., None], finite(products))
+    b = system[..., m, :]
+    b = jnp.where(here, newest[..., None], jnp.where(held[..., None], b, finite(b + products)))
+    below = jnp.concatenate([products, newest[..., None]], axis=-1)
+    system = jnp.where((row == column) & ended[..., None, None], 0, system)
+    system = jnp.where(here[..., None, :], below[..., :, None], system)
+    system = write_row(system, products, slot, new)
+    return jax.lax.dynamic_update_slice_in_dim(system, b[..., None, :], m, axis=system.ndim - 2)
+
+
+def column_in_one_kernel(system, products, square, newest, slot, new, held, ended):
+    """The same by selections alone. Nothing may be used twice that is not cheap: hence `finite` at each use."""
+    m, finite = system.shape[-1], lambda x: jnp.where(jnp.isfinite(x), x, 0)
+    row, column = _index(m + 1, -2, system.ndim), _index(m, -1, system.ndim)
+    square, newest, new, held, ended = (x[..., None, None] for x in (square, newest, new, held, ended))
+    by_row = jax.lax.pad(products, jnp.zeros((), products.dtype), [(0, 0, 0)] * (products.ndim - 1) + [(0, 1, 0)])
+    by_row, by_column = jnp.where(row == m, newest, by_row[..., :, None]), products[..., None, :]
     b = jnp.where(held | ~jnp.isfinite(system + by_column), system, system + by_column)
     system = jnp.where((row == column) & ended, 0, jnp.where(row == m, b, system))
-    # Kept finite, so that an overflow in a column out of use is no NaN in those in use.
     in_row = jnp.where((row == slot) & new, finite(by_column), system)
     in_column = jnp.where(row == slot, square, finite(by_row))
     return jnp.where((column == slot) & new, in_column, in_row)
 
 
-def solve(system: Float[Array, "rows m *batch"], ridge: Array, newest: Int[Array, ""]) -> list[Float[Array, "*batch"]]:
+def solve(system: Float[Array, "*batch rows m"], ridge: Array, newest: Int[Array, ""]) -> list[Float[Array, "*batch"]]:
     """γ of (1) in the order of age, that of the column in slot `newest` first."""
-    if system.shape[1] > LARGE:
+    if system.shape[-1] > LARGE:
         return in_a_loop(system, ridge, newest)
     return jax.lax.platform_dependent(system, ridge, newest, cpu=in_a_loop, tpu=in_a_loop, default=written_out)
 
@@ -73,15 +95,17 @@ def solve(system: Float[Array, "rows m *batch"], ridge: Array, newest: Int[Array
 
 
 def in_a_loop(
-    system: Float[Array, "rows m *batch"], ridge: Array, newest: Int[Array, ""]
+    system: Float[Array, "*batch rows m"], ridge: Array, newest: Int[Array, ""]
 ) -> list[Float[Array, "*batch"]]:
     """γ of (1), by Gauss-Jordan elimination of (2)."""
-    m = system.shape[1]
-    is_diagonal = _index(m, 0, system.ndim) == _index(m, 1, system.ndim)
-    d = reciprocal(safe_sqrt(jnp.sum(jnp.where(is_diagonal, system[:m], 0), axis=0)))
-    a = system[:m] * d[:, None] * d[None] + jnp.where(is_diagonal, ridge[None, None] if ridge.ndim else ridge, 0)
-    gamma = eliminate(a, system[m] * d, newest) * d
-    return [jax.lax.dynamic_index_in_dim(gamma, newest - age, 0, keepdims=False) for age in range(m)]
+    m = system.shape[-1]
+    # The problems come last, side by side in the vector registers.
+    a = jnp.moveaxis(system, (-2, -1), (0, 1))
+    d = reciprocal(safe_sqrt(jnp.stack([a[i, i] for i in range(m)])))
+    is_diagonal = _index(m, 0, a.ndim) == _index(m, 1, a.ndim)
+    ridge = jnp.where(is_diagonal, ridge[None, None] if ridge.ndim else ridge, 0)
+    y = eliminate(a[:m] * d[:, None] * d[None] + ridge, a[m] * d, newest) * d
+    return [jax.lax.dynamic_index_in_dim(y, newest - age, 0, keepdims=False) for age in range(m)]
 
 
 def eliminate(
@@ -112,13 +136,13 @@ def eliminate(
 
 
 def written_out(
-    system: Float[Array, "rows m *batch"], ridge: Array, newest: Int[Array, ""]
+    system: Float[Array, "*batch rows m"], ridge: Array, newest: Int[Array, ""]
 ) -> list[Float[Array, "*batch"]]:
     """γ of (1), by a factorization L D Lᵀ of A.
 
     It is that of (2) up to the scaling, if pivots are compared with the diagonal of A, and the ridge is relative to it.
     """
-    m = system.shape[1]
+    system, m = jnp.moveaxis(system, (-2, -1), (0, 1)), system.shape[-1]
     # One kernel brings all in the order of age, so that the next one has no index to compute.
     system = jnp.roll(system[:, ::-1], newest + 1, 1)
     system = jnp.concatenate([jnp.roll(system[:m][::-1], newest + 1, 0), system[m:]])
@@ -203,4 +227,4 @@ def _minus(x: Array, *pairs: tuple[Array, Array]) -> Array:
 
 def _index(size: int, axis: int, ndim: int) -> Int[Array, "..."]:
     """The index along one axis, in the rank of what it goes with."""
-    return jax.lax.expand_dims(jnp.arange(size, dtype=jnp.int32), [i for i in range(ndim) if i != axis])
+    return jax.lax.expand_dims(jnp.arange(size, dtype=jnp.int32), [i for i in range(ndim) if i != axis % ndim])

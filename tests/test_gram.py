@@ -11,11 +11,11 @@ M = (1, 2, 3, 5, 8, 12, 16, 17)
 
 
 def system_of(columns, g, in_use=None):
-    """[m + 1, m, batch] of columns [batch, m, dim] and g [batch, dim]."""
-    a, b = jnp.einsum("nid,njd->ijn", columns, columns), jnp.einsum("nid,nd->in", columns, g)
+    """[batch, m + 1, m] of columns [batch, m, dim] and g [batch, dim]."""
+    a, b = jnp.einsum("nid,njd->nij", columns, columns), jnp.einsum("nid,nd->ni", columns, g)
     if in_use is not None:
-        a = jnp.where(jnp.eye(len(a), dtype=bool)[..., None] & ~jnp.asarray(in_use)[:, None, None], 0, a)
-    return jnp.concatenate([a, b[None]])
+        a = jnp.where((jnp.eye(len(in_use), dtype=bool) & ~jnp.asarray(in_use)[:, None])[None], 0, a)
+    return jnp.concatenate([a, b[:, None]], axis=1)
 
 
 def in_slots(gamma, newest):
@@ -47,7 +47,7 @@ def test_the_ridge_is_relative_and_one_a_problem(x64, rng, m, way):
     system = system_of(columns, g)
     gamma = in_slots(jax.jit(way)(system, ridge, newest), newest)
     for i in range(2):
-        a, b = system[:m, :, i], system[m, :, i]
+        a, b = system[i, :m], system[i, m]
         np.testing.assert_allclose(gamma[i], np.linalg.solve(a + ridge[i] * np.diag(np.diag(a)), b), rtol=1e-9)
 
 
@@ -78,16 +78,27 @@ def test_both_ways_have_the_same_derivative(x64, rng, m):
     np.testing.assert_allclose(*slopes, rtol=1e-8)
 
 
-def test_a_new_column_replaces_one_and_brings_the_products_up_to_date(x64, rng):
+@pytest.mark.parametrize("with_column", [_gram.column_in_place, _gram.column_in_one_kernel])
+def test_a_new_column_replaces_one_and_brings_the_products_up_to_date(x64, rng, with_column):
     columns, g = jax.random.normal(rng, (3, 4, 9)), jax.random.normal(jax.random.key(1), (3, 9))
     d, slot = jax.random.normal(jax.random.key(2), (3, 9)), jnp.asarray(2)
-    yes, no = jnp.ones(3, bool), jnp.zeros(3, bool)
-    given = jnp.einsum("nid,nd->in", columns, d), jnp.sum(d * d, -1), jnp.sum(d * (g + d), -1), slot
-    system = _gram.with_column(system_of(columns, g), *given, yes, no, no)
-    np.testing.assert_allclose(system, system_of(columns.at[:, 2].set(d), g + d), rtol=1e-12, atol=1e-12)
-    # What is not new changes b alone, where it is not held; where the history has ended no other column is in use.
-    np.testing.assert_allclose(_gram.with_column(system_of(columns, g), *given, no, no, no), system_of(columns, g + d))
-    np.testing.assert_array_equal(_gram.with_column(system_of(columns, g), *given, no, yes, no), system_of(columns, g))
-    ended = _gram.with_column(system_of(columns, g), *given, yes, no, yes)
-    np.testing.assert_array_equal(jnp.diagonal(ended)[:, jnp.array([0, 1, 3])], 0)
-    np.testing.assert_allclose(ended[2, 2], given[1])
+    yes, no, before = jnp.ones(3, bool), jnp.zeros(3, bool), system_of(columns, g)
+    given = jnp.einsum("nid,nd->ni", columns, d), jnp.sum(d * d, -1), jnp.sum(d * (g + d), -1), slot
+    with_column = jax.jit(with_column)
+    expected = system_of(columns.at[:, 2].set(d), g + d)
+    np.testing.assert_allclose(with_column(before, *given, yes, no, no), expected, rtol=1e-12, atol=1e-12)
+    # Where d is not new b alone changes, unless it is held; where the history has ended, no other column is in use.
+    expected = system_of(columns, g + d)
+    np.testing.assert_allclose(with_column(before, *given, no, no, no), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_array_equal(with_column(before, *given, no, yes, no), before)
+    ended = with_column(before, *given, yes, no, yes)
+    np.testing.assert_allclose(jnp.diagonal(ended, axis1=1, axis2=2), given[1][:, None] * (jnp.arange(4) == 2)[None])
+
+
+def test_what_overflows_leaves_the_system_finite(x64, rng):
+    before = system_of(jax.random.normal(rng, (2, 3, 5)), jax.random.normal(rng, (2, 5)))
+    products, one = jnp.array([[jnp.inf, 1.0, jnp.nan]] * 2), jnp.ones(2)
+    for with_column in (_gram.column_in_place, _gram.column_in_one_kernel):
+        after = with_column(before, products, one, one, jnp.asarray(1), one > 0, one < 0, one < 0)
+        np.testing.assert_array_equal(after[:, :, 1], jnp.array([[0.0, 1.0, 0.0, 1.0]] * 2))
+        np.testing.assert_array_equal(after[:, 3, jnp.array([0, 2])], before[:, 3, jnp.array([0, 2])])

@@ -23,7 +23,7 @@ from deq_jax import _gram
 from deq_jax._arrays import root_of_sums, zeros_from
 from deq_jax._checks import check_number
 from deq_jax._config import Number, config
-from deq_jax._rows import count_rows, products, repeated, row, rows_one_by_one, write_row
+from deq_jax._rows import combine, count_rows, products, repeated, row, rows_one_by_one, write_row
 from deq_jax._states import choose, zeros_like
 from deq_jax._vectors import Rows, Vec, dot, norm, product, scaled, squares, sums, zero_of
 from deq_jax.solvers.protocol import LoopOptions
@@ -128,10 +128,9 @@ class Anderson(LoopOptions):
         grown = moved & ~back & ~(g_norm <= self.growth * state.least)
         state = self._watch_residual(state, g_norm, finite, moved, back, grown)
 
-        system = jnp.moveaxis(state.gram, (-2, -1), (0, 1))
         new = is_new(square, known)
-        system = _gram.with_column(system, of_dg, square, of_g, slot, new, back, grown | back)
-        gamma = _gram.solve(system, jnp.asarray(self.ridge, system.dtype), slot)
+        gram = _gram.with_column(state.gram, of_dg, square, of_g, slot, new, back, grown | back)
+        gamma = _gram.solve(gram, jnp.asarray(self.ridge, gram.dtype), slot)
         # If z did not move, either the problem has stopped or γ leads back to z: for a piecewise affine f the
         # least-squares step may be exactly zero. Take the plain step in both cases.
         plain = back | stays | (state.since < 0)
@@ -148,7 +147,6 @@ class Anderson(LoopOptions):
         step = scaled(self.damping, g) - weighted_sum(gamma, dws, slot)
         step = choose(back, state.w - z, step)
         w, g = choose(back, (state.w, state.g), (w, g))
-        gram = jnp.moveaxis(system, (0, 1), (-2, -1))
         return step, state._replace(count=state.count + 1, w=w, g=g, last=last, dw=dws, dg=dgs, gram=gram)
 
     def _watch_residual(
@@ -180,7 +178,7 @@ class Difference(NamedTuple):
     """A history dg with one more difference d = g − before, and what a step needs to know of d and g."""
 
     dg: Rows
-    products: Float[Array, "history *batch"]  # ⟨dg_i, d⟩ with the differences before it
+    products: Float[Array, "*batch history"]  # ⟨dg_i, d⟩ with the differences before it
     square: Float[Array, "*batch"]  # ⟨d, d⟩
     newest: Float[Array, "*batch"]  # ⟨d, g⟩
     g_norm: Float[Array, "*batch"]
@@ -198,7 +196,7 @@ def write_and_measure(dg, g, before, known, slot) -> Difference:
     d = g - before
     square = dot(d, d)
     dg = write_row(dg, d, slot, is_new(square, known))
-    of_d, g_norm = jnp.moveaxis(products(dg, d), -1, 0), norm(jax.lax.stop_gradient(g))
+    of_d, g_norm = products(dg, d), norm(jax.lax.stop_gradient(g))
     return Difference(dg, of_d, square, dot(d, g), g_norm, jnp.isfinite(g_norm))
 
 
@@ -208,7 +206,7 @@ def measure_and_write(dg, g, before, known, slot) -> Difference:
     plain, _, downs = squares(jax.lax.stop_gradient(g))  # as far as d is in use, neither it nor g is very small
     one_by_one = [product(x, d) for x in rows_one_by_one(dg)] if few else []
     *of_d, square, newest, plain, downs = sums(*one_by_one, product(d, d), product(d, g), plain, downs)
-    of_d = _gram.stacked(of_d) if few else jnp.moveaxis(products(dg, d), -1, 0)
+    of_d = _gram.stacked(of_d) if few else products(dg, d)
     # What the writing kernel needs is computed twice, because to keep d would cost a pass.
     before, square_again = jax.lax.optimization_barrier((before, square))
     d = g - before if few else d
@@ -222,6 +220,15 @@ def is_new(square: Float[Array, "*batch"], known: Bool[Array, "*batch"]) -> Bool
 
 
 def weighted_sum(weights: list[Float[Array, "*batch"]], rows: Rows, newest: Int[Array, ""]) -> Vec:
-    """Σ weightsᵢ rowᵢ, with the weights in the order of age. (An index below zero counts from the end.)"""
+    """Σ weightsᵢ rowᵢ, with the weights in the order of age, that of the row in slot `newest` first."""
+    return jax.lax.platform_dependent(weights, rows, newest, cpu=sum_in_slots, default=sum_by_age)
+
+
+def sum_in_slots(weights: list[Float[Array, "*batch"]], rows: Rows, newest: Int[Array, ""]) -> Vec:
+    return combine(jnp.roll(jnp.stack(weights[::-1], axis=-1), newest + 1, axis=-1), rows)
+
+
+def sum_by_age(weights: list[Float[Array, "*batch"]], rows: Rows, newest: Int[Array, ""]) -> Vec:
+    """The same where a kernel that reads the rows reads the weights as they are. (A negative index is from the end.)"""
     terms = [scaled(weight, row(rows, newest - age)) for age, weight in enumerate(weights)]
     return functools.reduce(operator.add, terms)
