@@ -26,6 +26,7 @@ def appended(rows: Rows, x: Vec) -> Rows:
 
 
 def count_rows(rows: Rows) -> int:
+    """How many rows there are."""
     part = rows.parts[0] if isinstance(rows, Vector) else rows
     return part.shape[_row_axis(rows, part, 1)]
 
@@ -84,6 +85,7 @@ def products(rows: Rows, x: Vec) -> Float[Array, "*batch rows"]:
 
 
 def rows_one_by_one(rows: Rows) -> list[Vec]:
+    """Each row, as a vector."""
     at = lambda i: each(lambda part: jax.lax.index_in_dim(part, i, _row_axis(rows, part, 1), keepdims=False), rows)
     return [at(i) for i in range(count_rows(rows))]
 

@@ -138,13 +138,12 @@ class Anderson(LoopOptions):
         mixed = jnp.where(stays, state.last == MIXED, functools.reduce(jnp.logical_or, [y != 0 for y in gamma]))
         last = jnp.where(back, BACK, jnp.where(mixed, MIXED, PLAIN)).astype(jnp.int32)
 
-        # What was found of each problem is computed by one kernel, and not again by each that works on vectors.
-        last, gamma, new, back = jax.lax.optimization_barrier(
-            (last, gamma, known & (jnp.isfinite(square) & (square > 0)), last == BACK)
-        )
+        # What was found of each problem is computed by one kernel, and not again by each that works on vectors. `new` is
+        # asked in other words than above: of the same words XLA makes one mask, with a kernel of its own.
+        new = known & (jnp.isfinite(square) & (square > 0))
+        last, gamma, new, back = jax.lax.optimization_barrier((last, gamma, new, last == BACK))
         dws = write_row(state.dw, w - state.w, slot, new)  # (2)
-        # (4)
-        step = scaled(self.damping, g) - weighted_sum(gamma, dws, slot)
+        step = scaled(self.damping, g) - weighted_sum(gamma, dws, slot)  # (4)
         step = choose(back, state.w - z, step)
         w, g = choose(back, (state.w, state.g), (w, g))
         return step, state._replace(count=state.count + 1, w=w, g=g, last=last, dw=dws, dg=dgs, gram=gram)
@@ -182,7 +181,7 @@ class Difference(NamedTuple):
     square: Float[Array, "*batch"]  # ⟨d, d⟩
     newest: Float[Array, "*batch"]  # ⟨d, g⟩
     g_norm: Float[Array, "*batch"]
-    finite: Bool[Array, "*batch"]  # whether it is, asked of the sum, not of its root, so that no kernel is made of it
+    finite: Bool[Array, "*batch"]  # whether g is: asked of a sum, because a mask with a root in it takes a kernel more
 
 
 def add_difference(dg: Rows, g: Vec, before: Vec, known: Bool[Array, "*batch"], slot: Int[Array, ""]) -> Difference:
@@ -203,11 +202,12 @@ def write_and_measure(dg, g, before, known, slot) -> Difference:
 def measure_and_write(dg, g, before, known, slot) -> Difference:
     """The same with all sums in one kernel where they are few, or else in two, before the one that writes."""
     d, few = g - before, count_rows(dg) <= FEW
-    plain, _, downs = squares(jax.lax.stop_gradient(g))  # as far as d is in use, neither it nor g is very small
+    # ‖g‖ is only compared. Where its square underflows it counts as zero, as a difference does.
+    plain, _, downs = squares(jax.lax.stop_gradient(g))
     one_by_one = [product(x, d) for x in rows_one_by_one(dg)] if few else []
     *of_d, square, newest, plain, downs = sums(*one_by_one, product(d, d), product(d, g), plain, downs)
     of_d = _gram.stacked(of_d) if few else products(dg, d)
-    # What the writing kernel needs is computed twice, because to keep d would cost a pass.
+    # The kernel that writes computes d and its mask again, because to keep them would cost a pass and a kernel.
     before, square_again = jax.lax.optimization_barrier((before, square))
     d = g - before if few else d
     dg = write_row(dg, d, slot, is_new(square_again, known))
