@@ -138,8 +138,8 @@ class Anderson(LoopOptions):
         mixed = jnp.where(stays, state.last == MIXED, functools.reduce(jnp.logical_or, [y != 0 for y in gamma]))
         last = jnp.where(back, BACK, jnp.where(mixed, MIXED, PLAIN)).astype(jnp.int32)
 
-        # What was found of each problem is computed by one kernel, and not again by each that works on vectors. `new` is
-        # asked in other words than above: of the same words XLA makes one mask, with a kernel of its own.
+        # What was found of each problem is computed by one kernel, and not again by each that works on vectors. `new`
+        # is asked in other words than above: of the same words XLA makes one mask, with a kernel of its own.
         new = known & (jnp.isfinite(square) & (square > 0))
         last, gamma, new, back = jax.lax.optimization_barrier((last, gamma, new, last == BACK))
         dws = write_row(state.dw, w - state.w, slot, new)  # (2)
