@@ -61,13 +61,18 @@ def squares_in_range(x: Float[Array, "*#shape"]) -> tuple[Array, Array, Array]:
 
 
 def root_of_sums(
-    plain: Float[Array, "*shape"], ups: Float[Array, "*shape"], downs: Float[Array, "*shape"]
+    plain: Float[Array, "*shape"], ups: Float[Array, "*shape"] | None, downs: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """‖x‖ from the sums of the three squares above: its bits are those of the sum that is in range."""
+    """‖x‖ from the sums of the three squares above: its bits are those of the sum that is in range.
+
+    Without `ups` it is the root of `plain` where x is small, and 0 where that is less than the dtype can hold.
+    """
     low, high, up, down = _range_of_squares(plain.dtype)
-    small, large = plain < low, ~(plain <= high)
-    root = safe_sqrt(jnp.where(small, ups, jnp.where(large, downs, plain)))
-    return root * jnp.where(small, 1 / up, jnp.where(large, 1 / down, 1))
+    large = ~(plain <= high)
+    square, unit = jnp.where(large, downs, plain), jnp.where(large, 1 / down, 1)
+    if ups is not None:
+        square, unit = jnp.where(plain < low, ups, square), jnp.where(plain < low, 1 / up, unit)
+    return safe_sqrt(square) * unit
 
 
 def _range_of_squares(dtype: Any) -> tuple[float, float, float, float]:

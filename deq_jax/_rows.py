@@ -27,6 +27,12 @@ def appended(rows: Rows, x: Vec) -> Rows:
     return each(of_parts, rows, x)
 
 
+def count_rows(rows: Rows) -> int:
+    """How many rows there are."""
+    part = rows.parts[0] if isinstance(rows, Vector) else rows
+    return part.shape[_row_axis(rows, part, 1)]
+
+
 def first_rows(rows: Rows, count: int) -> Rows:
     return each(lambda part: jax.lax.slice_in_dim(part, 0, count, axis=_row_axis(rows, part, 1)), rows)
 
@@ -101,6 +107,12 @@ def products(rows: Rows, x: Vec) -> Float[Array, "*batch rows"]:
         return jnp.sum(part * jnp.expand_dims(x_part, x.batch_ndim), axis=own_axes(x, part, 1))
 
     return reduced(jnp.add, of_parts, rows, x)
+
+
+def rows_one_by_one(rows: Rows) -> list[Vec]:
+    """Each row, as a vector."""
+    at = lambda i: each(lambda part: jax.lax.index_in_dim(part, i, _row_axis(rows, part, 1), keepdims=False), rows)
+    return [at(i) for i in range(count_rows(rows))]
 
 
 def gram(rows: Rows) -> Float[Array, "*batch rows rows"]:

@@ -6,6 +6,7 @@ the parts, and small: `[*batch]` or `[*batch, m]`.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -123,36 +124,76 @@ def dot(x: Vec, y: Vec) -> Float[Array, "*batch"]:
     return reduced(jnp.add, product, x, y)
 
 
+def product(x: Vec, y: Vec) -> Vec:
+    """The products of the entries."""
+    return each(jnp.multiply, x, y)
+
+
+def squares(x: Vec) -> list[Vec]:
+    """The three `squares_in_range` of each entry: `root_of_sums` takes their sums."""
+    if not isinstance(x, Vector):
+        return list(squares_in_range(x))
+    of_parts = zip(*map(squares_in_range, x.parts), strict=True)
+    return [Vector(parts, x.batch_ndim) for parts in of_parts]
+
+
+def sums(*xs: Vec) -> list[Float[Array, "*batch"]]:
+    """The sum of the entries of each vector, in one pass over all of them."""
+    if not isinstance(xs[0], Vector):
+        return list(_sums(xs, (xs[0].ndim - 1,)))
+    of_parts = [_sums(parts, own_axes(xs[0], parts[0])) for parts in zip(*(x.parts for x in xs), strict=True)]
+    return [functools.reduce(jnp.add, of_one) for of_one in zip(*of_parts, strict=True)]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _sums(xs: tuple[Array, ...], axes: tuple[int, ...]) -> tuple[Array, ...]:
+    """One reduction of all, unless they may be sharded. XLA merges the sums of several only as long as they are few."""
+    if may_be_sharded(xs[0]):
+        return tuple(jnp.sum(x, axes) for x in xs)
+    zeros = [jnp.zeros((), x.dtype) for x in xs]
+    return tuple(jax.lax.reduce(xs, tuple(zeros), lambda a, b: tuple(map(jax.lax.add, a, b)), axes))
+
+
+@_sums.defjvp
+def _(axes: tuple[int, ...], primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    return _sums(*primals, axes), tuple(jnp.sum(dx, axes) for dx in tangents[0])
+
+
 def norm(x: Vec) -> Float[Array, "*batch"]:
-    """‖x‖₂, also where the squares leave the range of the dtype.
-
-    x is scaled by a power of two, which changes no bit where no scaling was needed. The scaling is unconditional,
-    because a branch would add a collective to each step of a sharded solve.
-    """
-    if isinstance(x, Vector) and not all(has_one_axis(x, part) for part in x.parts):
-        return _norm_in_one_pass(x)
-    return jax.lax.platform_dependent(x, cpu=_norm_in_two_passes, default=_norm_in_one_pass)
+    """‖x‖₂, also where the squares leave the range of the dtype."""
+    return norms(x)[0]
 
 
-def _norm_in_two_passes(x: Vec) -> Float[Array, "*batch"]:
-    scale = leading_power(largest(x))
-    unit = each(lambda part: part * per_entry(1 / scale, part), x)
-    return scale * safe_sqrt(dot(unit, unit))
+def norms(*xs: Vec) -> tuple[Float[Array, "*batch"], ...]:
+    """‖x‖₂ of each vector; in one pass over all of them, but on CPUs, which take two over each."""
+    if isinstance(xs[0], Vector) and not all(has_one_axis(xs[0], part) for part in xs[0].parts):
+        return _norms_in_one_pass(*xs)
+    return jax.lax.platform_dependent(*xs, cpu=_norms_in_two_passes, default=_norms_in_one_pass)
+
+
+def _norms_in_two_passes(*xs: Vec) -> tuple[Float[Array, "*batch"], ...]:
+    """x is scaled by a power of two, which changes no bit where no scaling was needed."""
+
+    def of_one(x: Vec) -> Array:
+        scale = leading_power(largest(x))
+        unit = each(lambda part: part * per_entry(1 / scale, part), x)
+        return scale * safe_sqrt(dot(unit, unit))
+
+    return tuple(map(of_one, xs))
 
 
 @jax.custom_jvp
-def _norm_in_one_pass(x: Vec) -> Float[Array, "*batch"]:
-    """‖x‖₂ from sums alone: one kernel, and one message between devices, where a maximum and then a sum take two."""
-    parts = x.parts if isinstance(x, Vector) else (x,)
-    of_parts = [[jnp.sum(y, axis=own_axes(x, y)) for y in squares_in_range(part)] for part in parts]
-    return root_of_sums(*(functools.reduce(jnp.add, sums) for sums in zip(*of_parts, strict=True)))
+def _norms_in_one_pass(*xs: Vec) -> tuple[Float[Array, "*batch"], ...]:
+    """By sums alone: one kernel, and one message between devices, where a maximum and then a sum take two."""
+    found = sums(*itertools.chain.from_iterable(map(squares, xs)))
+    return tuple(root_of_sums(*found[i : i + 3]) for i in range(0, len(found), 3))
 
 
-@_norm_in_one_pass.defjvp
-def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    (x,), (dx,) = primals, tangents
-    length = _norm_in_one_pass(x)
-    return length, dot(scaled(reciprocal(length), x), dx)  # d‖x‖ = ⟨x, dx⟩ / ‖x‖
+@_norms_in_one_pass.defjvp
+def _(xs: tuple, dxs: tuple) -> tuple[tuple, tuple]:
+    lengths = _norms_in_one_pass(*xs)
+    # d‖x‖ = ⟨x, dx⟩ / ‖x‖
+    return lengths, tuple(dot(scaled(reciprocal(n), x), dx) for n, x, dx in zip(lengths, xs, dxs, strict=True))
 
 
 def largest(x: Vec) -> Float[Array, "*batch"]:

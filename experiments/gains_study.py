@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 import deq_jax as deq
 from deq_jax.solvers import carry, loop
+from deq_jax.solvers.anderson import PLAIN
 from experiments import lm, plots
 from experiments.benchmarks import jax_ops, referee
 from experiments.benchmarks.problems import PROBLEMS, TINY, Problem
@@ -104,14 +105,14 @@ class Adaptive:
 
     def init(self, z: Float[Array, "*batch dim"]) -> AdaptiveState:
         anderson = self.anderson.init(z)
-        return AdaptiveState(anderson.known & False, anderson.count, anderson)
+        return AdaptiveState(anderson.last < 0, anderson.count, anderson)
 
     def update(self, residual, state, z):
         memory, now, last = state.anderson, *(jnp.linalg.norm(g, axis=-1) for g in (residual, state.anderson.g))
         # A problem that has stopped shows the same residual again.
-        mixing = state.mixing | (memory.known & (now > self.threshold * last) & (now != last))
+        mixing = state.mixing | ((memory.last > 0) & (now > self.threshold * last) & (now != last))
         # The last pair is all that mixing needs to begin; two states that the loop carries anyway.
-        picard = memory._replace(w=z + residual, g=residual, known=memory.known | True)
+        picard = memory._replace(w=z + residual, g=residual, last=jnp.full_like(memory.last, PLAIN))
         some = jnp.any(mixing)
         step, memory = jax.lax.cond(some, lambda: self.anderson.update(residual, memory, z), lambda: (residual, picard))
         step = jnp.where(mixing[..., None], step, residual)

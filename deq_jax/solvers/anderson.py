@@ -8,23 +8,24 @@ With g = f(z) − z, the damping β and the last m differences of two successive
     (4)  z ← w − Σ γᵢ dwᵢ
 
 The textbook form of (4) is z + β g − Σ γᵢ (dzᵢ + β dgᵢ). Since dw = dz + β dg, storing dw in place of dz saves a pass
-over one of the two histories. With D = diag(1 / ‖dgᵢ‖), (3) is solved in the form
-
-    (5)  (D A D + ridge I) y = D b,  γ = D y
+over one of the two histories. How (3) is kept up to date and solved, with a ridge, is in `deq_jax._gram`.
 """
 
+import functools
+import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._arrays import aligned, one_hot, per_problem, ratio, reciprocal, safe_sqrt, zeros_from
+from deq_jax import _gram
+from deq_jax._arrays import root_of_sums, zeros_from
 from deq_jax._checks import check_number
 from deq_jax._config import Number, config
-from deq_jax._rows import combine, products, repeated, write_row
+from deq_jax._rows import combine, count_rows, products, repeated, row, rows_one_by_one, write_row
 from deq_jax._states import choose, zeros_like
-from deq_jax._vectors import Rows, Vec, dot, norm, scaled, zero_of
+from deq_jax._vectors import Rows, Vec, dot, norm, product, scaled, squares, sums, zero_of
 from deq_jax.solvers.protocol import LoopOptions
 
 # After WINDOW·history evaluations in which the residual has not fallen below FALLEN times its mark, steps are plain
@@ -35,19 +36,19 @@ from deq_jax.solvers.protocol import LoopOptions
 # one, both with type I, which was removed since.
 WINDOW, FALLEN, RESTED = 3, 0.9, 0.5
 
+NONE, PLAIN, MIXED, BACK = range(4)  # the last step: unknown, plain, extrapolated, or back to the plain one before
+FEW = 5  # up to this history a GPU takes all products of a step in one kernel
+
 
 class AndersonState(NamedTuple):
     count: Int[Array, ""]  # residuals seen
     w: Vec  # (1) at the previous iterate
-    g: Vec  # and its residual; `target` holds its products with the history
-    known: Bool[Array, "*batch"]  # whether w and g belong to this f
+    g: Vec  # and its residual; `gram` holds its products with the history
+    last: Int[Array, "*batch"]  # what the last step was; NONE where w and g belong to another f
     dw: Rows  # slot k mod history holds w_{k+1} − w_k; zeros where none is held
     dg: Rows
-    gram: Float[Array, "*batch history history"]  # A in (3)
-    target: Float[Array, "*batch history"]  # b in (3)
-    lengths: Float[Array, "*batch history"]  # ‖dg_i‖; zero where not in use
+    gram: Float[Array, "*batch rows history"]  # A of (3), with zeros on the diagonal where not in use, and b below it
     least: Float[Array, "*batch"]  # the smallest residual since the history began
-    accelerated: Bool[Array, "*batch"]  # whether the last step was extrapolated
     mark: Float[Array, "*batch"]  # the residual when it last fell enough
     since: Int[Array, "*batch"]  # evaluations since then; −1 during plain steps
 
@@ -94,58 +95,64 @@ class Anderson(LoopOptions):
 
     def init(self, z: Vec) -> AndersonState:
         zero, none = zeros_like(z), zero_of(z)
-        slots, row = repeated(zero, self.history), jnp.stack([none] * self.history, axis=-1)
-        gram = jnp.stack([row] * self.history, axis=-1)
-        count, no, since = jnp.zeros((), jnp.int32), none > 0, none.astype(jnp.int32)
-        return AndersonState(count, zero, zero, no, slots, slots, gram, row, row, none, no, none, since)
+        slots, column = repeated(zero, self.history), jnp.stack([none] * (self.history + 1), axis=-1)
+        gram = jnp.stack([column] * self.history, axis=-1)
+        count, unknown = jnp.zeros((), jnp.int32), none.astype(jnp.int32)
+        return AndersonState(count, zero, zero, unknown, slots, slots, gram, none, none, unknown)
 
     def resume(self, state: AndersonState) -> AndersonState:
         """The memory of a solve of a similar problem: its differences are a start, its last residual is not ours."""
-        no = state.known & False
-        return state._replace(known=no, accelerated=no, since=zeros_from(state.since))
+        return state._replace(last=zeros_from(state.last), since=zeros_from(state.since))
 
     def can_backtrack(self, state: AndersonState) -> Bool[Array, "*batch"]:
         """Whether f may turn out not finite: after a step that was extrapolated. The plain one is taken instead."""
-        return state.accelerated
+        return state.last == MIXED
 
     def next_point(self, state: AndersonState, z: Vec) -> Vec:
         """z, the sum of iterate and step; exactly the plain iterate w where the step is the plain one.
 
         So a step back is exact from an iterate that is huge or not finite.
         """
-        return choose(state.accelerated, z, state.w)
+        return choose(state.last == MIXED, z, state.w)
 
     def update(self, residual: Vec, state: AndersonState, z: Vec) -> tuple[Vec, AndersonState]:
-        slot, g, g_norm = (state.count - 1) % self.history, residual, norm(residual)
+        slot, g, known = (state.count - 1) % self.history, residual, state.last != NONE
         w = z + scaled(self.damping, g)  # (1)
-        dw, dg = w - state.w, g - state.g  # (2)
-        length = safe_sqrt(dot(dg, dg))
+        dgs, of_dg, square, of_g, g_norm, finite = add_difference(state.dg, g, state.g, known, slot)
         # Extrapolated to where f is not finite: go on from the iterate before, whose w and g are kept.
-        back = state.accelerated & ~jnp.isfinite(g_norm)
+        back = (state.last == MIXED) & ~finite
         # A problem that stopped is shown its best z again: nothing changes, and what it holds must survive.
-        stays = state.known & (length == 0)
-        moved = state.known & ~stays
-
+        stays = known & (square == 0)
+        moved = known & ~stays
+        # A residual that grew too much ends the history.
         grown = moved & ~back & ~(g_norm <= self.growth * state.least)
-        state = self._watch_residual(state, g_norm, moved, back, grown)
-        # A residual that grew too much ends the history: a length of zero leaves a difference unused.
-        state = state._replace(lengths=jnp.where((grown | back)[..., None], 0, state.lengths))
-        state = add_difference(state, dw, dg, length, g, slot, moved & jnp.isfinite(length), back)
+        state = self._watch_residual(state, g_norm, finite, moved, back, grown)
 
-        gamma = solve_gram(state.gram, state.target, state.lengths, self.ridge, slot)
+        new = is_new(square, known)
+        gram = _gram.with_column(state.gram, of_dg, square, of_g, slot, new, back, grown | back)
+        gamma = _gram.solve(gram, jnp.asarray(self.ridge, gram.dtype), slot)
         # If z did not move, either the problem has stopped or γ leads back to z: for a piecewise affine f the
         # least-squares step may be exactly zero. Take the plain step in both cases.
-        gamma = jnp.where((back | stays | (state.since < 0))[..., None], 0, gamma)
-        step = scaled(self.damping, g) - combine(gamma, state.dw)  # (4)
+        plain = back | stays | (state.since < 0)
+        gamma = [jnp.where(plain, 0, y) for y in gamma]
+        mixed = jnp.where(stays, state.last == MIXED, functools.reduce(jnp.logical_or, [y != 0 for y in gamma]))
+        last = jnp.where(back, BACK, jnp.where(mixed, MIXED, PLAIN)).astype(jnp.int32)
+
+        # What was found of each problem is computed by one kernel, and not again by each that works on vectors. `new`
+        # is asked in other words than above: of the same words XLA makes one mask, with a kernel of its own.
+        new = known & (jnp.isfinite(square) & (square > 0))
+        last, gamma, new, back = jax.lax.optimization_barrier((last, gamma, new, last == BACK))
+        dws = write_row(state.dw, w - state.w, slot, new)  # (2)
+        step = scaled(self.damping, g) - weighted_sum(gamma, dws, slot)  # (4)
         step = choose(back, state.w - z, step)
         w, g = choose(back, (state.w, state.g), (w, g))
-        accelerated = jnp.where(stays, state.accelerated, jnp.any(gamma != 0, axis=-1))
-        return step, state._replace(count=state.count + 1, w=w, g=g, known=state.known | True, accelerated=accelerated)
+        return step, state._replace(count=state.count + 1, w=w, g=g, last=last, dw=dws, dg=dgs, gram=gram)
 
     def _watch_residual(
         self,
         state: AndersonState,
         g_norm: Float[Array, "*batch"],
+        finite: Bool[Array, "*batch"],
         moved: Bool[Array, "*batch"],
         back: Bool[Array, "*batch"],
         grown: Bool[Array, "*batch"],
@@ -154,9 +161,9 @@ class Anderson(LoopOptions):
 
         A stagnating residual is not always a growing one, so it is compared with a mark as well.
         """
-        finite, resting = jnp.isfinite(g_norm), state.since < 0
-        least = jnp.where(finite & (~state.known | grown | (g_norm < state.least)), g_norm, state.least)
-        fallen = finite & (~state.known | (g_norm < jnp.where(resting, RESTED, FALLEN) * state.mark))
+        resting = state.since < 0
+        least = jnp.where(finite & ((state.last == NONE) | grown | (g_norm < state.least)), g_norm, state.least)
+        fallen = finite & ((state.last == NONE) | (g_norm < jnp.where(resting, RESTED, FALLEN) * state.mark))
         mark = jnp.where(fallen, g_norm, state.mark)
         since = jnp.where(fallen | (grown & resting), 0, jnp.where(resting, -1, state.since + 1))
         since = jnp.where(moved, jnp.where(back | (since >= WINDOW * self.history), -1, since), state.since)
@@ -166,71 +173,62 @@ class Anderson(LoopOptions):
 # ---- the history -------------------------------------------------------------------------------------------
 
 
-def add_difference(
-    state: AndersonState,
-    dw: Vec,
-    dg: Vec,
-    length: Float[Array, "*batch"],
-    g: Vec,
-    slot: Int[Array, ""],
-    new: Bool[Array, "*batch"],
-    back: Bool[Array, "*batch"],
-) -> AndersonState:
-    """The state with one more difference (2) at `slot`, where `new`, and with A and b of (3) brought up to date."""
-    dws, dgs = write_row(state.dw, dw, slot, new), write_row(state.dg, dg, slot, new)
-    here = new[..., None] & (one_hot(slot, state.lengths.shape[-1], state.lengths) > 0)
-    lengths = jnp.where(here, length[..., None], state.lengths)
+class Difference(NamedTuple):
+    """A history dg with one more difference d = g − before, and what a step needs to know of d and g."""
 
-    # Kept finite, so that an overflow in a difference out of use, times its length of zero, is no NaN.
-    finite = lambda x: jnp.where(jnp.isfinite(x), x, 0)
-    column = jnp.where(back[..., None], 0, finite(products(dgs, dg)))  # ⟨dg_i, dg⟩
-    gram = jnp.where(here[..., None, :], column[..., :, None], state.gram)
-    gram = write_row(gram, column, slot, new)
-    # g = g_prev + dg, so ⟨dg_i, g⟩ is updated from the stored products; only the product with the newest difference
-    # is computed from scratch. Rounding errors add up for as long as a difference is held, and cost no evaluation
-    # (experiments/gains_study.py, 6).
-    newest = dot(dg, g)
-    target = finite(jnp.where(here, newest[..., None], state.target + column))
-    return state._replace(dw=dws, dg=dgs, gram=gram, target=target, lengths=lengths)
+    dg: Rows
+    products: Float[Array, "*batch history"]  # ⟨dg_i, d⟩ with the differences before it
+    square: Float[Array, "*batch"]  # ⟨d, d⟩
+    newest: Float[Array, "*batch"]  # ⟨d, g⟩
+    g_norm: Float[Array, "*batch"]
+    finite: Bool[Array, "*batch"]  # whether g is: asked of a sum, because a mask with a root in it takes a kernel more
 
 
-def solve_gram(
-    gram: Float[Array, "*batch m m"],
-    target: Float[Array, "*batch m"],
-    lengths: Float[Array, "*batch m"],
-    ridge: Float[Array, "*#batch"] | Number,
-    newest: Int[Array, ""],
-) -> Float[Array, "*batch m"]:
-    """γ of (3), solved in the form (5). A column that depends on newer ones, from slot `newest` back, gets γᵢ = 0."""
-    unit = aligned(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram)
-    d = reciprocal(lengths)
-    a = gram * d[..., :, None] * d[..., None, :] + per_problem(per_problem(ridge)) * unit
-    # Gauss-Jordan elimination of all problems at once: batched LAPACK calls on small matrices cost more than f. The
-    # problems come last, side by side in the vector registers.
-    last = lambda x, axes: jnp.moveaxis(x, range(-axes, 0), range(axes))
-    y = eliminate(last(a, 2), last(target * d, 1), newest)
-    return jnp.moveaxis(y, 0, -1) * d
+def add_difference(dg: Rows, g: Vec, before: Vec, known: Bool[Array, "*batch"], slot: Int[Array, ""]) -> Difference:
+    """The history with g − before at `slot`, in the problems where both are residuals of one f."""
+    given = dg, g, before, known, slot
+    return jax.lax.platform_dependent(*given, cpu=write_and_measure, default=measure_and_write)
 
 
-def eliminate(
-    a: Float[Array, "m m *batch"], b: Float[Array, "m *batch"], newest: Int[Array, ""]
-) -> Float[Array, "m *batch"]:
-    """y with a y = b over the columns that are independent, from `newest` back; 0 at the others."""
-    m, eps = a.shape[0], float(jnp.finfo(a.dtype).eps)
-    entry = lambda x, j, axis, keepdims=False: jax.lax.dynamic_index_in_dim(x, j, axis=axis, keepdims=keepdims)
+def write_and_measure(dg, g, before, known, slot) -> Difference:
+    """The products with the history as it is written. (Of the one before, XLA would make a copy on a CPU.)"""
+    d = g - before
+    square = dot(d, d)
+    dg = write_row(dg, d, slot, is_new(square, known))
+    of_d, g_norm = products(dg, d), norm(jax.lax.stop_gradient(g))
+    return Difference(dg, of_d, square, dot(d, g), g_norm, jnp.isfinite(g_norm))
 
-    def body(age, carry):
-        a, b, kept = carry
-        j = (newest - age) % m
-        here = jax.lax.expand_dims((jnp.arange(m, dtype=jnp.int32) == j).astype(a.dtype), range(1, b.ndim))
-        column, row = entry(a, j, 1), entry(a, j, 0)
-        pivot = entry(row, j, 0)  # sin² of the angle to newer columns
-        keep = jnp.abs(pivot) > 10 * m * eps
-        column = (column - here) * ratio(1, pivot, where=keep)[None]
-        a = a - column[:, None] * row[None]
-        b = b - column * entry(b, j, 0, keepdims=True)
-        return a, b, kept + jnp.where(keep, here, 0)
 
-    # Unrolled, the loop ran slower (4096 problems: 3.6 ms a step against 2.4) and took half again as long to compile.
-    _, b, kept = jax.lax.fori_loop(0, m, body, (a, b, zeros_from(b)))
-    return jnp.where(kept > 0, b, 0)
+def measure_and_write(dg, g, before, known, slot) -> Difference:
+    """The same with all sums in one kernel where they are few, or else in two, before the one that writes."""
+    d, few = g - before, count_rows(dg) <= FEW
+    # ‖g‖ is only compared. Where its square underflows it counts as zero, as a difference does.
+    plain, _, downs = squares(jax.lax.stop_gradient(g))
+    one_by_one = [product(x, d) for x in rows_one_by_one(dg)] if few else []
+    *of_d, square, newest, plain, downs = sums(*one_by_one, product(d, d), product(d, g), plain, downs)
+    of_d = _gram.stacked(of_d) if few else products(dg, d)
+    # The kernel that writes computes d and its mask again, because to keep them would cost a pass and a kernel.
+    before, square_again = jax.lax.optimization_barrier((before, square))
+    d = g - before if few else d
+    dg = write_row(dg, d, slot, is_new(square_again, known))
+    return Difference(dg, of_d, square, newest, root_of_sums(plain, None, downs), jnp.isfinite(downs))
+
+
+def is_new(square: Float[Array, "*batch"], known: Bool[Array, "*batch"]) -> Bool[Array, "*batch"]:
+    """Whether a difference of this square is one that a history takes: of the same f, and neither zero nor infinite."""
+    return known & (square > 0) & (square < jnp.inf)
+
+
+def weighted_sum(weights: list[Float[Array, "*batch"]], rows: Rows, newest: Int[Array, ""]) -> Vec:
+    """Σ weightsᵢ rowᵢ, with the weights in the order of age, that of the row in slot `newest` first."""
+    return jax.lax.platform_dependent(weights, rows, newest, cpu=sum_in_slots, default=sum_by_age)
+
+
+def sum_in_slots(weights: list[Float[Array, "*batch"]], rows: Rows, newest: Int[Array, ""]) -> Vec:
+    return combine(jnp.roll(jnp.stack(weights[::-1], axis=-1), newest + 1, axis=-1), rows)
+
+
+def sum_by_age(weights: list[Float[Array, "*batch"]], rows: Rows, newest: Int[Array, ""]) -> Vec:
+    """The same where a kernel that reads the rows reads the weights as they are. (A negative index is from the end.)"""
+    terms = [scaled(weight, row(rows, newest - age)) for age, weight in enumerate(weights)]
+    return functools.reduce(operator.add, terms)

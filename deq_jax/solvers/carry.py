@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from deq_jax._checks import check_flat
-from deq_jax._states import Layout, join, split
+from deq_jax._states import Layout, choose, join, split
 from deq_jax._vectors import Vec, zero_of
 from deq_jax.solvers.protocol import Fold, Solver, SolveResult, Stats, Status, member
 from deq_jax.solvers.stopping import RUNNING, Growth, Norms, relative_residual, whole
@@ -31,6 +31,20 @@ class Carry(NamedTuple):
     carried: PyTree  # what f is given next, beside z
     best_carried: PyTree  # what f was given beside the best z
     returned: PyTree  # what f returned last, before the problem stopped
+
+
+class Verdict(NamedTuple):
+    """What an evaluation says of each problem."""
+
+    best_norms: Norms  # and the others, as in the carry
+    first_scale: Float[Array, "*batch"]
+    growth: Growth
+    stale: Int[Array, "*batch"]
+    steps: Int[Array, "*batch"]
+    status: Int[Array, "*batch"]
+    better: Bool[Array, "*batch"]  # whether this z is the best one so far
+    unit: Float[Array, "*batch"]  # by which the vectors are divided that a `scale_free` solver is shown
+    per_unit: Float[Array, "*batch"]
 
 
 def init_carry(z0: PyTree, solver: Solver, batch_ndim: int, memory: Any = None, fold: Fold | None = None) -> Carry:
@@ -74,6 +88,22 @@ def layout_for(solver: Solver, z0: PyTree, batch_ndim: int) -> Layout:
 def vector_type(solver: Solver, z0: PyTree, batch_ndim: int) -> Any:
     """The type of z0 as this solver sees it."""
     return jax.eval_shape(lambda z0: layout_for(solver, z0, batch_ndim).pack(z0), z0)
+
+
+def noted(carry: Carry, verdict: Verdict, running: Bool[Array, "*batch"], returned: PyTree) -> Carry:
+    """The carry, up to date with the evaluation of f at its z, except what f is given next."""
+    better = verdict.better
+    return carry._replace(
+        best=choose(better, carry.z, carry.best),
+        best_carried=choose(better, carry.carried, carry.best_carried),
+        returned=choose(running, returned, carry.returned),
+        best_norms=verdict.best_norms,
+        first_scale=verdict.first_scale,
+        growth=verdict.growth,
+        stale=verdict.stale,
+        steps=verdict.steps,
+        status=verdict.status,
+    )
 
 
 def finalize(end: Carry, layout: Layout) -> SolveResult:

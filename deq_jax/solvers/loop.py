@@ -13,7 +13,7 @@ from deq_jax._gathers import gathered_once
 from deq_jax._states import Layout, choose, join, split, wide_dtype
 from deq_jax._trace import axes_of
 from deq_jax._vectors import Vec, scaled, shape_of
-from deq_jax.solvers.carry import Carry, finalize, init_carry, layout_for
+from deq_jax.solvers.carry import Carry, Verdict, finalize, init_carry, layout_for, noted
 from deq_jax.solvers.protocol import Evaluation, Fold, Solver, SolveResult, Stats, member
 from deq_jax.solvers.stopping import (
     RUNNING,
@@ -92,8 +92,8 @@ def is_on(carry: Carry, solver: Solver) -> Bool[Array, "*batch"]:
 
 def with_next_point(carry: Carry, solver: Solver, change: str, where: Array, layout: Layout) -> Carry:
     """The carry with the solver's state changed, and with its next point in the problems of `where`."""
-    solver, unit = in_units(solver, carry.first_scale)
-    state = member(solver, change)(carry.solver)
+    unit: Any = half_power(carry.first_scale) if member(solver, "scale_free") else 1.0
+    state = member(in_units(solver, unit), change)(carry.solver)
     z = scaled(unit, member(solver, "next_point")(state, scaled(1 / unit, carry.z)))
     return carry._replace(z=choose(where, layout.round(z), carry.z), solver=state)
 
@@ -122,10 +122,14 @@ def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | No
         with jax.named_scope("f"):
             fz_tree = f(z_tree)
         fz = layout.pack(fz_tree)
-        norms = norms_at(carry.z, fz, layout)
-        after = judged(carry, norms, split(fz_tree)[1])
+        norms, residual = norms_at(carry.z, fz, layout), fz - carry.z
+        verdict = judged(carry, norms)
+        if member(solver, "scale_free"):
+            # The verdict is computed once, and not again by each kernel that works on vectors: they read its results.
+            verdict, residual = jax.lax.optimization_barrier((verdict, residual))
+        after = noted(carry, verdict, is_on(carry, solver), split(fz_tree)[1])
         with jax.named_scope(type(solver).__name__):
-            z, state = advance(solver, carry.solver, fz - carry.z, carry.z, after.first_scale)
+            z, state = advance(solver, carry.solver, residual, carry.z, verdict)
         after = after._replace(solver=state)
         # A problem that has stopped is given its best z again, with what it was given there; so is one that waits.
         then, stay = (layout.round(z), after.returned), (after.best, after.best_carried)
@@ -140,12 +144,12 @@ def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | No
     return evaluate
 
 
-def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry, Norms, PyTree], Carry]:
-    """The function that brings the carry up to date with the evaluation of f at its z, except what f is given next."""
+def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry, Norms], Verdict]:
+    """The function that judges the evaluation of f at the carry's z."""
     patience, recovers = max(STALE_EVALUATIONS, member(solver, "patience")), member(solver, "recovers")
     coupled = coupling(axes)
 
-    def judged(carry: Carry, norms: Norms, returned: PyTree) -> Carry:
+    def judged(carry: Carry, norms: Norms) -> Verdict:
         running, first = is_on(carry, solver), carry.steps == 0
         residual, scale = (whole(x, layout) for x in norms)
         steps = carry.steps + running.astype(jnp.int32)
@@ -155,7 +159,7 @@ def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry
         lost, reduced = guards(growth, norms, layout, coupled)
         converged = coupled.everywhere(has_converged(norms, solver, layout)) & finite & ~lost & reduced
         made = progress(norms, carry.best_norms, growth, layout, coupled)
-        stale = jnp.where(finite & made.enough, 0, carry.stale + 1)
+        stale = jnp.where(finite & made.enough, 0, carry.stale + running.astype(jnp.int32))
 
         spent = steps >= solver.max_steps
         out_of_scale = coupled.anywhere(is_out_of_scale(residual, first_scale, spent))
@@ -170,17 +174,8 @@ def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry
         # An iterate so far out that its residual is all rounding is not a better one.
         better = running & finite & ~lost & (converged | made.improved)
         pick = lambda new, old: jnp.where(by_leaf(better, layout), new, old)
-        return carry._replace(
-            best=choose(better, carry.z, carry.best),
-            best_carried=choose(better, carry.carried, carry.best_carried),
-            returned=choose(running, returned, carry.returned),
-            best_norms=Norms(*map(pick, norms, carry.best_norms)),
-            first_scale=first_scale,
-            growth=growth,
-            stale=stale,
-            steps=steps,
-            status=status,
-        )
+        best_norms, unit = Norms(*map(pick, norms, carry.best_norms)), half_power(first_scale)
+        return Verdict(best_norms, first_scale, growth, stale, steps, status, better, unit, 1 / unit)
 
     return judged
 
@@ -191,23 +186,26 @@ def shown(carry: Carry, z: PyTree, fz: PyTree, norms: Norms, layout: Layout) -> 
     return Evaluation(carry.evaluation, z, fz, residual, relative, carry.status == RUNNING)
 
 
-def in_units(solver: Solver, first_scale: Array) -> tuple[Solver, Any]:
-    """The solver, and a power of two for each problem, by which its vectors and its `atol` are divided."""
-    if not member(solver, "scale_free"):
-        return solver, 1.0
-    unit = half_power(first_scale)
-    return with_options(solver, atol=solver.atol / unit), unit
+def in_units(solver: Solver, unit: Array) -> Solver:
+    """The solver for vectors that are divided by `unit`."""
+    return with_options(solver, atol=solver.atol / unit)
 
 
-def advance(solver: Solver, state: Any, residual: Vec, z: Vec, first_scale: Array) -> tuple[Vec, Any]:
+def advance(solver: Solver, state: Any, residual: Vec, z: Vec, verdict: Verdict) -> tuple[Vec, Any]:
     """The next iterate, and the solver's state."""
-    solver, unit = in_units(solver, first_scale)
-    residual, z = scaled(1 / unit, residual), scaled(1 / unit, z)
+    if member(solver, "scale_free"):
+        residual, z = scaled(verdict.per_unit, residual), scaled(verdict.per_unit, z)
+        z, state = _next_point(in_units(solver, verdict.unit), state, residual, z)
+        return scaled(verdict.unit, z), state
+    return _next_point(solver, state, residual, z)
+
+
+def _next_point(solver: Solver, state: Any, residual: Vec, z: Vec) -> tuple[Vec, Any]:
     step, state = (member(solver, "round") or solver.update)(residual, state, z)
     if shape_of(step) != shape_of(z):
         name = type(solver).__name__
         raise ValueError(f"{name}.update must return a step of the shape of z, {shape_of(z)}; got {shape_of(step)}")
-    return scaled(unit, member(solver, "next_point")(state, z + step)), state
+    return member(solver, "next_point")(state, z + step), state
 
 
 # ---- evaluations that are not tested -----------------------------------------------------------------------
