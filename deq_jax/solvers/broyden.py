@@ -24,7 +24,7 @@ Solved for B g⁺, (4) gives u in terms of dz and d, hence of dz and the next st
          rejected  u = −1 / ‖dz‖² dz + t / ‖dz‖² d
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ from deq_jax._rows import appended, combine, first_rows, products, repeated, row
 from deq_jax._states import choose, zeros_like
 from deq_jax._vectors import Rows, Vec, divided, dot, is_same, norm, scaled, size, zero_of
 from deq_jax.solvers.protocol import LoopOptions, Renewing, check_sees_all
+
+T = TypeVar("T")
 
 GROWTH = 1.5  # a step that makes the residual grow by this factor is rejected
 DAMPED_BELOW = 0.1  # Moré & Trangenstein's σ: an update may shrink det B⁻¹ by no more than this
@@ -207,7 +209,7 @@ class Broyden(Renewing, LoopOptions):
 # ---- one update --------------------------------------------------------------------------------------------
 
 
-def in_one_kernel(small: tuple) -> tuple:
+def in_one_kernel(small: T) -> T:
     """The small arrays, all computed before any is used. A GPU else computes them in many kernels, parts repeatedly."""
     return jax.lax.optimization_barrier(small)
 
