@@ -1,4 +1,7 @@
-"""Rows of vectors: the histories that solvers hold, in an array `[*batch, m, dim]` or in the parts of a `Vector`."""
+"""Rows of vectors: the histories that solvers hold, in an array `[*batch, m, dim]` or in the parts of a `Vector`.
+
+Rows may be of a narrower dtype than the vectors that are computed with: what is read of them is made as wide.
+"""
 
 from typing import Any
 
@@ -69,7 +72,7 @@ def write_row(rows: Rows, new: Vec, index: Int[Array, ""], where: Bool[Array, "*
         start = [jnp.zeros((), index.dtype)] * part.ndim
         start[axis] = index
         old = jax.lax.dynamic_slice(part, start, part.shape[:axis] + (1,) + part.shape[axis + 1 :])
-        new = jnp.where(per_entry(where, old), jnp.expand_dims(new, axis), old)
+        new = jnp.where(per_entry(where, old), jnp.expand_dims(new, axis).astype(part.dtype), old)
         return jax.lax.dynamic_update_slice(part, new, start)
 
     return each(of_parts, rows, new)
@@ -102,6 +105,7 @@ def products(rows: Rows, x: Vec) -> Float[Array, "*batch rows"]:
     """⟨rowᵢ, x⟩."""
 
     def of_parts(part, x_part):
+        part = part.astype(x_part.dtype)
         if has_one_axis(x, x_part):
             return einsum("...md,...d->...m", part, x_part)
         return jnp.sum(part * jnp.expand_dims(x_part, x.batch_ndim), axis=own_axes(x, part, 1))
@@ -136,6 +140,7 @@ def combine(weights: Float[Array, "*batch rows"], rows: Rows) -> Vec:
     """Σ weightsᵢ rowᵢ."""
 
     def of_part(part):
+        part = part.astype(weights.dtype)
         if has_one_axis(rows, part, 1):
             return einsum("...m,...md->...d", weights, part)
         return jnp.sum(per_entry(weights, part) * part, axis=rows.batch_ndim)
