@@ -2,8 +2,13 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+import deq_jax as deq
 from experiments import kernels, programs
 
 # A loop whose round runs a fusion, an inner loop of 5 rounds, and a conditional: on one side a call of two kernels, on
@@ -194,10 +199,13 @@ AT_MOST = {
 }
 
 
-@pytest.mark.skipif(
+needs_compiler = pytest.mark.skipif(
     bool(programs.missing("jax_cuda13_plugin")),
     reason="jax's CUDA plugin is not installed: make corner-kernels has an environment with it",
 )
+
+
+@needs_compiler
 @pytest.mark.parametrize("name", AT_MOST)
 def test_a_round_launches_no_more_than_it_did(name):
     shape = (64, 512)
@@ -205,3 +213,30 @@ def test_a_round_launches_no_more_than_it_did(name):
     program = kernels.both_ways(name, x)["forward"]()
     figures = kernels.figures_of(program, 4 * shape[0] * shape[1])
     assert {what: figures[what] for what, bar in AT_MOST[name].items() if figures[what] > bar} == {}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["Picard", "Anderson(5)", "Broyden(20)", "NewtonKrylov", "Robust"])
+def test_eight_gpus_gather_nothing_of_a_state(name):
+    x = programs.abstract(programs.h100_mesh((2, 4), ("data", "model")), (8, 16, 64), P("data", None, "model"))
+    for compiled in kernels.both_ways(name, x).values():
+        found = [c for loop in programs.loops(programs.read(compiled().as_text())) for c in programs.collectives(loop)]
+        assert found and {what for what, _ in found} == {"all-reduce"}
+
+
+@needs_compiler
+def test_eight_gpus_gather_weights_once():
+    mesh = programs.h100_mesh((8,), ("data",))
+    over = lambda *shape: programs.abstract(mesh, shape, P("data"))
+
+    def cell(z, w, x):
+        return jnp.tanh(z @ jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P())) + x)
+
+    def gathers(**options):
+        solve = lambda w, x: deq.fixed_point(cell, jnp.zeros_like(x), w, x, batch_ndim=1, **options).value
+        pull = lambda w, x: jax.grad(lambda w: jnp.sum(solve(w, x)))(w)
+        program = programs.compile_for(pull, over(256, 256), over(16, 256))
+        loops = programs.loops(programs.read(program.as_text()))
+        return [[what for what, _ in programs.collectives(loop)].count("all-gather") for loop in loops]
+
+    assert gathers() == [0, 0] and gathers(gather="each")[0] == 1

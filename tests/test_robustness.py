@@ -9,6 +9,7 @@ import pytest
 from scipy import optimize
 
 import deq_jax as deq
+from experiments import history_study
 from experiments.robustness_cells import (
     AFFINE,
     BOUNDED,
@@ -22,7 +23,7 @@ from experiments.robustness_cells import (
     normal,
     start,
 )
-from experiments.robustness_study import Config, judge, main
+from experiments.robustness_study import Config, draw, judge, main
 
 pytestmark = pytest.mark.usefixtures("promotes")  # the problems of the study are written with it
 
@@ -143,3 +144,9 @@ def test_the_quick_study_finds_no_false_word(tmp_path, x64, capsys):
 def test_an_unknown_solver_is_refused_with_the_names(x64):
     with pytest.raises(SystemExit, match="no solver Andersen; there are Picard, Anderson"):
         main(Config(only=("Andersen",)))
+
+
+def test_a_history_in_bfloat16_costs_few_evaluations():
+    problems = draw(tuple(FAMILIES)[::2], range(3))
+    *_, ratio = history_study.compare(problems, 8, "float32", 1e-4)
+    assert float(ratio) <= 1.1
