@@ -160,16 +160,6 @@ def combine_rows(weights: Float[Array, "*batch new rows"], rows: Rows) -> Rows:
     return each(of_part, rows)
 
 
-def outer(weights: Float[Array, "*#batch rows"], x: Vec) -> Rows:
-    """Rows weightsᵢ x."""
-
-    def of_part(part):
-        part = jnp.expand_dims(part, _row_axis(x, part))
-        return per_entry(weights, part) * part
-
-    return each(of_part, x)
-
-
 def matmul(
     x: Float[Array, "*batch i j"], y: Float[Array, "*batch j k"], weights: Float[Array, "*batch j"] | None = None
 ) -> Float[Array, "*batch i k"]:

@@ -306,6 +306,17 @@ def test_unroll_returns_the_best_iterate_of_a_solver_that_steps_back(x64, solver
         np.testing.assert_allclose(jax.jit(jax.grad(total))(x), want, rtol=1e-5)
 
 
+def test_unroll_of_newton_krylov_is_differentiable_while_its_radius_is_infinite(params, x):
+    # The radius is infinite until a trial fails, and none fails here.
+    solver = deq.NewtonKrylov(rtol=0.0, max_steps=12, difference=1e-4)  # rounding is no part of the differences
+    total = lambda x: jnp.sum(root(params, x, solver=solver, adjoint=deq.Unroll()) ** 3)
+    h = 1e-5
+    want = [(total(x + h * e) - total(x - h * e)) / (2 * h) for e in jnp.eye(DIM)]
+    for derivative in (jax.grad, jax.jacfwd):
+        got = jax.jit(derivative(total))(x)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
 @pytest.mark.parametrize("checkpoint", [None, True, 4])
 def test_unroll_stops_at_the_first_iterate_within_tolerance(params, x, count_calls, checkpoint):
     f, xs = count_calls(cell), jnp.stack([x, 0.01 * x, 3 * x])
