@@ -49,7 +49,8 @@ def compact(
     they move into one of that size, and so on. The backward solve does the same. This pays if f is cheap and the
     problems differ much in difficulty: otherwise a batch is evaluated until its last problem stops. Each size is
     one more loop to compile. The iterates of a problem are the same as in `fixed_point`, up to the rounding of f on a
-    batch of another size; with `Robust` they may differ, see there. Only first derivatives in reverse mode exist here: for others use `fixed_point`.
+    batch of another size; with `Robust` they may differ, see there. Only first derivatives in reverse mode exist here:
+    for others use `fixed_point`.
 
     Args:
       f, z0, solver, probe: as for `fixed_point`, with the problems along the first axis of every leaf of z0. f is

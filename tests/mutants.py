@@ -29,18 +29,46 @@ class Mutant(NamedTuple):
     tests: str  # arguments of pytest, relative to tests/
 
 
-LOOP, STOPPING, IMPLICIT = "solvers/loop.py", "solvers/stopping.py", "adjoints/implicit.py"
+CARRY, LOOP, STOPPING, IMPLICIT = "solvers/carry.py", "solvers/loop.py", "solvers/stopping.py", "adjoints/implicit.py"
 MUTANTS = [
     Mutant(
-        "carried leaves of a problem that has stopped",
+        "a problem of Robust that goes on while it waits",
+        "solvers/robust.py",
+        "self.whole.watch(residual, state, z, self.takes(state))",
+        "self.whole.watch(residual, state, z)",
+        "test_solvers.py -k robust_gives_each_problem",
+    ),
+    Mutant(
+        "a stage of Robust that begins where the last one ended",
+        "solvers/robust.py",
+        "updated(self.solver, self.solver.update, state.g0, fresh, state.z0)",
+        "updated(self.solver, self.solver.update, state.g0, fresh, state.next_z)",
+        "test_solvers.py -k robust_gives_each_problem",
+    ),
+    Mutant(
+        "weights gathered at each evaluation",
         LOOP,
+        "f, solver = gathered_once(f, z0), cast_options(solver, wide_dtype(z0))",
+        "solver = cast_options(solver, wide_dtype(z0))",
+        "test_gathers.py -k gathered_once",
+    ),
+    Mutant(
+        "rounding of a history that adds up",
+        "solvers/anderson.py",
+        "old + rounded(new - old, state.dg.dtype)",
+        "new",
+        "test_history_dtype.py -k add_up",
+    ),
+    Mutant(
+        "carried leaves of a problem that has stopped",
+        CARRY,
         "returned=choose(running, returned, carry.returned)",
         "returned=returned",
         "test_carried.py -k stopped_after_its_best",
     ),
     Mutant(
         "the last carried leaves as those of the best iterate",
-        LOOP,
+        CARRY,
         "best_carried=choose(better, carry.carried, carry.best_carried)",
         "best_carried=choose(running, carry.carried, carry.best_carried)",
         "test_carried.py -k under_the_noise",
@@ -117,7 +145,7 @@ MUTANTS = [
     ),
     Mutant(
         "evaluations counted off by one",
-        LOOP,
+        CARRY,
         "stats = Stats(end.steps, whole(",
         "stats = Stats(end.steps + 1, whole(",
         "test_solvers.py -k steps_are_the_evaluations",
@@ -132,8 +160,8 @@ MUTANTS = [
     Mutant(
         "Anderson without acceleration",
         "solvers/anderson.py",
-        "step = scaled(self.damping, g) - weighted_sum(gamma, dws, slot)",
-        "step = scaled(self.damping, g)",
+        "step = plain_step - weighted_sum(gamma, dws, slot)",
+        "step = plain_step",
         "test_solvers.py -k acceleration_is_really_happening",
     ),
     Mutant(
@@ -174,7 +202,7 @@ MUTANTS = [
     Mutant(
         "a problem that stopped moves on",
         LOOP,
-        "z, carried = choose(after.status == RUNNING, then, stay)",
+        "z, carried = choose(is_on(after, solver), then, stay)",
         "z, carried = then",
         "test_solvers.py -k memory_of_a_problem_that_stopped",
     ),
