@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 # ---- division and roots ------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ def aligned(x: Array, like: Array) -> Array:
     return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
 
 
-def one_hot(index: Any, size: int, like: Float[Array, "*batch rows"]) -> Float[Array, "..."]:
+def one_hot(index: Any, size: int, like: Num[Array, "*batch rows"]) -> Num[Array, "..."]:
     """1 at one index of a last axis of this size and 0 elsewhere, with the rank and dtype of `like`."""
     here = jnp.asarray(index, jnp.int32)[..., None]
     return (aligned(jnp.arange(size, dtype=jnp.int32), like) == aligned(here, like)).astype(like.dtype)

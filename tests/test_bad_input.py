@@ -445,3 +445,8 @@ def test_every_solver_has_the_options_of_the_loop_first():
     for solver in (deq.Picard, deq.Anderson, deq.Broyden, deq.NewtonKrylov, deq.Robust):
         names = [field.name for field in dataclasses.fields(solver)]
         assert names[:4] == ["rtol", "atol", "max_steps", "test_every"]
+
+
+def test_another_way_to_gather_is_refused():
+    with pytest.raises(ValueError, match="gather must be 'once' or 'each', got 'never'"):
+        deq.fixed_point(jnp.cos, jnp.zeros(3), gather="never")

@@ -140,8 +140,3 @@ def test_a_callback_is_called_at_each_evaluation():
     jax.block_until_ready(jax.jit(run)(jnp.zeros(24), jnp.arange(8.0) / 8))
     jax.effects_barrier()
     assert len(seen) == 5 * 8
-
-
-def test_another_word_is_refused_before_any_work():
-    with pytest.raises(ValueError, match="gather must be 'once' or 'each', got 'never'"):
-        deq.fixed_point(jnp.cos, jnp.zeros(3), gather="never")

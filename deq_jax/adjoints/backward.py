@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Num, PyTree
 
 from deq_jax._arrays import leading_power
 from deq_jax._states import add, choose, corner, divide, multiply, wide_dtype, zeros_like
@@ -104,7 +104,7 @@ def pull_scaled(pull: Callable, inputs: PyTree, u: PyTree, scale: Any = None) ->
     if scale is None or not _has_float16(u):
         return pull(u if scale is None else multiply(u, scale))
     tops = _top(u, scale.ndim).astype(scale.dtype) * scale
-    top = _over_shards(jnp.max(jnp.where(jnp.isfinite(tops), tops, 0)), inputs)
+    top = over_shards(jnp.max(jnp.where(jnp.isfinite(tops), tops, 0)), inputs)
     common = power_of_two(top, 0) / HEADROOM
     return multiply(pull(multiply(u, scale / common)), common)
 
@@ -113,8 +113,11 @@ def _has_float16(tree: PyTree) -> bool:
     return any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(tree))
 
 
-def _over_shards(top: Float[Array, ""], inputs: PyTree) -> Float[Array, ""]:
-    """The maximum over the axes of a shard_map whose shards share some of the inputs: a pullback sums over them."""
+def over_shards(most: Num[Array, ""], inputs: PyTree) -> Num[Array, ""]:
+    """The maximum over the axes of a shard_map whose shards share some of the inputs: a pullback sums over them.
+
+    So they have to make pullbacks equally often: one that left a loop before another would keep it waiting for ever.
+    """
     varies = lambda x: varying_axes(jax.typeof(x))
-    axes = varies(top) - frozenset.intersection(varies(top), *map(varies, jax.tree.leaves(inputs)))
-    return jax.lax.pmax(top, tuple(sorted(axes))) if axes else top
+    axes = varies(most) - frozenset.intersection(varies(most), *map(varies, jax.tree.leaves(inputs)))
+    return jax.lax.pmax(most, tuple(sorted(axes))) if axes else most

@@ -25,6 +25,7 @@ from deq_jax._config import Number, cast_options, config
 from deq_jax._reverse_only import first_order_only, reverse_mode_only
 from deq_jax._states import Layout, add, check_no_carried, choose, conj, frozen, wide_dtype, zeros_like
 from deq_jax._vectors import Vec, divided, scaled, zero_of
+from deq_jax.adjoints.backward import over_shards
 from deq_jax.adjoints.protocol import Problem
 from deq_jax.solvers import Picard, Solver, Stats, Status
 from deq_jax.solvers.stopping import assess, has_converged, norms_at
@@ -168,7 +169,7 @@ def _solve_bwd(saved, cotangents):
     # The last step is undone first; a problem that took fewer steps starts undoing at once and then waits.
     z_bar = layout.pack(conj(z_bar)).astype(z.dtype)
     carry = y, z, zeros_like(z_bar), z_bar, zeros_like(problem.inputs)
-    *_, y_bar, z_bar, inputs_bar = jax.lax.fori_loop(0, jnp.max(steps), undo, carry)
+    *_, y_bar, z_bar, inputs_bar = jax.lax.fori_loop(0, over_shards(jnp.max(steps), problem.inputs), undo, carry)
     z0_bar, inputs_bar = first_order_only((conj(layout.unpack(y_bar + z_bar)), inputs_bar), "Reversible")
     return None, z0_bar, dataclasses.replace(problem, inputs=inputs_bar, other=None)
 

@@ -12,6 +12,7 @@ from deq_jax._checks import check_number
 from deq_jax._config import cast_options, config
 from deq_jax._states import Layout, choose, join, split
 from deq_jax._vectors import Vec, zero_of
+from deq_jax.adjoints.backward import over_shards
 from deq_jax.adjoints.protocol import Problem
 from deq_jax.solvers import Solver, Stats
 from deq_jax.solvers.carry import layout_for
@@ -71,7 +72,8 @@ class Unroll:
         solver = cast_options(solver, layout.dtype)
         iterate, start = self._iteration(problem, layout, solver, z0)
         if self.stop:
-            body = lambda carry: jax.lax.cond(jnp.any(carry.running), iterate, lambda carry: carry, carry)
+            running = lambda carry: over_shards(jnp.any(carry.running).astype(jnp.int32), problem.inputs) > 0
+            body = lambda carry: jax.lax.cond(running(carry), iterate, lambda carry: carry, carry)
         else:
             body = iterate
         end = self._scanned(body, start, solver.max_steps)

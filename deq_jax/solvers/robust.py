@@ -182,7 +182,7 @@ class Part:
         self.whole, self.index = whole, index
         self.rtol, self.atol, self.max_steps = whole.rtol, whole.atol, whole.max_steps
         self.patience, self.flat = whole.patience, whole.flat
-        self.can_backtrack, self.next_point = whole.can_backtrack, whole.next_point
+        self.init, self.can_backtrack, self.next_point = whole.init, whole.can_backtrack, whole.next_point
 
     @property
     def solver(self) -> Solver:
@@ -203,6 +203,8 @@ class Part:
         update = member(self.solver, "round") or self.solver.update
         next_z, inner = updated(self.solver, update, residual, state.inner[self.index], z)
         return next_z - z, self._replaced(state, inner, next_z)
+
+    update = round  # only the loop calls it, which renews a full memory itself
 
     def is_full(self, state: RobustState) -> Bool[Array, ""] | bool:
         return member(self.solver, "is_full")(state.inner[self.index])
