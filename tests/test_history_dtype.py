@@ -34,8 +34,9 @@ def test_it_holds_half_and_what_it_reports_is_true(dtype, kept, rtol):
     assert full.stats.converged.all() and half.stats.converged.all()
     assert half.memory.dw.dtype == half.memory.dg.dtype == jnp.dtype(kept) and half.memory.g.dtype == dtype
     assert np.mean(half.stats.steps) <= 1.1 * np.mean(full.stats.steps) + 0.5
-    residual = cell(half.value, a, b) - half.value
-    np.testing.assert_allclose(jnp.linalg.norm(residual, axis=-1), half.stats.residual, rtol=1e-2)
+    residual = jnp.linalg.norm(cell(half.value, a, b) - half.value, axis=-1)
+    rounding = 4 * float(jnp.finfo(dtype).eps) * float(jnp.max(jnp.linalg.norm(half.value, axis=-1)))
+    np.testing.assert_allclose(residual, half.stats.residual, rtol=1e-3, atol=rounding)
     assert jnp.all(half.stats.residual <= rtol * jnp.linalg.norm(cell(half.value, a, b), axis=-1))
 
 
