@@ -419,7 +419,9 @@ def test_sharded_equals_single_device_with_one_small_all_reduce_a_step(Solver):
     np.testing.assert_allclose(got.value, want.value, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(got.stats.steps, want.stats.steps)
     collectives, sizes = collectives_in_loops(run.lower(*sharded).compile().as_text())
-    assert collectives == ["all-reduce"] and sizes[0] <= 4, (collectives, sizes)
+    # Whether all have stopped. Broyden asks in two loops, one in the other, and in a step in the inner one alone.
+    loops = 2 if isinstance(Solver(), deq.Broyden) else 1
+    assert collectives == ["all-reduce"] * loops and max(sizes) <= 4, (collectives, sizes)
 
 
 def collectives_in_loops(text):
