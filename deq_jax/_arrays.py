@@ -1,10 +1,12 @@
 """Arithmetic on arrays whose leading axes index independent problems. Knows nothing of solvers or adjoints."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
+
+T = TypeVar("T")
 
 # ---- division and roots ------------------------------------------------------------------------------------
 
@@ -97,6 +99,11 @@ def half_power(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def at_most(limit: int, size: Any) -> int:
     """The smaller of the two. A symbolic size, as in `jax.export`, counts as large."""
     return min(limit, size) if isinstance(size, int) else limit
+
+
+def settled(tree: T) -> T:
+    """The arrays, all computed before any is used: a GPU else computes small ones in each kernel that reads them."""
+    return jax.lax.optimization_barrier(tree)
 
 
 def zeros_from(x: Array) -> Array:

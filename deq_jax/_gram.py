@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._arrays import ratio, reciprocal, safe_sqrt, zeros_from
+from deq_jax._arrays import ratio, reciprocal, safe_sqrt, settled, zeros_from
 from deq_jax._rows import write_row
 
 SMALL = 8  # the most columns that one kernel eliminates; the compiler takes 29 s and more for 16 of them
@@ -146,7 +146,7 @@ def written_out(
     # One kernel brings all in the order of age, so that the next one has no index to compute.
     system = jnp.roll(system[:, ::-1], newest + 1, 1)
     system = jnp.concatenate([jnp.roll(system[:m][::-1], newest + 1, 0), system[m:]])
-    system = jax.lax.optimization_barrier(system)
+    system = settled(system)
     a = _lower_triangle(system, m + 1)
     squares, b = [a[i, i] for i in range(m)], [a[m, i] for i in range(m)]
     more = jax.lax.full_like(squares[0], 1) + ridge
@@ -165,7 +165,7 @@ def _in_two_blocks(system: Array, a: dict, squares: list, b: list, more: Array) 
     n = (m + 1) // 2
     rest = m - n
     leading = {place: x for place, x in a.items() if place[0] < n}
-    first = jax.lax.optimization_barrier(_factor(leading, squares[:n], m))
+    first = settled(_factor(leading, squares[:n], m))
     columns = [jax.lax.index_in_dim(system, j, 1, keepdims=False) for j in range(n)]  # each [m + 1, *batch]
     everywhere = lambda x: jnp.broadcast_to(x, (rest, rest + 1, *x.shape))
     sides = [jnp.broadcast_to(column[None, n:], (rest, rest + 1, *column.shape[1:])) for column in columns]
@@ -174,7 +174,7 @@ def _in_two_blocks(system: Array, a: dict, squares: list, b: list, more: Array) 
     is_diagonal = _index(rest, 0, schur.ndim) == _index(rest + 1, 1, schur.ndim)
     schur = schur * jnp.where(is_diagonal, more[None, None], 1)
     schur = schur - sum(jnp.broadcast_to(columns[j][n:m, None], schur.shape) * x[j] for j in range(n))
-    schur = jax.lax.optimization_barrier(schur)
+    schur = settled(schur)
     right = [jax.lax.index_in_dim(schur[:, rest], i, 0, keepdims=False) for i in range(rest)]
     last = _substitute(_factor(_lower_triangle(schur, rest), squares[n:], m), right)
     left = [_minus(b[i], *((a[n + j, i], last[j]) for j in range(rest))) for i in range(n)]

@@ -44,6 +44,15 @@ def communicating_axes(jaxpr: Jaxpr) -> set:
     return found
 
 
+def gathers(jaxpr: Jaxpr) -> bool:
+    """Whether a jaxpr brings together what lies on several devices, or says where it is to lie."""
+    return any(is_gather(eqn.primitive) or any(map(gathers, sub_jaxprs(eqn))) for eqn in jaxpr.eqns)
+
+
+def is_gather(primitive: Any) -> bool:
+    return any(name in primitive.name for name in (*COLLECTIVES, "sharding_constraint", "reshard"))
+
+
 def _bound_axes(eqn: Any) -> set:
     """The named axes that this equation binds for the jaxprs inside it."""
     if "pmap" in eqn.primitive.name:

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._arrays import aligned, at_most, one_hot, per_entry, ratio, reciprocal, safe_sqrt, zeros_from
+from deq_jax._arrays import aligned, at_most, one_hot, per_entry, ratio, reciprocal, safe_sqrt, settled, zeros_from
 from deq_jax._rows import combine, products, repeated, write_row_of_each
 from deq_jax._states import choose, zeros_like
 from deq_jax._vectors import Rows, Vec, each, norm, scaled, size, zero_of
@@ -96,7 +96,7 @@ def new_column(krylov: Krylov, basis: Rows, product: Vec, whole: Float[Array, "*
     w, h = orthogonalize(product, basis, rows <= k)
     b = norm(w)
     independent = b > 100 * float(jnp.finfo(product.dtype).eps) * whole
-    b = jax.lax.optimization_barrier(jnp.where(independent, b, 0))
+    b = settled(jnp.where(independent, b, 0))
     unit = choose(b > 0, scaled(reciprocal(b), w), zeros_like(w))
     return Column(jnp.where(rows == k + 1, b[..., None], h), b, unit)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from deq_jax._arrays import may_be_sharded, per_entry, zeros_from
-from deq_jax._vectors import Vec, Vector, norm
+from deq_jax._vectors import Vec, Vector, norm, norms
 
 FEW_LEAVES = 16  # above, a state is laid out in one array
 
@@ -77,6 +77,10 @@ class Layout:
     def round(self, vector: Vec) -> Vec:
         """The vectors, rounded to the dtypes of the leaves."""
         return vector if self._is_exact else self.pack(self.unpack(vector))
+
+    def norms_of(self, *vectors: Vec) -> tuple[Float[Array, "*norms"], ...]:
+        """`norms` of each vector, in one pass over all where that is possible."""
+        return tuple(map(self.norms, vectors)) if self.several else norms(*vectors)
 
     def norms(self, vector: Vec) -> Float[Array, "*norms"]:
         """The norm of each leaf: `*norms` is `*batch leaves`, or `*batch` for a single leaf.

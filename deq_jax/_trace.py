@@ -13,7 +13,7 @@ from jax.core import Tracer, eval_jaxpr
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import PyTree
 
-from deq_jax._jaxprs import communicating_axes, program_key, tree_key, without_constants
+from deq_jax._jaxprs import communicating_axes, gathers, program_key, tree_key, without_constants
 from deq_jax._states import named_leaves
 
 # ---- what f reads ------------------------------------------------------------------------------------------
@@ -46,6 +46,11 @@ class Traced:
     def axes(self) -> tuple:
         """Named axes (of vmap, pmap or shard_map) along which the function communicates."""
         return tuple(sorted(communicating_axes(self.jaxpr), key=str))
+
+    @functools.cached_property
+    def gathers(self) -> bool:
+        """Whether it brings together what lies on several devices."""
+        return gathers(self.jaxpr)
 
     @functools.cached_property
     def key(self) -> Hashable:
@@ -88,12 +93,17 @@ def axes_of(f: Callable) -> tuple:
     return getattr(f, "axes", ())
 
 
-class Bound:
-    """f with its last arguments given, and the named axes along which f communicates."""
+def gathers_of(f: Callable) -> bool:
+    """Whether f is known to bring together what lies on several devices."""
+    return getattr(f, "gathers", False)
 
-    def __init__(self, f: Callable, *reads: Any, axes: tuple | None = None):
+
+class Bound:
+    """f with its last arguments given. It communicates as f does, or as the function `like` that f calls."""
+
+    def __init__(self, f: Callable, *reads: Any, like: Callable | None = None):
         self.f, self.reads = f, reads
-        self.axes = axes_of(f) if axes is None else axes
+        self.axes, self.gathers = axes_of(like or f), gathers_of(like or f)
 
     def __call__(self, *args: PyTree) -> PyTree:
         return self.f(*args, *self.reads)

@@ -147,7 +147,7 @@ def fixed_point(
 
 
 def _fixed_point(cell, batch_ndim, has_aux, z0, inputs, other, solver, adjoint, probe):
-    f = Bound(lambda *reads: cell(*reads)[0], axes=cell.axes) if has_aux else cell
+    f = Bound(lambda *reads: cell(*reads)[0], like=cell) if has_aux else cell
     problem = Problem(f, inputs, other, batch_ndim)
     z, stats, given = solve_differentiably(adjoint, problem, z0, solver, probe)
     stats = jax.lax.stop_gradient(stats)

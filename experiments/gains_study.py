@@ -246,7 +246,7 @@ def traffic(programs: Programs, solver: Any) -> dict[str, float]:
     """Bytes that XLA counts as accessed: by f, by one update of `solver`, by one pass of the loop; of one state."""
     z = jnp.zeros(programs.drawn.z_shape)
     flat = z.reshape(len(z), -1)
-    memory = solver.init(flat)
+    memory, layout = solver.init(flat), carry.layout_for(solver, z, 1)
     x = programs.inject(programs.params)
     f = lambda z: programs.cell(z, programs.params, x)
     costs: Callable[..., Any] = lambda f, *args: jax.jit(f).lower(*args).compile().cost_analysis()
@@ -254,7 +254,7 @@ def traffic(programs: Programs, solver: Any) -> dict[str, float]:
     return {
         "f": accessed(f, z),
         "update": accessed(solver.update, flat, memory, flat),
-        "evaluation": accessed(loop.make_body(f, z, solver, 1), carry.init_carry(z, solver, 1)),
+        "evaluation": accessed(loop.make_body(f, solver, layout), carry.init_carry(z, solver, layout)),
         "state": float(flat.nbytes),
     }
 

@@ -102,7 +102,7 @@ def default_backward(forward: Solver, z: PyTree, batch_ndim: int) -> Solver:
     # Anderson sees the GMRES residual multiplied by J, so it can grow while GMRES is converging. Restarting then lost
     # backward solves of experiments/backward_study.py, hence `growth`; so did half the budget.
     options: Any = dict(max_steps=_twice(forward.max_steps), history=16, growth=10.0)
-    options["history_dtype"] = getattr(forward, "history_dtype", None)
+    options |= dict(history_dtype=getattr(forward, "history_dtype", None))
     rtol: Any = 0.1 * _relative_tolerance(forward, jax.lax.stop_gradient(z), batch_ndim)
     # f rounds u to the state's dtype. In four dtypes, all solves converged at 1 eps, with an error of 1 to 3 eps. With
     # no floor most ended as STALLED after up to 4 times the products, hardly nearer; at 2 eps the error was double.

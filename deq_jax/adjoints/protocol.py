@@ -53,7 +53,7 @@ class Problem:
         if not jax.tree.leaves(carried):
             return self
         f = lambda z, inputs, other: holding(self.f, other[1])(z, inputs, other[0])
-        return Problem(Bound(f, axes=self.axes), self.inputs, (self.other, carried), self.batch_ndim)
+        return Problem(Bound(f, like=self.f), self.inputs, (self.other, carried), self.batch_ndim)
 
     @property
     def frozen(self) -> Callable[[PyTree], PyTree]:

@@ -67,7 +67,7 @@ class Shine:
 
         def solve(unit):
             cell = backward_cell(problem, forward.z, unit)
-            conjugated = Bound(lambda u: conj(cell(conj(u))), axes=problem.axes)
+            conjugated = Bound(lambda u: conj(cell(conj(u))), like=problem.f)
             u, stats, *_ = run_loop(conjugated, conj(unit), solver, problem.batch_ndim, memory=memory)
             return conj(u), stats
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax import _gram
-from deq_jax._arrays import root_of_sums, zeros_from
+from deq_jax._arrays import root_of_sums, settled, zeros_from
 from deq_jax._checks import check_number
 from deq_jax._config import STATIC, Number, config
 from deq_jax._rows import combine, count_rows, products, repeated, row, rows_one_by_one, write_row
@@ -157,7 +157,7 @@ class Anderson(LoopOptions):
         # What was found of each problem is computed by one kernel, and not again by each that works on vectors. `new`
         # is asked in other words than above: of the same words XLA makes one mask, with a kernel of its own.
         new = known & (jnp.isfinite(square) & (square > 0))
-        last, gamma, new, back = jax.lax.optimization_barrier((last, gamma, new, last == BACK))
+        last, gamma, new, back = settled((last, gamma, new, last == BACK))
         dws = write_row(state.dw, w - state.w, slot, new)  # (2)
         step = plain_step - weighted_sum(gamma, dws, slot)  # (4)
         step = choose(back, state.w - z, step)
@@ -224,7 +224,7 @@ def measure_and_write(dg, g, before, known, slot) -> Difference:
     *of_d, square, newest, plain, downs = sums(*one_by_one, product(d, d), product(d, g), plain, downs)
     of_d = _gram.stacked(of_d) if few else products(dg, d)
     # The kernel that writes computes d and its mask again, because to keep them would cost a pass and a kernel.
-    before, square_again = jax.lax.optimization_barrier((before, square))
+    before, square_again = settled((before, square))
     d = g - before if few else d
     dg = write_row(dg, d, slot, is_new(square_again, known))
     return Difference(dg, of_d, square, newest, root_of_sums(plain, None, downs), jnp.isfinite(downs))

@@ -24,22 +24,19 @@ Solved for B g⁺, (4) gives u in terms of dz and d, hence of dz and the next st
          rejected  u = −1 / ‖dz‖² dz + t / ‖dz‖² d
 """
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax import _low_rank
-from deq_jax._arrays import at_most, einsum, one_hot, ratio, safe_sqrt
+from deq_jax._arrays import at_most, einsum, one_hot, ratio, safe_sqrt, settled
 from deq_jax._checks import check_number
 from deq_jax._config import Number, config
 from deq_jax._rows import appended, combine, first_rows, products, repeated, row, with_first_rows, write_row
 from deq_jax._states import choose, zeros_like
 from deq_jax._vectors import Rows, Vec, divided, dot, is_same, norm, scaled, size, zero_of
 from deq_jax.solvers.protocol import LoopOptions, Renewing, check_sees_all
-
-Small = TypeVar("Small", bound=tuple)
 
 GROWTH = 1.5  # a step that makes the residual grow by this factor is rejected
 DAMPED_BELOW = 0.1  # Moré & Trangenstein's σ: an update may shrink det B⁻¹ by no more than this
@@ -146,14 +143,14 @@ class Broyden(Renewing, LoopOptions):
         slots, last, new = state.core.shape[-1], state.count - 1, state.count
         is_last, is_new = (one_hot(slot, slots, state.core[..., 0]) for slot in (last, new))
         dz, g_norm = z - state.z, norm(residual)
-        move = in_one_kernel(last_move(state, dz, row(state.steps, last), g_norm, self.line_search))
+        move = settled(last_move(state, dz, row(state.steps, last), g_norm, self.line_search))
         g = choose(move.finite, residual, zeros_like(residual))
         from_z, from_g, from_norm = choose(move.rejected, (state.z, state.g, state.g_norm), (z, g, g_norm))
 
         steps = write_row(state.steps, divided(dz, move.scaling), last, move.taken)
         core = jnp.where(move.reset[..., None, None], 0, state.core)
         with_B = products_with_B(core, steps, g, dz, move.scaling[..., None] * is_last)
-        weights = in_one_kernel(weights_of(dot(with_B.dz_B, with_B.s_g), move))
+        weights = settled(weights_of(dot(with_B.dz_B, with_B.s_g), move))
         B_g = combine(with_B.g_in_steps, steps) - g
         direction = scaled(weights.d_of_Bg, B_g) + scaled(weights.d_of_dz, dz)  # (4)
         step, step_size, useless = self._next_step(direction, from_z, from_g, from_norm, move)
@@ -163,7 +160,7 @@ class Broyden(Renewing, LoopOptions):
         last_used = jnp.where(weights.usable, new, jnp.where(move.reset, -1, state.last_used))
         useless, last_used = useless & move.moved, jnp.where(useless & move.moved, -1, last_used)
         small = ratio(weights.u_of_d, step_size), step_size, useless, last_used, motion.astype(jnp.int32), cuts
-        of_new, step_size, useless, last_used, motion, cuts = in_one_kernel(small)
+        of_new, step_size, useless, last_used, motion, cuts = settled(small)
         u = (weights.u_of_dz * move.scaling)[..., None] * is_last + of_new[..., None] * is_new
         core = core + jnp.where(weights.usable[..., None, None], u[..., :, None] * with_B.dz_B[..., None, :], 0)  # (2)
         core = jnp.where(useless[..., None, None], 0, core)
@@ -196,7 +193,7 @@ class Broyden(Renewing, LoopOptions):
         step = scaled(self.damping, direction)
         length, longest = norm(step), jnp.where(move.finite, 0.5, 0.1) * safe_sqrt(move.dz_dz)
         cut = jnp.where(move.rejected & (length > longest), ratio(longest, length), 1)
-        cut, length = in_one_kernel((cut, length))
+        cut, length = settled((cut, length))
         step, step_size = scaled(cut, step), cut * self.damping
         # A memory is useless if it has overflowed, or if it gives no step although there is a residual.
         stays = is_same(z + step, z)
@@ -206,11 +203,6 @@ class Broyden(Renewing, LoopOptions):
 
 
 # ---- one update --------------------------------------------------------------------------------------------
-
-
-def in_one_kernel(small: Small) -> Small:
-    """The small arrays, all computed before any is used. A GPU else computes them in many kernels, parts repeatedly."""
-    return jax.lax.optimization_barrier(small)
 
 
 def last_move(state: BroydenState, dz: Vec, s: Vec, g_norm: Float[Array, "*batch"], line_search: int) -> Move:
@@ -246,7 +238,7 @@ def products_with_B(core: Array, steps: Rows, g: Vec, dz: Vec, dz_in_steps: Arra
     s_g, s_dz = products(steps, g), products(steps, dz)  # a pass for each: as one product they are slower
     g_in_steps = einsum("...ij,...j->...i", core, s_g)
     dz_B = einsum("...ij,...i->...j", core, s_dz) - dz_in_steps
-    return in_one_kernel(ProductsWithB(s_g, g_in_steps, dz_B))
+    return settled(ProductsWithB(s_g, g_in_steps, dz_B))
 
 
 def damped(

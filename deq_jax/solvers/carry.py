@@ -47,9 +47,8 @@ class Verdict(NamedTuple):
     per_unit: Float[Array, "*batch"]
 
 
-def init_carry(z0: PyTree, solver: Solver, batch_ndim: int, memory: Any = None, fold: Fold | None = None) -> Carry:
+def init_carry(z0: PyTree, solver: Solver, layout: Layout, memory: Any = None, fold: Fold | None = None) -> Carry:
     """The carry before the first evaluation."""
-    layout = layout_for(solver, z0, batch_ndim)
     z = layout.pack(z0)
     # Carries are made from the data, never from a bare constant: under sharding they inherit its type.
     zero = zero_of(z)
@@ -69,7 +68,7 @@ def init_carry(z0: PyTree, solver: Solver, batch_ndim: int, memory: Any = None, 
         steps=count,
         status=status,
         solver=solver.init(z) if memory is None else member(solver, "resume")(memory),
-        folded=None if fold is None else fold.init(z0, batch_ndim),
+        folded=None if fold is None else fold.init(z0, layout.batch_ndim),
         evaluation=jnp.zeros((), jnp.int32),
         carried=carried,
         best_carried=carried,

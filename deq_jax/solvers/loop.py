@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
-from deq_jax._arrays import half_power
+from deq_jax._arrays import half_power, settled
 from deq_jax._config import cast_options, with_options
 from deq_jax._gathers import gathered_once
 from deq_jax._states import Layout, choose, join, split, wide_dtype
@@ -46,13 +46,13 @@ def run_loop(
     along them are one coupled problem, and stop together.
     """
     f, solver = gathered_once(f, z0), cast_options(solver, wide_dtype(z0))
-    carry = init_carry(z0, solver, batch_ndim, memory, fold)
     layout = layout_for(solver, z0, batch_ndim)
+    carry = init_carry(z0, solver, layout, memory, fold)
     # Not one after the other where problems are evaluated together: by an f that communicates, or for a fold, which
     # counts the evaluations of the batch.
     parts = member(solver, "parts") if fold is None and not axes_of(f) else ()
     for i, part in enumerate(parts or (solver,)):
-        body = make_body(f, z0, part, batch_ndim, fold)
+        body = make_body(f, part, layout, fold)
         carry = begun(carry, part, layout) if i else carry
         carry = run_while(lambda carry, part=part: jnp.any(is_on(carry, part)), body, carry, part, layout)
     return finalize(carry, layout)
@@ -98,11 +98,8 @@ def with_next_point(carry: Carry, solver: Solver, change: str, where: Array, lay
     return carry._replace(z=choose(where, layout.round(z), carry.z), solver=state)
 
 
-def make_body(
-    f: Callable, z0: PyTree, solver: Solver, batch_ndim: int, fold: Fold | None = None
-) -> Callable[[Carry], Carry]:
+def make_body(f: Callable, solver: Solver, layout: Layout, fold: Fold | None = None) -> Callable[[Carry], Carry]:
     """The body of the loop: one evaluation that is tested, after `test_every` − 1 that only move z."""
-    layout = layout_for(solver, z0, batch_ndim)
     tested = make_evaluation(f, layout, solver, fold)
     if member(solver, "test_every") == 1:
         return tested
@@ -126,7 +123,7 @@ def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | No
         verdict = judged(carry, norms)
         if member(solver, "scale_free"):
             # The verdict is computed once, and not again by each kernel that works on vectors: they read its results.
-            verdict, residual = jax.lax.optimization_barrier((verdict, residual))
+            verdict, residual = settled((verdict, residual))
         after = noted(carry, verdict, is_on(carry, solver), split(fz_tree)[1])
         with jax.named_scope(type(solver).__name__):
             z, state = advance(solver, carry.solver, residual, carry.z, verdict)

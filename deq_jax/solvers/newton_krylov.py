@@ -23,12 +23,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax import _krylov
-from deq_jax._arrays import one_hot, ratio, reciprocal, zeros_from
+from deq_jax._arrays import one_hot, ratio, reciprocal, settled, zeros_from
 from deq_jax._checks import check_number
 from deq_jax._config import Number, config
 from deq_jax._rows import combine
 from deq_jax._states import choose, zeros_like
-from deq_jax._vectors import Rows, Vec, divided, norm, scaled, zero_of
+from deq_jax._vectors import Rows, Vec, divided, norms, scaled, zero_of
 from deq_jax.solvers.protocol import LoopOptions, check_sees_all
 
 ACCEPTED = 1e-4  # part of the predicted decrease of ‖g‖² that a step must bring
@@ -121,7 +121,7 @@ class NewtonKrylov(LoopOptions):
     def update(self, residual: Vec, state: NewtonKrylovState, z: Vec) -> tuple[Vec, NewtonKrylovState]:
         # On a GPU a barrier keeps XLA from computing small things again, piece by piece, in the kernels that need them.
         verdict = self._assess(sizes_at(residual, state, z), state)
-        verdict, last_g = jax.lax.optimization_barrier((verdict, state.g))
+        verdict, last_g = settled((verdict, state.g))
         used, new = verdict.used, verdict.new
 
         change = residual - last_g
@@ -129,7 +129,7 @@ class NewtonKrylov(LoopOptions):
         krylov = state.krylov._replace(beta=verdict.g_norm)
         column = _krylov.new_column(krylov, state.basis, product, verdict.product_norm)
         krylov = _krylov.restart(_krylov.extend(krylov, column, used), verdict.g_norm, new)
-        krylov = jax.lax.optimization_barrier(krylov)
+        krylov = settled(krylov)
         # Each problem has at most one new vector: the first of a new space, or the one that the product has led to.
         unit = choose(new, scaled(reciprocal(verdict.g_norm), residual), column.unit)
         basis = _krylov.with_newest(krylov, state.basis, unit, new | used)
@@ -203,7 +203,7 @@ class Sizes(NamedTuple):
 def sizes_at(residual: Vec, state: NewtonKrylovState, z: Vec) -> Sizes:
     vectors = Sizes(residual, z - state.z, residual - state.g, z, z + residual)
     # Stacked, they are made by one kernel.
-    sizes = jax.lax.optimization_barrier(jnp.stack([norm(x) for x in vectors], axis=-1))
+    sizes = settled(jnp.stack(norms(*vectors), axis=-1))
     return Sizes(*(sizes[..., i] for i in range(len(vectors))))
 
 

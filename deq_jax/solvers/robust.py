@@ -14,7 +14,7 @@ from deq_jax._states import choose, zeros_like
 from deq_jax._vectors import Vec, norm, zero_of
 from deq_jax.solvers.broyden import Broyden
 from deq_jax.solvers.newton_krylov import NewtonKrylov
-from deq_jax.solvers.protocol import LoopOptions, Solver, check_sees_all, member
+from deq_jax.solvers.protocol import LoopOptions, Renewing, Solver, check_sees_all, member
 
 BLOWN_UP = 1e4  # a residual this many times the best one ends a stage
 
@@ -153,7 +153,7 @@ class Robust(LoopOptions):
         """(next_z, inner) after one update of each solver that is in charge of a problem."""
         next_z, states = z, []
         for i, old in enumerate(inner):
-            solver, in_charge = with_options(self.stages[i], rtol=self.rtol, atol=self.atol), stage == i
+            solver, in_charge = stage_of(self, i), stage == i
             begins = in_charge & enters
 
             def run(old, solver=solver, begins=begins):
@@ -167,13 +167,18 @@ class Robust(LoopOptions):
         return next_z, tuple(states)
 
 
+def stage_of(composite: "Robust | Part", index: int) -> Solver:
+    """One of the stages, with the tolerances of the composite."""
+    return with_options(composite.stages[index], rtol=composite.rtol, atol=composite.atol)
+
+
 def updated(solver: Solver, update: Callable, g: Vec, state: Any, z: Vec) -> tuple[Vec, Any]:
     """(the next point, the state) of one solver."""
     step, state = update(g, state, z)
     return member(solver, "next_point")(state, z + step), state
 
 
-class Part:
+class Part(Renewing):
     """One stage of a `Robust`, for a loop of its own. Its state is that of the whole."""
 
     recovers = scale_free = True
@@ -181,12 +186,12 @@ class Part:
     def __init__(self, whole: Robust, index: int):
         self.whole, self.index = whole, index
         self.rtol, self.atol, self.max_steps = whole.rtol, whole.atol, whole.max_steps
-        self.patience, self.flat = whole.patience, whole.flat
+        self.stages, self.patience, self.flat = whole.stages, whole.patience, whole.flat
         self.init, self.can_backtrack, self.next_point = whole.init, whole.can_backtrack, whole.next_point
 
     @property
     def solver(self) -> Solver:
-        return with_options(self.whole.stages[self.index], rtol=self.rtol, atol=self.atol)
+        return stage_of(self, self.index)
 
     def takes(self, state: RobustState) -> Bool[Array, "*batch"]:
         return state.stage == self.index
@@ -203,8 +208,6 @@ class Part:
         update = member(self.solver, "round") or self.solver.update
         next_z, inner = updated(self.solver, update, residual, state.inner[self.index], z)
         return next_z - z, self._replaced(state, inner, next_z)
-
-    update = round  # only the loop calls it, which renews a full memory itself
 
     def is_full(self, state: RobustState) -> Bool[Array, ""] | bool:
         return member(self.solver, "is_full")(state.inner[self.index])

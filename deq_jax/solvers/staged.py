@@ -24,7 +24,7 @@ def run_loop_in_stages(
 
     def run(carry: Carry, solver: Solver, args: tuple, sizes: tuple[int, ...]) -> Carry:
         left, count = sizes[0] if sizes else 0, carry.status.size
-        body = make_body(bind(args), z0, solver, 1)
+        body = make_body(bind(args), solver, layout)
         carry = run_while(lambda carry: jnp.sum(carry.status == RUNNING) > left, body, carry, solver, layout)
         if not sizes:
             return carry
@@ -35,7 +35,7 @@ def run_loop_in_stages(
 
     solver = cast_options(solver, wide_dtype(z0))
     layout = layout_for(solver, z0, 1)
-    end = run(init_carry(z0, solver, 1), solver, args, sizes)
+    end = run(init_carry(z0, solver, layout), solver, args, sizes)
     return finalize(end, layout)._replace(memory=None)
 
 

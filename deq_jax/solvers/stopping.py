@@ -26,7 +26,6 @@ from jaxtyping import Array, Bool, Float, Int
 from deq_jax._arrays import ratio, zeros_from
 from deq_jax._states import Layout
 from deq_jax._vectors import Vec, norm
-from deq_jax._vectors import norms as norms_of
 from deq_jax.solvers.protocol import Solver, Stats, Status
 
 RUNNING = -1  # the status of a problem whose solve goes on
@@ -47,9 +46,7 @@ class Norms(NamedTuple):
 
 
 def norms_at(z: Vec, fz: Vec, layout: Layout) -> Norms:
-    if layout.several:
-        return Norms(layout.norms(fz - z), layout.norms(fz))
-    return Norms(*norms_of(fz - z, fz))
+    return Norms(*layout.norms_of(fz - z, fz))
 
 
 def has_converged(norms: Norms, solver: Solver, layout: Layout) -> Bool[Array, "*batch"]:
