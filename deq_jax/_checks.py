@@ -207,7 +207,7 @@ def check_solver(value: Any, where: str) -> None:
 def check_adjoint(value: Any, where: str) -> None:
     """Raise TypeError unless the value, which a user passed as `where`, is an adjoint of either kind."""
     method = lambda name: getattr(value, name, None)
-    for name in ("pullback", "run", "pushforward", "keep", "check"):
+    for name in ("pullback", "run", "pushforward", "keep", "check", "bind"):
         if not isinstance(value, type) and method(name) is not None and not callable(method(name)):
             raise TypeError(
                 f"{where}: {type(value).__name__}.{name} must be a method of an adjoint, got {method(name)!r}"

@@ -202,6 +202,10 @@ def add(a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(jnp.add, a, b)
 
 
+def subtract(a: PyTree, b: PyTree) -> PyTree:
+    return jax.tree.map(jnp.subtract, a, b)
+
+
 def conj(tree: PyTree) -> PyTree:
     """The complex conjugate. A solver takes a complex state as two reals, where Jᵀ acts as vjp does on conjugates."""
     return jax.tree.map(jnp.conj, tree)

@@ -15,7 +15,7 @@ from deq_jax._states import join, split
 from deq_jax._trace import Bound, flag
 from deq_jax.adjoints import Adjoint, ForwardResult, Implicit, IterationAdjoint, Probe, Problem
 from deq_jax.adjoints.equilibrium import at_equilibrium, solve_differentiably
-from deq_jax.adjoints.protocol import member
+from deq_jax.adjoints.protocol import bound_to, member
 from deq_jax.solvers import Anderson, Fold, Solver, SolveResult, Stats, run_loop
 from deq_jax.solvers.carry import vector_type
 from deq_jax.solvers.protocol import check_sees_all, plain_at_runtime
@@ -140,6 +140,7 @@ def fixed_point(
     check_start(z0)
     member(adjoint, "check")(z0, solver)  # here, outside the jit below, its numbers are still numbers
     cell, z0, inputs, other = hoist_cell(f, z0, args, has_aux, gather)
+    adjoint = bound_to(adjoint, z0)
     probe = Probe.like(z0, batch_ndim) if probe is None else probe
     if flag("jax_disable_jit") and not isinstance(adjoint, IterationAdjoint):
         return _step_by_step(f, z0, args, solver, adjoint, batch_ndim, has_aux, probe)
@@ -265,6 +266,7 @@ def attach(
         )
     member(adjoint, "check")(start, solver)
     cell, start, inputs, other = hoist_cell(f, start, args)
+    adjoint = bound_to(adjoint, start)
     probe = Probe.like(start, batch_ndim) if probe is None else probe
     if found is not None:
         check_found(found, start, batch_ndim)

@@ -79,10 +79,9 @@ def _implicit(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.Struc
     given = info.default if isinstance(info.default, cls) else cls(deq.Anderson(**BACKWARD))
     types = {"solver": BackwardOption, "on_failure": deq.OnFailure}
     texts = {"solver": "of the backward equilibrium", "on_failure": "the gradient of a problem that failed"}
-    fields = [field.name for field in dataclasses.fields(cls)]
     options = [
         tyro.constructors.StructFieldSpec(name=n, type=types[n], default=getattr(given, n), helptext=texts[n])
-        for n in fields
+        for n in types
     ]
     return tyro.constructors.StructConstructorSpec(instantiate=cls, fields=tuple(options))
 
@@ -162,12 +161,14 @@ ADDED: dict[str, Any] = {
     "aux_every": 0,
     "aux_weight": 0.05,
 }
-ADDED_TO_SOLVERS: dict[str, Any] = {"test_every": 1, "history_dtype": None}
+ADDED_TO_SOLVERS: dict[str, Any] = {"test_every": 1, "history_dtype": None, "linear": None, "preconditioner": None}
+ADDED_TO_JVP: dict[str, Any] = {"on_failure": "KEEP"}  # `Implicit` had it before
 
 
 def without_added(config: dict[str, Any], added: dict[str, Any] = ADDED) -> dict[str, Any]:
     """A configuration in JSON as it was before the options of `added`, where they have their old values."""
-    old = lambda value: without_added(value, ADDED_TO_SOLVERS) if isinstance(value, dict) else value
+    of_jvp = lambda value: ADDED_TO_JVP if value.get("__type__") == "ImplicitJVP" else {}
+    old = lambda value: without_added(value, ADDED_TO_SOLVERS | of_jvp(value)) if isinstance(value, dict) else value
     return {name: old(value) for name, value in config.items() if name not in added or value != added[name]}
 
 

@@ -265,8 +265,8 @@ MUTANTS = [
     Mutant(
         "the policies changed over",
         IMPLICIT,
-        "unit if self.on_failure == OnFailure.ONE_STEP",
-        "unit if self.on_failure == OnFailure.ZERO",
+        "unit if adjoint.on_failure == OnFailure.ONE_STEP",
+        "unit if adjoint.on_failure == OnFailure.ZERO",
         "test_adjoint_family.py -k policies_act",
     ),
     Mutant(

@@ -44,8 +44,14 @@ def solve_backward(
 
 def backward_cell(problem: Problem, z: PyTree, unit: PyTree) -> Callable[[PyTree], PyTree]:
     """The map u ↦ unit + Jᵀ u of equation (2), linearized at z once."""
+    along_z = transposed_product(problem, z)
+    return lambda u: add(unit, along_z(u))
+
+
+def transposed_product(problem: Problem, z: PyTree) -> Callable[[PyTree], PyTree]:
+    """The map u ↦ Jᵀ u, linearized at z once."""
     _, along_z = jax.vjp(problem, z)
-    return lambda u: add(unit, along_z(u)[0])
+    return lambda u: along_z(u)[0]
 
 
 def after(z: PyTree, u: PyTree, stats: Stats) -> PyTree:

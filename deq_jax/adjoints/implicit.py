@@ -1,6 +1,7 @@
 """The exact gradient, by the implicit function theorem, in reverse mode."""
 
 import enum
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,12 +11,14 @@ from jaxtyping import PyTree
 from deq_jax._arrays import ratio
 from deq_jax._checks import check_solver
 from deq_jax._config import MAX_STEPS, config
-from deq_jax._states import Layout, choose, eps_of, zeros_like
-from deq_jax._trace import hoist
-from deq_jax.adjoints.backward import backward_cell, solve_backward
-from deq_jax.adjoints.equilibrium import solve_differentiably
+from deq_jax._states import Layout, add, choose, eps_of, frozen, split, zeros_like
+from deq_jax._trace import Bound, hoist
+from deq_jax.adjoints.backward import solve_backward, transposed_product
+from deq_jax.adjoints.equilibrium import at_equilibrium, solve_differentiably
+from deq_jax.adjoints.linear import check_call, check_fits, check_linear, is_plain, solve_system
+from deq_jax.adjoints.preconditioner import bound, check_is_linear, check_preconditioner, with_transposed
 from deq_jax.adjoints.protocol import ForwardResult, Probe, Problem
-from deq_jax.solvers import Anderson, Solver
+from deq_jax.solvers import Anderson, Solver, Stats
 from deq_jax.solvers.stopping import by_leaf, over_leaves
 
 LOOSEST = 0.1  # relative tolerance that an absolute one may ask for, of a state near zero
@@ -42,6 +45,18 @@ class Implicit:
     and the tolerance never asks for more than the state's dtype can hold. Reverse mode of any order; for forward mode
     use `ImplicitJVP`.
 
+    `linear` takes another solver for that linear system, (I − Jᵀ) u = z̄: `Dense()` for small problems, a solver of
+    lineax (with tags, `Lineax(solver, tags)`), or a callable (matvec, rmatvec, b) -> (u, info). matvec is v ↦ v − Jᵀ v,
+    rmatvec its transpose v ↦ v − J v, and b and u are pytrees like z, of floats alone, with all its batch axes: f takes
+    a whole batch, so a callable sees one block-diagonal system, and problems share its inner products. Where f
+    communicates along named axes, a callable has to sum over them too. It may be a `jax.tree_util.Partial`, and must be
+    one where it reads traced arrays. `preconditioner` is a linear function P ≈ (I − J)⁻¹ of a state like z, whose
+    transpose is used here: by our solvers on the left, by others on the right. It may capture any array.
+
+    Whoever solves, one more product measures the residual ‖z̄ + Jᵀu − u‖ of each problem, and the tolerance of `solver`
+    judges it: CONVERGED, MAX_STEPS where it is not met, or NONFINITE, in which case u = z̄ is taken. info is not read.
+    `Probe.steps` counts that product and those of our solvers and of `Dense`. Those of a callable are not known.
+
     `on_failure` decides, problem by problem, what happens when a solve did not converge, in either direction. The
     default keeps the best iterate, which is finite and no larger than its residual allows, and leaves the flag to
     `Stats.status` and `Probe.status`. No policy helps where f itself is NaN or Inf at the returned z, because then its
@@ -56,41 +71,59 @@ class Implicit:
 
     solver: Solver | None = None
     on_failure: OnFailure = OnFailure.KEEP
+    linear: Any = None
+    preconditioner: Any = None
 
     def __post_init__(self):
-        check_backward_solver(self)
-        if not isinstance(self.on_failure, OnFailure):
-            names = ", ".join(f"OnFailure.{p.name}" for p in OnFailure)
-            raise TypeError(f"Implicit.on_failure must be one of {names}; got {self.on_failure!r}")
+        check_exact(self)
+
+    def check(self, z0: PyTree, solver: Solver) -> None:
+        check_system(self, z0)
+
+    def bind(self, z0: PyTree) -> "Implicit":
+        return bound(self, z0)
 
     def keep(self, problem: Problem, forward: ForwardResult) -> ForwardResult:
         return with_backward_solver(self, problem, forward)
 
     def pullback(self, problem: Problem, forward: ForwardResult, z_bar: PyTree) -> tuple[list, Probe]:
-        def solve(unit):
-            u, stats = solve_linear(self, backward_cell(problem, forward.z, unit), unit, problem, forward)
-            if self.on_failure == OnFailure.KEEP:
-                return u, stats
-            sound = stats.sound if forward.stats is None else stats.sound & forward.stats.sound
-            return choose(sound, u, unit if self.on_failure == OnFailure.ONE_STEP else zeros_like(unit)), stats
+        return exact_pullback(self, problem, forward, z_bar)
 
-        inputs_bar, stats = solve_backward(problem, forward.z, z_bar, solve)
-        return inputs_bar, Probe.of(stats)
+
+def exact_pullback(adjoint: Any, problem: Problem, forward: ForwardResult, z_bar: PyTree) -> tuple[list, Probe]:
+    """The pullback of `Implicit` and of `ImplicitJVP`."""
+    product = transposed_product(problem, forward.z)
+    solve = lambda unit: solve_linear(with_transposed(adjoint), product, unit, problem, forward)
+    inputs_bar, stats = solve_backward(problem, forward.z, z_bar, solve)
+    return inputs_bar, Probe.of(stats)
 
 
 def solve_linear(
-    adjoint: Any, cell: Any, start: PyTree, problem: Problem, forward: ForwardResult
-) -> tuple[PyTree, Any]:
-    """(u, stats) with u = cell(u), differentiable by the same adjoint: a derivative of any order is implicit too."""
-    pure, inputs, other = hoist(cell, start)
-    linear = Problem(pure, inputs, other, problem.batch_ndim)
-    probe = Probe.like(start, problem.batch_ndim)
-    u, stats, _ = solve_differentiably(adjoint, linear, start, forward.solver, probe)
-    return u, stats
+    adjoint: Any, product: Callable, unit: PyTree, problem: Problem, forward: ForwardResult
+) -> tuple[PyTree, Stats]:
+    """(u, stats) with u = unit + product(u), or what the failure policy says, differentiable by the same adjoint.
+
+    So a derivative of any order is implicit too. A preconditioner of the adjoint is one for this equation.
+    """
+    pure, inputs, other = hoist(product, unit)
+    cell = Bound(lambda u, inputs, other: add(inputs[0], pure(u, inputs[1], other)), like=pure)
+    linear, solver = Problem(cell, (unit, inputs), other, problem.batch_ndim), forward.solver
+    probe = Probe.like(unit, problem.batch_ndim)
+    if is_plain(adjoint):
+        u, stats, _ = solve_differentiably(adjoint, linear, unit, solver, probe)
+    else:
+        constant = Bound(pure, jax.lax.stop_gradient(inputs), other)
+        u, stats = solve_system(adjoint, constant, frozen(unit), linear, frozen(solver))
+        u = at_equilibrium(adjoint, linear, ForwardResult(u, stats, None, solver), probe)
+    if adjoint.on_failure == OnFailure.KEEP:
+        return u, stats
+    sound = stats.sound if forward.stats is None else stats.sound & forward.stats.sound
+    return choose(sound, u, unit if adjoint.on_failure == OnFailure.ONE_STEP else zeros_like(unit)), stats
 
 
 def with_backward_solver(adjoint: Any, problem: Problem, forward: ForwardResult) -> ForwardResult:
     """What `Implicit` and `ImplicitJVP` keep: z, and the solver of their own equations in place of the forward one."""
+    check_fits(adjoint, problem, forward.z)
     solver = adjoint.solver
     if solver is None:
         solver = default_backward(forward.solver, forward.z, problem.batch_ndim)
@@ -126,7 +159,21 @@ def _relative_tolerance(solver: Solver, z: PyTree, batch_ndim: int) -> Any:
     return cast(solver.rtol) + jnp.minimum(over_leaves(jnp.min, asked, layout), LOOSEST)
 
 
-def check_backward_solver(adjoint: Any) -> None:
-    """Raise TypeError unless the solver of an adjoint's own equations is a solver or None."""
+def check_exact(adjoint: Any) -> None:
+    """Raise TypeError unless the options of `Implicit` or `ImplicitJVP` are of their kinds."""
+    name = type(adjoint).__name__
     if adjoint.solver is not None:
-        check_solver(adjoint.solver, f"{type(adjoint).__name__}.solver")
+        check_solver(adjoint.solver, f"{name}.solver")
+    if not isinstance(adjoint.on_failure, OnFailure):
+        names = ", ".join(f"OnFailure.{p.name}" for p in OnFailure)
+        raise TypeError(f"{name}.on_failure must be one of {names}; got {adjoint.on_failure!r}")
+    check_linear(adjoint)
+    check_preconditioner(adjoint)
+
+
+def check_system(adjoint: Any, z0: PyTree) -> None:
+    """Raise unless `linear` and `preconditioner` return states like z0, and the latter is linear."""
+    if not is_plain(adjoint):
+        floats = frozen(split(z0)[0])
+        check_call(adjoint, floats)
+        check_is_linear(adjoint, floats)

@@ -154,7 +154,16 @@ class Defaults:
     def check(z0: PyTree, solver: Solver) -> None:
         """Called before tracing, when options are still Python numbers, to raise or warn about what does not fit."""
 
+    bind: Any = None
+    """`(z0) -> adjoint`, called before tracing: the adjoint with all arrays that its functions capture as leaves."""
+
 
 def member(adjoint: Adjoint, name: str) -> Any:
     """An optional member of an adjoint: its own, or that of `Defaults`."""
     return getattr(adjoint, name, getattr(Defaults, name))
+
+
+def bound_to(adjoint: Adjoint, z0: PyTree) -> Adjoint:
+    """The adjoint as its `bind` returns it, if it has one."""
+    bind = member(adjoint, "bind")
+    return adjoint if bind is None else bind(z0)
