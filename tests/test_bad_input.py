@@ -288,6 +288,91 @@ CALLS = {
         ["Implicit.on_failure", "OnFailure.KEEP, OnFailure.ZERO, OnFailure.ONE_STEP", "'zero'"],
     ),
     "a policy by number": (lambda: deq.Implicit(on_failure=1), TypeError, ["OnFailure.ZERO", "got 1"]),
+    "a policy by name, of ImplicitJVP": (
+        lambda: deq.ImplicitJVP(on_failure="zero"),
+        TypeError,
+        ["ImplicitJVP.on_failure", "OnFailure.ZERO", "'zero'"],
+    ),
+    "linear is one of our solvers": (
+        lambda: deq.Implicit(linear=deq.Anderson()),
+        TypeError,
+        ["Implicit.linear", "Dense()", "(matvec, rmatvec, b) -> (u, info)", "got Anderson(", "go to Implicit.solver"],
+    ),
+    "linear is a class": (
+        lambda: deq.ImplicitJVP(linear=deq.Dense),
+        TypeError,
+        ["ImplicitJVP.linear", "Dense()", "got <class"],
+    ),
+    "linear is a name": (lambda: deq.Implicit(linear="lu"), TypeError, ["Implicit.linear", "Dense()", "got 'lu'"]),
+    "linear returns u alone": (
+        lambda: deq.fixed_point(cos, z0(), adjoint=deq.Implicit(linear=lambda matvec, rmatvec, b: b)),
+        TypeError,
+        ["Implicit.linear must return a pair (u, info)", "got"],
+    ),
+    "linear returns another shape": (
+        lambda: deq.fixed_point(cos, z0(), adjoint=deq.Implicit(linear=lambda matvec, rmatvec, b: (b[:2], None))),
+        ValueError,
+        ["Implicit.linear must return u", "float32[3]", "got float32[2]"],
+    ),
+    "linear returns another structure": (
+        lambda: deq.fixed_point(both, pair(), adjoint=deq.ImplicitJVP(linear=lambda matvec, rmatvec, b: (b["a"], 0))),
+        TypeError,
+        ["ImplicitJVP.linear must return u in the structure", "'a'", "got"],
+    ),
+    "linear captures a traced array": (
+        lambda: jax.grad(
+            lambda a: deq.fixed_point(
+                cos, z0(), adjoint=deq.Implicit(linear=lambda matvec, rmatvec, b: (a * b, 0))
+            ).value.sum()
+        )(1.0),
+        TypeError,
+        ["Implicit.linear captures a traced array", "jax.tree_util.Partial(solve, array)"],
+    ),
+    "too many unknowns for Dense": (
+        lambda: deq.fixed_point(cos, jnp.zeros((2, 5000)), adjoint=deq.Implicit(linear=deq.Dense()), batch_ndim=1),
+        ValueError,
+        ["Implicit.linear", "5000 x 5000", "Dense.max_unknowns is 4096", "take solver="],
+    ),
+    "no unknowns for Dense": (lambda: deq.Dense(0), ValueError, ["Dense.max_unknowns", ">= 1", "0"]),
+    "Dense where problems are coupled": (
+        lambda: jax.vmap(
+            lambda x: (
+                deq.fixed_point(
+                    lambda z: jnp.cos(jax.lax.pmean(z, "i")) + x, x, adjoint=deq.ImplicitJVP(linear=deq.Dense())
+                ).value
+            ),
+            axis_name="i",
+        )(z0()),
+        ValueError,
+        ["ImplicitJVP.linear: f communicates along ('i',)", "take solver=", "a callable that sums over these axes"],
+    ),
+    "Lineax of another solver": (
+        lambda: deq.Lineax(deq.Anderson()),
+        TypeError,
+        ["Lineax.solver must be a solver of lineax", "got Anderson("],
+    ),
+    "a preconditioner that is an array": (
+        lambda: deq.Implicit(preconditioner=jnp.eye(3)),
+        TypeError,
+        ["Implicit.preconditioner must be a linear function", "got"],
+    ),
+    "a preconditioner that is not linear": (
+        lambda: deq.fixed_point(cos, z0(), adjoint=deq.Implicit(preconditioner=lambda v: v + 1)),
+        ValueError,
+        ["Implicit.preconditioner must be linear", "P(x - 2 y) differs from P(x) - 2 P(y) by"],
+    ),
+    "a preconditioner of another shape": (
+        lambda: deq.fixed_point(cos, z0(), adjoint=deq.ImplicitJVP(preconditioner=lambda v: v[:2])),
+        ValueError,
+        ["ImplicitJVP.preconditioner must return P(v) as float32[3]", "got float32[2]"],
+    ),
+    "a preconditioner of another dtype, under jit": (
+        lambda: jax.jit(
+            lambda a: deq.fixed_point(cos, a, adjoint=deq.Implicit(preconditioner=lambda v: v.astype("bfloat16")))
+        )(z0()),
+        TypeError,
+        ["Implicit.preconditioner must return P(v) as float32[3]", "got bfloat16[3]"],
+    ),
     "a class as solver of ImplicitJVP": (
         lambda: deq.ImplicitJVP(deq.Anderson),
         TypeError,

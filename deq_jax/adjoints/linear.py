@@ -4,10 +4,10 @@
 
 A preconditioner P ≈ (I − J)⁻¹ is used as it is where A = J, and as Pᵀ where A = Jᵀ. With M for either of them
 
-    (2)  u ← u + M (b + A u − u)  is the fixed point that our solvers are given
-    (3)  (I − A) M w = b,  u = M w  is the system that any other solver is given
+    (2)  (I − A) M w = b,  u = M w
 
-In (3) the residual is that of (1). Whoever solved, b + A u is computed once more, and that alone decides the status.
+is what another solver than ours is given: its residual is that of (1). Whoever solved, b + A u is computed once more,
+and that alone decides the status.
 """
 
 import dataclasses
@@ -23,12 +23,11 @@ from jaxtyping import PyTree
 from deq_jax._arrays import zeros_from
 from deq_jax._checks import check_flat, check_like, check_number
 from deq_jax._config import STATIC, config
-from deq_jax._states import Layout, add, choose, frozen, subtract
-from deq_jax._trace import Bound, hoist
-from deq_jax.adjoints.preconditioner import transposed
+from deq_jax._states import Layout, choose, frozen, subtract
+from deq_jax._trace import hoist
+from deq_jax.adjoints.preconditioner import measured, solve_preconditioned, transposed
 from deq_jax.adjoints.protocol import Problem
-from deq_jax.solvers import Solver, Stats, Status, run_loop
-from deq_jax.solvers.stopping import coupling
+from deq_jax.solvers import Solver, Stats, Status
 
 
 @config
@@ -109,34 +108,42 @@ def solve_system(
     The statistics are measured: `steps` counts the products that are known of, and the tolerance is `solver`'s.
     """
     adjoint = frozen(adjoint)
-    if adjoint.linear is None:
-        M = adjoint.preconditioner
-        cell = lambda u: add(u, M(subtract(add(unit, product(u)), u)))  # (2)
-        u, found, *_ = run_loop(Bound(cell, like=problem.f), M(unit), solver, problem.batch_ndim)
-        products = found.steps
-    else:
-        u, products = _solve_elsewhere(adjoint, product, unit, problem.batch_ndim)
-    stats = problem.stats_at(u, solver, products)
-    stats = stats._replace(status=coupling(problem.axes).most(stats.status))
+    solve = solve_preconditioned if adjoint.linear is None else _solve_elsewhere
+    u, products = solve(adjoint, product, unit, problem, solver)
+    stats = measured(problem, u, solver, products)
     return choose(stats.status != Status.NONFINITE, u, unit), stats
 
 
-def _solve_elsewhere(adjoint: Any, product: Callable, b: PyTree, batch_ndim: int) -> tuple[PyTree, Any]:
+def _solve_elsewhere(
+    adjoint: Any, product: Callable, b: PyTree, problem: Problem, solver: Solver
+) -> tuple[PyTree, int]:
     same = lambda v: v
     M = adjoint.preconditioner
     apply, apply_transposed = (same, same) if M is None else (M, transposed(M))
     product_transposed = lambda v: jax.linear_transpose(product, v)(v)[0]
 
-    def matvec(w):  # (3)
+    def matvec(w):  # (2)
         v = apply(w)
         return subtract(v, product(v))
 
     rmatvec = lambda v: apply_transposed(subtract(v, product_transposed(v)))
     if isinstance(adjoint.linear, Dense):
-        w, products = adjoint.linear.solve(matvec, b, batch_ndim)
+        w, products = adjoint.linear.solve(matvec, b, problem.batch_ndim)
     else:
-        w, products = _solution(adjoint, adjoint.linear(matvec, rmatvec, b), b), 0
+        in_wide = lambda f: lambda v: wide(f(like(v, b)))
+        w = like(_solution(adjoint, adjoint.linear(in_wide(matvec), in_wide(rmatvec), wide(b)), wide(b)), b)
+        products = 0
     return apply(w), products
+
+
+def wide(tree: PyTree) -> PyTree:
+    """The state with leaves of 16 bits in float32: no library of linear algebra factors or orthogonalizes 16 bits."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x, tree)
+
+
+def like(tree: PyTree, b: PyTree) -> PyTree:
+    """The state in the dtypes of b."""
+    return jax.tree.map(lambda x, b: x.astype(b.dtype), tree, b)
 
 
 def _solution(adjoint: Any, out: Any, b: PyTree) -> PyTree:
@@ -169,7 +176,7 @@ def check_call(adjoint: Any, z: PyTree) -> None:
     linear, same = adjoint.linear, lambda v: v
     if linear is None or isinstance(linear, Dense | Lineax):
         return
-    reads = hoist(lambda b, linear: _solution(adjoint, linear(same, same, b), b), frozen(z), args=(linear,))[1:]
+    reads = hoist(lambda b, linear: _solution(adjoint, linear(same, same, b), b), frozen(wide(z)), args=(linear,))[1:]
     given = list(map(id, jax.tree.leaves(linear)))
     # The backward pass calls it when the trace that these arrays belong to may have ended.
     if any(isinstance(read, Tracer) and id(read) not in given for read in jax.tree.leaves(reads)):

@@ -1,18 +1,30 @@
-"""Preconditioners: linear functions P ≈ (I − J)⁻¹ of a state, and their transposes."""
+"""Preconditioners: linear functions P ≈ (I − J)⁻¹ of a state, their transposes, and our own solvers with one.
+
+A solver of this library is given, for u = b + A u with A = J and M = P, or with A = Jᵀ and M = Pᵀ, the fixed point of
+
+    (1)  u ← u + M (b + A u − u)
+"""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PyTree
 
-from deq_jax._arrays import zeros_from
+from deq_jax._arrays import ratio, zeros_from
 from deq_jax._checks import check_like
 from deq_jax._config import STATIC, config, with_options
-from deq_jax._states import Layout, eps_of, frozen, split
-from deq_jax._trace import Traced, hoist, is_staged
+from deq_jax._states import Layout, add, choose, corner, eps_of, frozen, split, subtract, wide_dtype
+from deq_jax._trace import Bound, Traced, hoist, is_staged
 from deq_jax._values import concrete
 from deq_jax._vectors import norm
+from deq_jax.adjoints.protocol import Problem
+from deq_jax.solvers import Solver, Stats, Status, run_loop
+from deq_jax.solvers.stopping import coupling
+
+ROUNDS = 4  # of our own solver, each of which has the solver's budget
 
 
 @config
@@ -67,6 +79,45 @@ def bound(adjoint: Any, z: PyTree) -> Any:
         return adjoint
     traced, *reads = hoist(adjoint.preconditioner, frozen(split(z)[0]))
     return with_options(adjoint, preconditioner=Hoisted(frozen(reads), _Program(traced)))
+
+
+# ---- a solve -----------------------------------------------------------------------------------------------
+
+
+def measured(problem: Problem, u: PyTree, solver: Solver, products: Any) -> Stats:
+    """The statistics of u, from one more product. Problems that are coupled along named axes share a status."""
+    stats = problem.stats_at(u, solver, products)
+    # The maximum does not vary along the axes, in the types of shard_map, and a status does.
+    return stats._replace(status=coupling(problem.axes).most(stats.status) + zeros_from(stats.status))
+
+
+def solve_preconditioned(
+    adjoint: Any, product: Callable, unit: PyTree, problem: Problem, solver: Solver
+) -> tuple[PyTree, Int[Array, "*batch"]]:
+    """(u, products) by our own solver on (1).
+
+    It sees the residual times M, so it may have converged too early. Then it goes on to a smaller tolerance.
+    """
+    M, coupled = adjoint.preconditioner, coupling(problem.axes)
+    cell = Bound(lambda u: add(u, M(subtract(add(unit, product(u)), u))), like=problem.f)
+
+    def again(carry):
+        count, u, products, share, on = carry
+        options = dict(rtol=solver.rtol * share, atol=solver.atol * share)
+        found = run_loop(cell, u, with_options(solver, **options), problem.batch_ndim)
+        stats = measured(problem, found.value, solver, products + found.stats.steps)
+        # A loop that has converged where the equation is not met gets a tolerance as much smaller as its residual is.
+        size = ratio(stats.residual, stats.relative_residual)
+        wanted = 0.5 * ratio(solver.atol + solver.rtol * size, stats.residual)
+        new = found.value, stats.steps, share * jnp.minimum(wanted.astype(share.dtype), 0.5)
+        u, products, share = choose(on, new, (u, products, share))
+        return count + 1, u, products, share, on & found.stats.converged & (stats.status == Status.MAX_STEPS)
+
+    one = zeros_from(corner(unit, problem.batch_ndim).real.astype(wide_dtype(unit))) + 1
+    carry = 0, M(unit), one.astype(jnp.int32) - 1, one, one > 0
+    goes_on = lambda carry: coupled.anywhere(jnp.any(carry[-1])) & (carry[0] < ROUNDS)
+    _, u, products, *_ = jax.lax.while_loop(goes_on, again, carry)
+    return u, products
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
