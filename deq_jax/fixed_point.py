@@ -1,13 +1,13 @@
 """`fixed_point`: find z with f(z, *args) = z, and differentiate it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
-from deq_jax._checks import check_arguments, check_start
+from deq_jax._checks import check_arguments, check_axis_name, check_is_split, check_start
 from deq_jax._hoisting import hoist_cell, hoist_fold, in_types_of, with_fold
 from deq_jax._programs import run_compiled
 from deq_jax._returned import check_found, check_memory
@@ -49,6 +49,7 @@ class Options(TypedDict, total=False):
     adjoint: Adjoint
     batch_ndim: int
     gather: Literal["once", "each"]
+    axis_name: Hashable | tuple[Hashable, ...] | None
     probe: Probe | None
 
 
@@ -79,6 +80,7 @@ def fixed_point(
     batch_ndim: int = 0,
     has_aux: bool = False,
     gather: Literal["once", "each"] = "once",
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
     probe: Probe | None = None,
 ) -> Any:
     """The fixed point z* = f(z*, *args), differentiable in args and in all that f captures.
@@ -97,6 +99,8 @@ def fixed_point(
       has_aux: return aux of one more evaluation, at the solution. It does not advance carried leaves.
       gather: whether args that f gathers over devices (weights sharded for storage, with `all_gather` in `shard_map` or
         a sharding constraint) are gathered once, before the loop, or for "each" evaluation, where memory is short.
+      axis_name: the named axes of an enclosing `shard_map` over which each problem is split: every device then holds a
+        piece of z, and norms and inner products are summed over them. Not those over which problems are distributed.
       probe: zeros, shaped as `Probe.zeros(batch_shape)`; its cotangent is the backward solve's statistics.
 
     Returns:
@@ -138,17 +142,19 @@ def fixed_point(
     """
     z0 = check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe)
     check_start(z0)
+    over = check_axis_name(axis_name)
     member(adjoint, "check")(z0, solver)  # here, outside the jit below, its numbers are still numbers
     cell, z0, inputs, other = hoist_cell(f, z0, args, has_aux, gather)
-    probe = Probe.like(z0, batch_ndim) if probe is None else probe
+    check_is_split(z0, over)
+    probe = Probe.like(z0, batch_ndim, over) if probe is None else probe
     if flag("jax_disable_jit") and not isinstance(adjoint, IterationAdjoint):
-        return _step_by_step(f, z0, args, solver, adjoint, batch_ndim, has_aux, probe)
-    return run_compiled(_fixed_point, (cell, batch_ndim, has_aux), z0, inputs, other, solver, adjoint, probe)
+        return _step_by_step(f, z0, args, solver, adjoint, batch_ndim, axis_name, has_aux, probe)
+    return run_compiled(_fixed_point, (cell, batch_ndim, over, has_aux), z0, inputs, other, solver, adjoint, probe)
 
 
-def _fixed_point(cell, batch_ndim, has_aux, z0, inputs, other, solver, adjoint, probe):
+def _fixed_point(cell, batch_ndim, over, has_aux, z0, inputs, other, solver, adjoint, probe):
     f = Bound(lambda *reads: cell(*reads)[0], like=cell) if has_aux else cell
-    problem = Problem(f, inputs, other, batch_ndim)
+    problem = Problem(f, inputs, other, batch_ndim, over)
     z, stats, given = solve_differentiably(adjoint, problem, z0, solver, probe)
     stats = jax.lax.stop_gradient(stats)
     if not has_aux:
@@ -157,12 +163,12 @@ def _fixed_point(cell, batch_ndim, has_aux, z0, inputs, other, solver, adjoint, 
     return SolutionWithAux(z, stats._replace(steps=stats.steps + 1), aux)
 
 
-def _step_by_step(f, z0, args, solver, adjoint, batch_ndim, has_aux, probe):
+def _step_by_step(f, z0, args, solver, adjoint, batch_ndim, axis_name, has_aux, probe):
     """Under `jax.disable_jit` f itself is called at each evaluation: a print or a breakpoint in it sees numbers."""
     first = (lambda z, *args: f(z, *args)[0]) if has_aux else f
-    found = solve(first, z0, *args, solver=solver, batch_ndim=batch_ndim)
-    options: dict[str, Any] = dict(adjoint=adjoint, solver=solver, batch_ndim=batch_ndim, found=found, probe=probe)
-    z = attach(first, found.value, *args, **options)
+    options: dict[str, Any] = dict(solver=solver, batch_ndim=batch_ndim, axis_name=axis_name)
+    found = solve(first, z0, *args, **options)
+    z = attach(first, found.value, *args, adjoint=adjoint, found=found, probe=probe, **options)
     if not has_aux:
         return Solution(z, found.stats)
     stats = found.stats._replace(steps=found.stats.steps + 1)
@@ -176,13 +182,14 @@ def solve(
     solver: Solver = Anderson(),  # noqa: B008
     batch_ndim: int = 0,
     gather: Literal["once", "each"] = "once",
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
     memory: Any = None,
     fold: Fold | None = None,
 ) -> SolveResult[Z]:
     """The forward half of `fixed_point`, with all that the solver leaves. No gradient flows through it.
 
     Args:
-      f, z0, *args, solver, batch_ndim, gather: as for `fixed_point`.
+      f, z0, *args, solver, batch_ndim, gather, axis_name: as for `fixed_point`.
       memory: that of an earlier solve with the same solver and the same shapes of z0. Where f has changed little, a
         quasi-Newton method then starts with the Jacobian it has learned.
       fold: accumulates over the evaluations inside the loop: `ResidualTrace`, `Snapshots`, or an object of your
@@ -206,22 +213,24 @@ def solve(
     check_start(start)
     if getattr(fold, "sees_all", False):
         check_sees_all(solver, f"fold={fold!r}")
+    over = check_axis_name(axis_name)
     cell, start, inputs, other = hoist_cell(f, start, args, gather=gather)
+    check_is_split(start, over)
     if memory is not None:
-        check_memory(memory, solver, vector_type(solver, start, batch_ndim))
+        check_memory(memory, solver, vector_type(solver, start, batch_ndim, over))
     if flag("jax_disable_jit"):
         typed = lambda z: in_types_of(z, f(z, *args))
-        result = run_loop(typed, start, solver, batch_ndim, memory=memory, fold=fold)
+        result = run_loop(typed, start, solver, batch_ndim, memory=memory, fold=fold, over=over)
         return jax.lax.stop_gradient(result)
     hoisted, fold_reads = hoist_fold(fold, start, batch_ndim)
     reads = jax.lax.stop_gradient((inputs, other, fold_reads))
-    return run_compiled(_solve, (cell, batch_ndim, *hoisted), start, reads, solver, memory)
+    return run_compiled(_solve, (cell, batch_ndim, over, *hoisted), start, reads, solver, memory)
 
 
-def _solve(cell, batch_ndim, fold_init, fold_update, z0, reads, solver, memory):
+def _solve(cell, batch_ndim, over, fold_init, fold_update, z0, reads, solver, memory):
     inputs, other, fold_reads = reads
     fold = with_fold(fold_init, fold_update, fold_reads)
-    result = run_loop(Bound(cell, inputs, other), z0, solver, batch_ndim, memory=memory, fold=fold)
+    result = run_loop(Bound(cell, inputs, other), z0, solver, batch_ndim, memory=memory, fold=fold, over=over)
     return jax.lax.stop_gradient(result)
 
 
@@ -232,6 +241,7 @@ def attach(
     adjoint: Adjoint = Implicit(),  # noqa: B008
     solver: Solver = Anderson(),  # noqa: B008
     batch_ndim: int = 0,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
     found: SolveResult[Z] | None = None,
     probe: Probe | None = None,
 ) -> Z:
@@ -241,7 +251,7 @@ def attach(
     So a solver of your own, a cached equilibrium, or a state on the way to an equilibrium becomes differentiable.
 
     Args:
-      f, *args, batch_ndim, probe: as for `fixed_point`.
+      f, *args, batch_ndim, axis_name, probe: as for `fixed_point`.
       adjoint: one at the equilibrium: `Implicit`, `ImplicitJVP`, `Phantom`, `Neumann`, `JFB`, or `Shine` with `found`.
       solver: what the adjoint derives its own backward solver from, where it was given none.
       found: the result of the `solve` that z comes from, for `Shine` and for `Implicit(on_failure=...)`. With it, f is
@@ -264,18 +274,20 @@ def attach(
             "use Implicit, ImplicitJVP, Phantom, Neumann or JFB"
         )
     member(adjoint, "check")(start, solver)
+    over = check_axis_name(axis_name)
     cell, start, inputs, other = hoist_cell(f, start, args)
-    probe = Probe.like(start, batch_ndim) if probe is None else probe
+    check_is_split(start, over)
+    probe = Probe.like(start, batch_ndim, over) if probe is None else probe
     if found is not None:
         check_found(found, start, batch_ndim)
     stats, memory = (None, None) if found is None else (found.stats, found.memory)
     floats, carried = split(start)
     given = carried if found is None else found.given
     forward = ForwardResult(floats, stats, memory, solver)
-    z_star = run_compiled(_attach, (cell, batch_ndim), forward, inputs, other, given, adjoint, probe)
+    z_star = run_compiled(_attach, (cell, batch_ndim, over), forward, inputs, other, given, adjoint, probe)
     return join(z_star, carried)
 
 
-def _attach(cell, batch_ndim, forward, inputs, other, given, adjoint, probe):
-    problem = Problem(cell, inputs, other, batch_ndim).with_carried(given)
+def _attach(cell, batch_ndim, over, forward, inputs, other, given, adjoint, probe):
+    problem = Problem(cell, inputs, other, batch_ndim, over).with_carried(given)
     return at_equilibrium(adjoint, problem, forward, probe)

@@ -46,7 +46,7 @@ class ImplicitJVP:
         # z = f(z, a)  ⇒  ż = fₐ ȧ + J ż: a fixed point too, solved for ż / scale, a power of two a problem.
         _, b = jax.jvp(lambda inputs: problem(forward.z, inputs), (problem.inputs,), (inputs_dot,))
         _, along_z = jax.linearize(problem, forward.z)
-        scale = power_of_two(b, problem.batch_ndim, problem.axes)
+        scale = power_of_two(b, problem.batch_ndim, (*problem.axes, *problem.over))
         unit = divide(b, scale)
         v, _ = solve_linear(self, lambda v: add(unit, along_z(v)), unit, problem, forward)
         return multiply(v, scale)
