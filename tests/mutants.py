@@ -46,6 +46,13 @@ MUTANTS = [
         "test_solvers.py -k robust_gives_each_problem",
     ),
     Mutant(
+        "inner products of each device's piece alone",
+        "_vectors.py",
+        "return jax.lax.psum(found, xs[0].over) if xs[0].over else found",
+        "return found",
+        "test_axis_name.py -k solved_as_on_one_device",
+    ),
+    Mutant(
         "weights gathered at each evaluation",
         LOOP,
         "f, solver = gathered_once(f, z0), cast_options(solver, wide_dtype(z0))",
