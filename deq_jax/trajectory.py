@@ -16,7 +16,7 @@ from deq_jax._hoisting import zero_residuals
 from deq_jax._states import choose, join, split
 from deq_jax._trace import flag
 from deq_jax.adjoints import Adjoint, Implicit, Phantom, Probe
-from deq_jax.fixed_point import attach, solve
+from deq_jax.halves import attach, solve
 from deq_jax.solvers import Anderson, Evaluation, Solver, Stats, Status
 from deq_jax.solvers.protocol import check_sees_all, plain_at_runtime
 

@@ -89,7 +89,7 @@ MUTANTS = [
     ),
     Mutant(
         "an attached z that forgets what f was given",
-        "fixed_point.py",
+        "halves.py",
         "given = carried if found is None else found.given",
         "given = carried",
         "test_carried.py -k attach_holds",
@@ -286,7 +286,7 @@ MUTANTS = [
     Mutant(
         "cotangents as they come",
         "adjoints/backward.py",
-        "scale = power_of_two(z_bar, problem.batch_ndim, problem.axes)\n    with",
+        "scale = power_of_two(z_bar, problem.batch_ndim, (*problem.axes, *problem.over))\n    with",
         "scale = power_of_two(z_bar, problem.batch_ndim, problem.axes) * 0 + 1\n    with",
         "test_adjoint_family.py -k float16",
     ),

@@ -127,9 +127,8 @@ def _walk(rules: tuple, z0: PyTree, problem: Problem) -> tuple[Walk, Stats]:
     walk = Walk(start, start, fz, running, zero_of(start).astype(jnp.int32))
     walk = jax.lax.while_loop(lambda walk: jnp.any(walk.running), body, walk)
     stats = assess(norms(walk.z, walk.fz), solver, 2 * walk.steps + 1, layout)
-    nothing = 0, jnp.inf, jnp.inf, Status.MAX_STEPS  # what is known where no evaluation was allowed
-    known = (jnp.where(solver.max_steps > 0, known, none) for known, none in zip(stats, nothing, strict=True))
-    return walk, Stats(*known)
+    nothing = Stats(0, jnp.inf, jnp.inf, Status.MAX_STEPS)  # what is known where no evaluation was allowed
+    return walk, jax.tree.map(lambda known, none: jnp.where(solver.max_steps > 0, known, none), stats, nothing)
 
 
 def _value(rules, z0, problem):
