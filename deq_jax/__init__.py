@@ -28,7 +28,8 @@ from deq_jax.adjoints import (
 )
 from deq_jax.check import SolveError, check
 from deq_jax.compact import compact
-from deq_jax.fixed_point import Solution, SolutionWithAux, attach, fixed_point, solve
+from deq_jax.fixed_point import Solution, SolutionWithAux, fixed_point
+from deq_jax.halves import attach, solve
 from deq_jax.solvers import (
     Anderson,
     Broyden,

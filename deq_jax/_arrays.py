@@ -101,9 +101,24 @@ def at_most(limit: int, size: Any) -> int:
     return min(limit, size) if isinstance(size, int) else limit
 
 
+def varying_axes(aval: Any) -> frozenset:
+    """The axes of `shard_map` along which values of this type vary."""
+    manual = getattr(aval, "manual_axis_type", None)  # since jax 0.10
+    return frozenset(getattr(aval, "vma", None) or getattr(manual, "varying", ()))
+
+
 def settled(tree: T) -> T:
-    """The arrays, all computed before any is used: a GPU else computes small ones in each kernel that reads them."""
-    return jax.lax.optimization_barrier(tree)
+    """The arrays, all computed before any is used: a GPU else computes small ones in each kernel that reads them.
+
+    Inside shard_map, arrays that vary along other axes have a barrier of their own: one makes its results vary alike.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    kinds = [varying_axes(jax.typeof(leaf)) for leaf in leaves]
+    for kind in dict.fromkeys(kinds):
+        places = [i for i, other in enumerate(kinds) if other == kind]
+        for i, leaf in zip(places, jax.lax.optimization_barrier([leaves[i] for i in places]), strict=True):
+            leaves[i] = leaf
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def zeros_from(x: Array) -> Array:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
+from deq_jax._arrays import varying_axes
 from deq_jax._config import MAX_STEPS, Role
 from deq_jax._states import is_carried, is_float, named_leaves
 from deq_jax._trace import is_array_like
@@ -91,14 +92,42 @@ def _check_meshes(z0: PyTree) -> None:
             raise ValueError(f"all leaves of z0 must lie on one mesh of the same devices: {both}")
 
 
-def check_flat(solver: Any, z0: PyTree, batch_ndim: int) -> None:
+def check_flat(solver: Any, z0: PyTree, batch_ndim: int, over: tuple = ()) -> None:
     """Raise TypeError if a leaf is sharded beyond its batch axes, as far as its type tells, for a flat solver."""
+    if over:
+        raise TypeError(
+            f"{type(solver).__name__} works on flat vectors (`flat`), which have to lie on one device, and each "
+            f"problem is split over axis_name={over}: split the batch alone, or take a solver of this library"
+        )
     for where, leaf in named_leaves("z0", z0):
         spec = getattr(jax.typeof(leaf).sharding, "spec", ())[batch_ndim:]
         if axes := [axis for axis in spec if axis is not None]:
             raise TypeError(
                 f"{type(solver).__name__} works on flat vectors (`flat`), which have to lie on one device, and {where} "
                 f"is sharded over {', '.join(map(str, axes))}: shard the batch alone, or take a solver of this library"
+            )
+
+
+def check_axis_name(axis_name: Any) -> tuple:
+    """The named axes over which a problem is split, as a tuple; ValueError where one is not bound here."""
+    over = () if axis_name is None else tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    for axis in over:
+        try:
+            jax.lax.axis_index(axis)
+        except NameError:
+            raise ValueError(f"axis_name={axis!r} is no axis of a `shard_map` around this call") from None
+    return over
+
+
+def check_is_split(z0: PyTree, over: tuple) -> None:
+    """Raise ValueError if a leaf of z0 and of f(z0) is the same all along one of the axes, as far as types tell."""
+    told = [axis for axis in over if axis in varying_axes(jax.typeof(jax.lax.axis_index(axis)))]
+    for where, leaf in named_leaves("z0", z0):
+        same = [axis for axis in told if is_float(leaf) and axis not in varying_axes(jax.typeof(leaf))]
+        if same:
+            raise ValueError(
+                f"axis_name={same[0]!r} names an axis over which each problem is split, but {where}, and what f "
+                "returns for it, is the same on all devices along it: a sum over it would count it several times"
             )
 
 

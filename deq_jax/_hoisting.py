@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from deq_jax._arrays import zeros_from
+from deq_jax._arrays import varying_axes, zeros_from
 from deq_jax._checks import check_output, describe
 from deq_jax._gathers import gathered_each
 from deq_jax._states import corner, split, wide_dtype
-from deq_jax._trace import Traced, check_arrays, hoist, vary, varying_axes
+from deq_jax._trace import Traced, check_arrays, hoist, vary
 from deq_jax.solvers import Evaluation, Fold
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deq_jax._arrays import einsum, one_hot, ratio, reciprocal, safe_sqrt
+from deq_jax._arrays import einsum, one_hot, ratio, reciprocal, safe_sqrt, settled
 from deq_jax._rows import combine_rows, gram, matmul, row_norms
 from deq_jax._vectors import Rows
 
@@ -75,7 +75,7 @@ def images_of_steps(
     images = matmul(by_transposed, gram)
     first = jnp.sum(images * by_transposed, axis=-1)
     # The images by A when those by Aᵀ are gone: it is here that a solve needs most memory.
-    core, gram, images, first = jax.lax.optimization_barrier((core, gram, images, first))
+    core, gram, images, first = settled((core, gram, images, first))
     by_A = lengths[..., :, None] * matmul(core, gram, lengths)
     return images, jnp.concatenate([first, jnp.sum(images * by_A, axis=-2)], axis=-1)
 

@@ -133,7 +133,7 @@ def gram(rows: Rows) -> Float[Array, "*batch rows rows"]:
 
 def row_norms(rows: Rows) -> Float[Array, "*batch rows"]:
     """‖rowᵢ‖₂."""
-    return norm(Vector(rows.parts, rows.batch_ndim + 1) if isinstance(rows, Vector) else rows)
+    return norm(Vector(rows.parts, rows.batch_ndim + 1, rows.over) if isinstance(rows, Vector) else rows)
 
 
 def combine(weights: Float[Array, "*batch rows"], rows: Rows) -> Vec:

@@ -35,15 +35,15 @@ class Layout:
     ([[1.0, 1.0, 1.0, 7.0], [1.0, 1.0, 1.0, 7.0]], (2, 2))
     """
 
-    def __init__(self, example: PyTree, batch_ndim: int, flat: bool = False):
+    def __init__(self, example: PyTree, batch_ndim: int, flat: bool = False, over: tuple = ()):
         floats = split(example)[0]
         self.leaves, self.treedef = jax.tree.flatten(floats)
-        self.batch_ndim = batch_ndim
+        self.batch_ndim, self.over = batch_ndim, over
         self.several = len(self.leaves) > 1
         self.dtype = wide_dtype(floats)
         self.eps = eps_of(floats)
         self.keeps_shapes = not flat and any(map(may_be_sharded, self.leaves))
-        self.flat = flat or not (self.keeps_shapes or 1 < len(self.leaves) <= FEW_LEAVES)
+        self.flat = flat or not (over or self.keeps_shapes or 1 < len(self.leaves) <= FEW_LEAVES)
         sizes = [self._reals(leaf) for leaf in self.leaves]
         self.order = list(range(len(sizes)))
         if self.flat and len(sizes) > FEW_LEAVES:
@@ -55,7 +55,7 @@ class Layout:
         """The state as vectors."""
         reals = [self._to_reals(leaf) for leaf in jax.tree.leaves(tree) if is_float(leaf)]
         if not self.flat:
-            return Vector(tuple(itertools.chain.from_iterable(reals)), self.batch_ndim)
+            return Vector(tuple(itertools.chain.from_iterable(reals)), self.batch_ndim, self.over)
         parts = [part for i in self.order for part in reals[i]]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
@@ -92,7 +92,7 @@ class Layout:
         if not self.flat:
             parts = iter(vector.parts)
             of_leaves = [tuple(itertools.islice(parts, 1 + jnp.iscomplexobj(leaf))) for leaf in self.leaves]
-            return jnp.stack([norm(Vector(parts, self.batch_ndim)) for parts in of_leaves], axis=-1)
+            return jnp.stack([norm(vector.of(parts)) for parts in of_leaves], axis=-1)
         parts, start = [], 0
         for size, run in itertools.groupby(self.sizes):
             count = len(list(run))

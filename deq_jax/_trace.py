@@ -117,12 +117,6 @@ def vary(x: jax.Array, axes: tuple) -> jax.Array:
     return pvary(x, axes)
 
 
-def varying_axes(aval: Any) -> frozenset:
-    """The axes of `shard_map` along which values of this type vary."""
-    manual = getattr(aval, "manual_axis_type", None)  # since jax 0.10
-    return frozenset(getattr(aval, "vma", None) or getattr(manual, "varying", ()))
-
-
 def is_array_like(leaf: Any) -> bool:
     """Whether JAX would treat this as an array: an array of JAX or NumPy, or a number."""
     if isinstance(leaf, np.ndarray | np.generic):

@@ -33,22 +33,27 @@ class Vector:
     """A vector in several parts `[*batch, n]`, or rows of such vectors in parts `[*batch, m, n]`.
 
     A part that may be sharded over devices keeps its own shape, `[*batch, *shape]`: to merge its axes would gather it.
-    Sums and differences are those of arrays, part by part.
+    Sums and differences are those of arrays, part by part. Over the named axes `over` (of shard_map, vmap or pmap) each
+    device has a piece of every part, and an inner product is the sum over all devices.
 
     >>> x = Vector((jnp.ones((2, 3)), jnp.ones((2, 4, 5))), batch_ndim=1)
     >>> dot(x + x, x).tolist(), size(x)
     ([46.0, 46.0], 23)
     """
 
-    def __init__(self, parts: tuple, batch_ndim: int):
-        self.parts, self.batch_ndim = parts, batch_ndim
+    def __init__(self, parts: tuple, batch_ndim: int, over: tuple = ()):
+        self.parts, self.batch_ndim, self.over = parts, batch_ndim, over
 
-    def tree_flatten(self) -> tuple[tuple, int]:
-        return self.parts, self.batch_ndim
+    def tree_flatten(self) -> tuple[tuple, tuple]:
+        return self.parts, (self.batch_ndim, self.over)
 
     @classmethod
-    def tree_unflatten(cls, batch_ndim: int, parts: Any) -> "Vector":
-        return cls(tuple(parts), batch_ndim)
+    def tree_unflatten(cls, form: tuple, parts: Any) -> "Vector":
+        return cls(tuple(parts), *form)
+
+    def of(self, parts: Any) -> "Vector":
+        """Another vector of this form."""
+        return Vector(tuple(parts), self.batch_ndim, self.over)
 
     @property
     def dtype(self) -> Any:
@@ -76,14 +81,22 @@ def each(operation: Callable, x: Any, *others: Any) -> Any:
     """The operation on the arrays, or on the parts."""
     if not isinstance(x, Vector):
         return operation(x, *others)
-    return Vector(tuple(map(operation, x.parts, *(other.parts for other in others))), x.batch_ndim)
+    return x.of(map(operation, x.parts, *(other.parts for other in others)))
 
 
 def reduced(merge: Callable, operation: Callable, x: Any, *others: Any) -> Array:
-    """The operation's results on the parts, merged by `jnp.add`, say."""
+    """The operation's results on the parts, merged by `jnp.add`, say, over the parts and over the axes `over`."""
     if not isinstance(x, Vector):
         return operation(x, *others)
-    return functools.reduce(merge, map(operation, x.parts, *(other.parts for other in others)))
+    found = functools.reduce(merge, map(operation, x.parts, *(other.parts for other in others)))
+    return OVER_DEVICES[merge](found, x.over) if x.over else found
+
+
+OVER_DEVICES: dict[Callable, Callable] = {
+    jnp.add: jax.lax.psum,
+    jnp.maximum: jax.lax.pmax,
+    jnp.logical_and: lambda x, axes: jax.lax.pmin(x.astype(jnp.int32), axes) > 0,
+}
 
 
 def own_axes(x: Any, part: Array, rows: int = 0) -> Any:
@@ -98,14 +111,15 @@ def size(x: Vec) -> Any:
     """Entries a problem."""
     if not isinstance(x, Vector):
         return x.shape[-1]
-    return sum(math.prod(part.shape[x.batch_ndim :]) for part in x.parts)
+    devices = math.prod(map(jax.lax.axis_size, x.over))
+    return devices * sum(math.prod(part.shape[x.batch_ndim :]) for part in x.parts)
 
 
 def zero_of(x: Vec) -> Float[Array, "*batch"]:
     """A zero for each problem, with the dtype of x and the sharding of its batch."""
     if not isinstance(x, Vector):
         return zeros_from(x[..., 0])
-    return jnp.sum(zeros_from(x.parts[0]), axis=own_axes(x, x.parts[0]))
+    return reduced(jnp.add, lambda part: jnp.sum(zeros_from(part), axis=own_axes(x, part)), x.of(x.parts[:1]))
 
 
 def scaled(scale: Any, x: Vec) -> Vec:
@@ -140,7 +154,7 @@ def squares(x: Vec) -> list[Vec]:
     if not isinstance(x, Vector):
         return list(squares_in_range(x))
     of_parts = zip(*map(squares_in_range, x.parts), strict=True)
-    return [Vector(parts, x.batch_ndim) for parts in of_parts]
+    return [x.of(parts) for parts in of_parts]
 
 
 def sums(*xs: Vec) -> list[Float[Array, "*batch"]]:
@@ -148,7 +162,8 @@ def sums(*xs: Vec) -> list[Float[Array, "*batch"]]:
     if not isinstance(xs[0], Vector):
         return list(_sums(xs, (xs[0].ndim - 1,)))
     of_parts = [_sums(parts, own_axes(xs[0], parts[0])) for parts in zip(*(x.parts for x in xs), strict=True)]
-    return [functools.reduce(jnp.add, of_one) for of_one in zip(*of_parts, strict=True)]
+    found = [functools.reduce(jnp.add, of_one) for of_one in zip(*of_parts, strict=True)]
+    return jax.lax.psum(found, xs[0].over) if xs[0].over else found
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -172,7 +187,7 @@ def norm(x: Vec) -> Float[Array, "*batch"]:
 
 def norms(*xs: Vec) -> tuple[Float[Array, "*batch"], ...]:
     """‖x‖₂ of each vector; in one pass over all of them, but on CPUs, which take two over each."""
-    if isinstance(xs[0], Vector) and not all(has_one_axis(xs[0], part) for part in xs[0].parts):
+    if isinstance(xs[0], Vector) and (xs[0].over or not all(has_one_axis(xs[0], part) for part in xs[0].parts)):
         return _norms_in_one_pass(*xs)
     return jax.lax.platform_dependent(*xs, cpu=_norms_in_two_passes, default=_norms_in_one_pass)
 

@@ -19,7 +19,8 @@ from deq_jax._config import STATIC, Budget, Number, config
 from deq_jax._states import Layout, check_no_carried, frozen
 from deq_jax._trace import hoist
 from deq_jax.adjoints import Adjoint, Implicit, Probe
-from deq_jax.fixed_point import Solution, attach
+from deq_jax.fixed_point import Solution
+from deq_jax.halves import attach
 from deq_jax.solvers import Anderson, Picard, Solver
 from deq_jax.solvers.loop import stats_at
 from deq_jax.solvers.protocol import check_sees_all

@@ -64,7 +64,7 @@ def _raise_if_failed(stats: Stats, sound: Any, tolerances: tuple) -> None:
         return
 
     def describe(index: Any) -> str:
-        steps, _, relative, status = (x[index] for x in stats)
+        steps, relative, status = (x[index] for x in (stats.steps, stats.relative_residual, stats.status))
         return f"{Status(int(status)).name} after {steps} evaluations, relative residual {relative:.3g}"
 
     if stats.status.ndim:

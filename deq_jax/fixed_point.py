@@ -1,24 +1,24 @@
 """`fixed_point`: find z with f(z, *args) = z, and differentiate it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
-from deq_jax._checks import check_arguments, check_start
-from deq_jax._hoisting import hoist_cell, hoist_fold, in_types_of, with_fold
+from deq_jax._checks import check_arguments, check_axis_name, check_is_split, check_start
+from deq_jax._hoisting import hoist_cell
 from deq_jax._programs import run_compiled
-from deq_jax._returned import check_found, check_memory
 from deq_jax._states import join, split
 from deq_jax._trace import Bound, flag
-from deq_jax.adjoints import Adjoint, ForwardResult, Implicit, IterationAdjoint, Probe, Problem
-from deq_jax.adjoints.equilibrium import at_equilibrium, solve_differentiably
+from deq_jax.adjoints import Adjoint, Implicit, IterationAdjoint, Probe, Problem
+from deq_jax.adjoints.equilibrium import solve_differentiably
 from deq_jax.adjoints.protocol import bound_to, member
-from deq_jax.solvers import Anderson, Fold, Solver, SolveResult, Stats, run_loop
-from deq_jax.solvers.carry import vector_type
-from deq_jax.solvers.protocol import check_sees_all, plain_at_runtime
+from deq_jax.diagnostics import with_error
+from deq_jax.halves import attach, solve
+from deq_jax.solvers import Anderson, Solver, Stats
+from deq_jax.solvers.protocol import plain_at_runtime
 
 Z = TypeVar("Z")
 Aux = TypeVar("Aux")
@@ -49,6 +49,8 @@ class Options(TypedDict, total=False):
     adjoint: Adjoint
     batch_ndim: int
     gather: Literal["once", "each"]
+    axis_name: Hashable | tuple[Hashable, ...] | None
+    estimate_error: bool
     probe: Probe | None
 
 
@@ -79,6 +81,8 @@ def fixed_point(
     batch_ndim: int = 0,
     has_aux: bool = False,
     gather: Literal["once", "each"] = "once",
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
+    estimate_error: bool = False,
     probe: Probe | None = None,
 ) -> Any:
     """The fixed point z* = f(z*, *args), differentiable in args and in all that f captures.
@@ -97,6 +101,10 @@ def fixed_point(
       has_aux: return aux of one more evaluation, at the solution. It does not advance carried leaves.
       gather: whether args that f gathers over devices (weights sharded for storage, with `all_gather` in `shard_map` or
         a sharding constraint) are gathered once, before the loop, or for "each" evaluation, where memory is short.
+      axis_name: the named axes of an enclosing `shard_map` over which each problem is split: every device then holds a
+        piece of z, and norms and inner products are summed over them. Not those over which problems are distributed.
+      estimate_error: also return `stats.error`, an estimate of ‖z − z*‖₂, for up to 17 evaluations more of f or its
+        derivative, which are not counted in `stats.steps`. See `diagnostics.error_estimate`.
       probe: zeros, shaped as `Probe.zeros(batch_shape)`; its cotangent is the backward solve's statistics.
 
     Returns:
@@ -138,146 +146,38 @@ def fixed_point(
     """
     z0 = check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe)
     check_start(z0)
+    over = check_axis_name(axis_name)
     member(adjoint, "check")(z0, solver)  # here, outside the jit below, its numbers are still numbers
     cell, z0, inputs, other = hoist_cell(f, z0, args, has_aux, gather)
+    check_is_split(z0, over)
     adjoint = bound_to(adjoint, z0)
-    probe = Probe.like(z0, batch_ndim) if probe is None else probe
+    probe = Probe.like(z0, batch_ndim, over) if probe is None else probe
     if flag("jax_disable_jit") and not isinstance(adjoint, IterationAdjoint):
-        return _step_by_step(f, z0, args, solver, adjoint, batch_ndim, has_aux, probe)
-    return run_compiled(_fixed_point, (cell, batch_ndim, has_aux), z0, inputs, other, solver, adjoint, probe)
+        options: dict[str, Any] = dict(solver=solver, batch_ndim=batch_ndim, axis_name=axis_name)
+        return _step_by_step(f, z0, args, options, adjoint, has_aux, estimate_error, probe)
+    static = cell, batch_ndim, over, has_aux, estimate_error
+    return run_compiled(_fixed_point, static, z0, inputs, other, solver, adjoint, probe, differentiates=estimate_error)
 
 
-def _fixed_point(cell, batch_ndim, has_aux, z0, inputs, other, solver, adjoint, probe):
+def _fixed_point(cell, batch_ndim, over, has_aux, estimate_error, z0, inputs, other, solver, adjoint, probe):
     f = Bound(lambda *reads: cell(*reads)[0], like=cell) if has_aux else cell
-    problem = Problem(f, inputs, other, batch_ndim)
+    problem = Problem(f, inputs, other, batch_ndim, over)
     z, stats, given = solve_differentiably(adjoint, problem, z0, solver, probe)
     stats = jax.lax.stop_gradient(stats)
+    if estimate_error:
+        stats = with_error(stats, problem, z, given)
     if not has_aux:
         return Solution(z, stats)
     _, aux = cell(join(split(z)[0], given), inputs, other)
     return SolutionWithAux(z, stats._replace(steps=stats.steps + 1), aux)
 
 
-def _step_by_step(f, z0, args, solver, adjoint, batch_ndim, has_aux, probe):
+def _step_by_step(f, z0, args, options, adjoint, has_aux, estimate_error, probe):
     """Under `jax.disable_jit` f itself is called at each evaluation: a print or a breakpoint in it sees numbers."""
     first = (lambda z, *args: f(z, *args)[0]) if has_aux else f
-    found = solve(first, z0, *args, solver=solver, batch_ndim=batch_ndim)
-    options: dict[str, Any] = dict(adjoint=adjoint, solver=solver, batch_ndim=batch_ndim, found=found, probe=probe)
-    z = attach(first, found.value, *args, **options)
+    found = solve(first, z0, *args, estimate_error=estimate_error, **options)
+    z = attach(first, found.value, *args, adjoint=adjoint, found=found, probe=probe, **options)
     if not has_aux:
         return Solution(z, found.stats)
     stats = found.stats._replace(steps=found.stats.steps + 1)
     return SolutionWithAux(z, stats, f(join(split(z)[0], found.given), *args)[1])
-
-
-def solve(
-    f: Callable[..., Any],
-    z0: Z,
-    *args: Any,
-    solver: Solver = Anderson(),  # noqa: B008
-    batch_ndim: int = 0,
-    gather: Literal["once", "each"] = "once",
-    memory: Any = None,
-    fold: Fold | None = None,
-) -> SolveResult[Z]:
-    """The forward half of `fixed_point`, with all that the solver leaves. No gradient flows through it.
-
-    Args:
-      f, z0, *args, solver, batch_ndim, gather: as for `fixed_point`.
-      memory: that of an earlier solve with the same solver and the same shapes of z0. Where f has changed little, a
-        quasi-Newton method then starts with the Jacobian it has learned.
-      fold: accumulates over the evaluations inside the loop: `ResidualTrace`, `Snapshots`, or an object of your
-        own with `init(z0, batch_ndim)` and `update(folded, evaluation)`, see `Evaluation`.
-
-    Returns:
-      SolveResult(value, stats, memory, folded, given). `attach` gives the value a derivative. `given` has the carried
-        leaves with which f was evaluated at the value.
-
-    Raises:
-      TypeError, ValueError: as `fixed_point`.
-
-    >>> import jax.numpy as jnp, deq_jax as deq
-    >>> cell = lambda z, x: jnp.tanh(2 * z[::-1] + x)
-    >>> first = deq.solve(cell, jnp.zeros(2), jnp.array([0.1, 0.2]), solver=deq.Broyden())
-    >>> again = deq.solve(cell, first.value, jnp.array([0.1, 0.21]), solver=deq.Broyden(), memory=first.memory)
-    >>> bool(again.stats.steps < first.stats.steps), bool(again.stats.converged)
-    (True, True)
-    """
-    start = jax.lax.stop_gradient(check_arguments(f, z0, args, solver, Implicit(), batch_ndim, None))
-    check_start(start)
-    if getattr(fold, "sees_all", False):
-        check_sees_all(solver, f"fold={fold!r}")
-    cell, start, inputs, other = hoist_cell(f, start, args, gather=gather)
-    if memory is not None:
-        check_memory(memory, solver, vector_type(solver, start, batch_ndim))
-    if flag("jax_disable_jit"):
-        typed = lambda z: in_types_of(z, f(z, *args))
-        result = run_loop(typed, start, solver, batch_ndim, memory=memory, fold=fold)
-        return jax.lax.stop_gradient(result)
-    hoisted, fold_reads = hoist_fold(fold, start, batch_ndim)
-    reads = jax.lax.stop_gradient((inputs, other, fold_reads))
-    return run_compiled(_solve, (cell, batch_ndim, *hoisted), start, reads, solver, memory)
-
-
-def _solve(cell, batch_ndim, fold_init, fold_update, z0, reads, solver, memory):
-    inputs, other, fold_reads = reads
-    fold = with_fold(fold_init, fold_update, fold_reads)
-    result = run_loop(Bound(cell, inputs, other), z0, solver, batch_ndim, memory=memory, fold=fold)
-    return jax.lax.stop_gradient(result)
-
-
-def attach(
-    f: Callable[..., Any],
-    z: Z,
-    *args: Any,
-    adjoint: Adjoint = Implicit(),  # noqa: B008
-    solver: Solver = Anderson(),  # noqa: B008
-    batch_ndim: int = 0,
-    found: SolveResult[Z] | None = None,
-    probe: Probe | None = None,
-) -> Z:
-    """z, however it was found, with the derivative that a fixed point of f has in args and in what f captures.
-
-    The value is z itself, and no gradient flows to z. The derivative is that of `adjoint`, taken as if f(z, *args) = z.
-    So a solver of your own, a cached equilibrium, or a state on the way to an equilibrium becomes differentiable.
-
-    Args:
-      f, *args, batch_ndim, probe: as for `fixed_point`.
-      adjoint: one at the equilibrium: `Implicit`, `ImplicitJVP`, `Phantom`, `Neumann`, `JFB`, or `Shine` with `found`.
-      solver: what the adjoint derives its own backward solver from, where it was given none.
-      found: the result of the `solve` that z comes from, for `Shine` and for `Implicit(on_failure=...)`. With it, f is
-        linearized with the carried leaves `found.given`, without it with those of z.
-
-    Raises:
-      TypeError, ValueError: as `fixed_point`; for an adjoint that goes through the iterations.
-
-    >>> import jax, jax.numpy as jnp, deq_jax as deq
-    >>> def square_root(a):  # by bisection, say; here by numpy
-    ...     z = jnp.sqrt(jax.lax.stop_gradient(a))
-    ...     return deq.attach(lambda z: 0.5 * (z + a / z), z)
-    >>> bool(abs(jax.grad(square_root)(4.0) - 0.25) < 1e-6)
-    True
-    """
-    start = jax.lax.stop_gradient(check_arguments(f, z, args, solver, adjoint, batch_ndim, probe))
-    if isinstance(adjoint, IterationAdjoint):
-        raise TypeError(
-            f"{type(adjoint).__name__} differentiates the iterations of a solve, and z comes without them; "
-            "use Implicit, ImplicitJVP, Phantom, Neumann or JFB"
-        )
-    member(adjoint, "check")(start, solver)
-    cell, start, inputs, other = hoist_cell(f, start, args)
-    adjoint = bound_to(adjoint, start)
-    probe = Probe.like(start, batch_ndim) if probe is None else probe
-    if found is not None:
-        check_found(found, start, batch_ndim)
-    stats, memory = (None, None) if found is None else (found.stats, found.memory)
-    floats, carried = split(start)
-    given = carried if found is None else found.given
-    forward = ForwardResult(floats, stats, memory, solver)
-    z_star = run_compiled(_attach, (cell, batch_ndim), forward, inputs, other, given, adjoint, probe)
-    return join(z_star, carried)
-
-
-def _attach(cell, batch_ndim, forward, inputs, other, given, adjoint, probe):
-    problem = Problem(cell, inputs, other, batch_ndim).with_carried(given)
-    return at_equilibrium(adjoint, problem, forward, probe)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
@@ -16,7 +16,7 @@ from deq_jax._hoisting import zero_residuals
 from deq_jax._states import choose, join, split
 from deq_jax._trace import flag
 from deq_jax.adjoints import Adjoint, Implicit, Phantom, Probe
-from deq_jax.fixed_point import attach, solve
+from deq_jax.halves import attach, solve
 from deq_jax.solvers import Anderson, Evaluation, Solver, Stats, Status
 from deq_jax.solvers.protocol import check_sees_all, plain_at_runtime
 
@@ -42,6 +42,7 @@ def trajectory(
     adjoint: Adjoint = Implicit(),  # noqa: B008
     correction: Adjoint | Sequence[Adjoint] = Phantom(),  # noqa: B008
     batch_ndim: int = 0,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
     probe: Probe | None = None,
 ) -> Trajectory[Z]:
     """`fixed_point`, and the iterates after each number of steps in `at`, so that a loss can use them all.
@@ -51,7 +52,7 @@ def trajectory(
     The carried leaves of a state are those with which f was evaluated there.
 
     Args:
-      f, z0, *args, solver, adjoint, batch_ndim, probe: as for `fixed_point`.
+      f, z0, *args, solver, adjoint, batch_ndim, axis_name, probe: as for `fixed_point`.
       at: increasing numbers of steps. 0 is z0. Each must be below the solver's `max_steps`, because the state after k
         steps is seen by evaluation k + 1.
       correction: how to differentiate the states, each as if it were the fixed point: one adjoint for all, or one for
@@ -85,8 +86,8 @@ def trajectory(
     if len(corrections) != len(at):
         raise ValueError(f"correction must be one adjoint, or one for each of at={at}; got {len(corrections)}")
 
-    solved = solve(f, z0, *args, solver=solver, batch_ndim=batch_ndim, fold=Snapshots(at))
-    options: dict[str, Any] = dict(solver=solver, batch_ndim=batch_ndim)
+    options: dict[str, Any] = dict(solver=solver, batch_ndim=batch_ndim, axis_name=axis_name)
+    solved = solve(f, z0, *args, fold=Snapshots(at), **options)
     value = attach(f, solved.value, *args, adjoint=adjoint, found=solved, probe=probe, **options)
 
     states, state_stats = [], []

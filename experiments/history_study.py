@@ -33,7 +33,7 @@ def main(config: Config = Config()) -> None:  # noqa: B008
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}, seeds 0 to {config.seeds - 1}, at most 100 evaluations"
     )
     head = ["state", "rtol", "history", "cells", "solved", "in bfloat16", "evaluations", "in bfloat16", "ratio"]
-    print(markdown_table(head, rows))
+    print("\n".join(markdown_table(head, rows)))
 
 
 def compare(problems: Problems, history: int, dtype: str, rtol: float) -> list[Any]:

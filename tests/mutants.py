@@ -46,6 +46,13 @@ MUTANTS = [
         "test_solvers.py -k robust_gives_each_problem",
     ),
     Mutant(
+        "inner products of each device's piece alone",
+        "_vectors.py",
+        "return jax.lax.psum(found, xs[0].over) if xs[0].over else found",
+        "return found",
+        "test_axis_name.py -k solved_as_on_one_device",
+    ),
+    Mutant(
         "weights gathered at each evaluation",
         LOOP,
         "f, solver = gathered_once(f, z0), cast_options(solver, wide_dtype(z0))",
@@ -82,7 +89,7 @@ MUTANTS = [
     ),
     Mutant(
         "an attached z that forgets what f was given",
-        "fixed_point.py",
+        "halves.py",
         "given = carried if found is None else found.given",
         "given = carried",
         "test_carried.py -k attach_holds",
@@ -279,7 +286,7 @@ MUTANTS = [
     Mutant(
         "cotangents as they come",
         "adjoints/backward.py",
-        "scale = power_of_two(z_bar, problem.batch_ndim, problem.axes)\n    with",
+        "scale = power_of_two(z_bar, problem.batch_ndim, (*problem.axes, *problem.over))\n    with",
         "scale = power_of_two(z_bar, problem.batch_ndim, problem.axes) * 0 + 1\n    with",
         "test_adjoint_family.py -k float16",
     ),

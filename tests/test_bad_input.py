@@ -535,3 +535,37 @@ def test_every_solver_has_the_options_of_the_loop_first():
 def test_another_way_to_gather_is_refused():
     with pytest.raises(ValueError, match="gather must be 'once' or 'each', got 'never'"):
         deq.fixed_point(jnp.cos, jnp.zeros(3), gather="never")
+
+
+# ---- a problem that is split over a named axis -------------------------------------------------------------
+
+
+def on_four_devices(axis, axis_name, **options):
+    """Solves 4 problems, or one in 4 pieces, of which each device of the axis "model" has one."""
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    over = jax.sharding.PartitionSpec(axis)
+    solve = lambda x: deq.solve(cos, x, batch_ndim=1, axis_name=axis_name, **options).value
+    return jax.shard_map(solve, mesh=mesh, in_specs=over, out_specs=over)(jnp.ones((4, 4)))
+
+
+class Flat(deq.Picard):
+    flat = True
+
+
+def test_a_name_of_no_axis_is_refused():
+    with pytest.raises(ValueError, match="axis_name='expert' is no axis of a `shard_map` around this call"):
+        on_four_devices("model", "expert")
+    with pytest.raises(ValueError, match="axis_name='model' is no axis"):
+        deq.fixed_point(cos, z0(), axis_name="model")
+
+
+def test_an_axis_over_which_nothing_is_split_is_refused():
+    with pytest.raises(
+        ValueError, match="axis_name='model' names an axis .* but z0, and what f returns for it, is the"
+    ):
+        on_four_devices(None, "model")
+
+
+def test_a_flat_solver_refuses_a_problem_that_is_split():
+    with pytest.raises(TypeError, match=r"Flat works on flat vectors.*is split over axis_name=\('model',\)"):
+        on_four_devices("model", "model", solver=Flat())

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments import backward_study, gradient_study
+import deq_jax as deq
+from experiments import backward_study, gradient_study, squarem_study
 
 pytestmark = pytest.mark.usefixtures("promotes")  # optax relies on it
 
@@ -60,3 +61,12 @@ def test_backward_study_converges_wherever_the_forward_solve_did(tmp_path):
     results = backward_study.main(backward_study.Config(out=tmp_path, quick=True))
     assert (tmp_path / "table.md").exists() and json.loads((tmp_path / "results.json").read_text())["rows"]
     assert all(verdict["least_converged"] == 1 for verdict in results["verdicts"].values())
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["EM, Poissons", "EM, Gaussians at 2.5", "logit shares, spread 1.0"])
+def test_squarem_as_it_is_compared_is_a_good_one(name):
+    f, z0 = squarem_study.maps()[name]
+    plain = deq.solve(f, z0, solver=deq.Picard(max_steps=20_000))
+    squarem = deq.solve(f, z0, solver=squarem_study.Squarem(max_steps=2000))
+    assert squarem.stats.converged and 2 * squarem.stats.steps < plain.stats.steps

@@ -17,7 +17,7 @@ TREES = {name: ast.parse(text) for name, text in FILES.items()}
 ROOMS = (
     ("models/", "nn.py"),
     ("__init__.py", "__main__.py", "_doctor.py"),
-    ("adapters.py", "check.py", "compact.py", "diagnostics.py", "fixed_point.py", "regularizers.py")
+    ("adapters.py", "check.py", "compact.py", "diagnostics.py", "fixed_point.py", "halves.py", "regularizers.py")
     + ("stability.py", "trajectory.py", "warm_start.py", "_hoisting.py"),
     ("adjoints/",),
     ("solvers/",),

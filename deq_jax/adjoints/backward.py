@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, PyTree
 
-from deq_jax._arrays import leading_power
+from deq_jax._arrays import leading_power, varying_axes
 from deq_jax._states import add, choose, corner, divide, multiply, wide_dtype, zeros_like
-from deq_jax._trace import varying_axes
 from deq_jax.adjoints.protocol import Problem
 from deq_jax.solvers import Stats
 from deq_jax.solvers.stopping import coupling
@@ -34,7 +33,7 @@ def solve_backward(
     afterwards, at the cost of one extra evaluation of f.
     """
     z_bar = unfolded(z_bar, z, problem.batch_ndim)
-    scale = power_of_two(z_bar, problem.batch_ndim, problem.axes)
+    scale = power_of_two(z_bar, problem.batch_ndim, (*problem.axes, *problem.over))
     with jax.named_scope("backward_solve"):
         u, stats = solve(divide(z_bar, scale))
     z = after(z, u, stats)
@@ -97,7 +96,7 @@ def unit_in_float16(z_bar: PyTree, problem: Problem) -> tuple[PyTree, Any]:
     """(z̄ / scale, scale) where float16 would lose digits of z̄, and (z̄, None) elsewhere."""
     if not _has_float16(z_bar):
         return z_bar, None
-    scale = power_of_two(z_bar, problem.batch_ndim, problem.axes)
+    scale = power_of_two(z_bar, problem.batch_ndim, (*problem.axes, *problem.over))
     return divide(z_bar, scale), scale
 
 

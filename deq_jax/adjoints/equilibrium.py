@@ -33,7 +33,7 @@ def solve_differentiably(
         return z, stats, split(z)[1]
     # The derivative is that of the rule at the equilibrium alone, so the loop must not be differentiated.
     z0, solver = frozen((z0, solver))
-    result = run_loop(problem.frozen, z0, solver, problem.batch_ndim)
+    result = run_loop(problem.frozen, z0, solver, problem.batch_ndim, over=problem.over)
     floats, carried = split(result.value)
     forward = ForwardResult(floats, result.stats, result.memory, solver)
     z = at_equilibrium(adjoint, problem.with_carried(result.given), forward, probe)
@@ -86,7 +86,7 @@ def _pull(adjoint, forward, problem, z_bar):
         raise TypeError(f"{who} must return the cotangents of problem.inputs and a Probe or None; got {result!r}")
     inputs_bar, probe_bar = result
     check_like(inputs_bar, problem.inputs, who, "inputs_bar")
-    return inputs_bar, Probe.unmeasured(0, z_bar, problem.batch_ndim) if probe_bar is None else probe_bar
+    return inputs_bar, Probe.unmeasured(0, z_bar, problem) if probe_bar is None else probe_bar
 
 
 def _reverse_only(problem: Problem) -> Problem:

@@ -107,8 +107,8 @@ def solve_linear(
     """
     pure, inputs, other = hoist(product, unit)
     cell = Bound(lambda u, inputs, other: add(inputs[0], pure(u, inputs[1], other)), like=pure)
-    linear, solver = Problem(cell, (unit, inputs), other, problem.batch_ndim), forward.solver
-    probe = Probe.like(unit, problem.batch_ndim)
+    linear, solver = Problem(cell, (unit, inputs), other, problem.batch_ndim, problem.over), forward.solver
+    probe = Probe.like(unit, problem.batch_ndim, problem.over)
     if is_plain(adjoint):
         u, stats, _ = solve_differentiably(adjoint, linear, unit, solver, probe)
     else:
@@ -126,17 +126,17 @@ def with_backward_solver(adjoint: Any, problem: Problem, forward: ForwardResult)
     check_fits(adjoint, problem, forward.z)
     solver = adjoint.solver
     if solver is None:
-        solver = default_backward(forward.solver, forward.z, problem.batch_ndim)
+        solver = default_backward(forward.solver, forward.z, problem.batch_ndim, problem.over)
     return forward._replace(memory=None, solver=solver)
 
 
-def default_backward(forward: Solver, z: PyTree, batch_ndim: int) -> Solver:
+def default_backward(forward: Solver, z: PyTree, batch_ndim: int, over: tuple = ()) -> Solver:
     """Anderson as GMRES, with a tenth of the relative tolerance that `forward` had at z, and twice its budget."""
     # Anderson sees the GMRES residual multiplied by J, so it can grow while GMRES is converging. Restarting then lost
     # backward solves of experiments/backward_study.py, hence `growth`; so did half the budget.
     options: Any = dict(max_steps=_twice(forward.max_steps), history=16, growth=10.0)
     options |= dict(history_dtype=getattr(forward, "history_dtype", None))
-    rtol: Any = 0.1 * _relative_tolerance(forward, jax.lax.stop_gradient(z), batch_ndim)
+    rtol: Any = 0.1 * _relative_tolerance(forward, jax.lax.stop_gradient(z), batch_ndim, over)
     # f rounds u to the state's dtype. In four dtypes, all solves converged at 1 eps, with an error of 1 to 3 eps. With
     # no floor most ended as STALLED after up to 4 times the products, hardly nearer; at 2 eps the error was double.
     floor = eps_of(z)
@@ -148,11 +148,11 @@ def _twice(max_steps: Any) -> Any:
     return min(2 * max_steps, MAX_STEPS) if isinstance(max_steps, int) else 2 * jnp.minimum(max_steps, MAX_STEPS // 2)
 
 
-def _relative_tolerance(solver: Solver, z: PyTree, batch_ndim: int) -> Any:
+def _relative_tolerance(solver: Solver, z: PyTree, batch_ndim: int, over: tuple) -> Any:
     """‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ as a relative tolerance: the strictest of the leaves' that are not zero."""
     if isinstance(solver.atol, int | float) and solver.atol == 0:
         return float(solver.rtol) if isinstance(solver.rtol, int | float) else solver.rtol
-    layout = Layout(z, batch_ndim)
+    layout = Layout(z, batch_ndim, over=over)
     sizes = layout.norms(layout.pack(z))
     cast = lambda number: jnp.asarray(number).astype(sizes.dtype)
     asked = jnp.where(sizes > 0, ratio(by_leaf(cast(solver.atol), layout), sizes), jnp.inf)

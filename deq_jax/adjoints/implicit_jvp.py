@@ -65,6 +65,6 @@ class ImplicitJVP:
         # z = f(z, a)  ⇒  ż = fₐ ȧ + J ż: a fixed point too, solved for ż / scale, a power of two a problem.
         _, b = jax.jvp(lambda inputs: problem(forward.z, inputs), (problem.inputs,), (inputs_dot,))
         _, along_z = jax.linearize(problem, forward.z)
-        scale = power_of_two(b, problem.batch_ndim, problem.axes)
+        scale = power_of_two(b, problem.batch_ndim, (*problem.axes, *problem.over))
         v, _ = solve_linear(self, along_z, divide(b, scale), problem, forward)
         return multiply(v, scale)

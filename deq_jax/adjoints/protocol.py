@@ -35,6 +35,7 @@ class Problem:
     inputs: Any  # all float and complex arrays that f reads, arguments and captured values alike
     other: Any  # all other arrays that f reads: ints, keys, masks
     batch_ndim: int
+    over: tuple = ()  # named axes over which each problem is split
 
     def __call__(self, z: PyTree, inputs: PyTree = None) -> PyTree:
         return self.f(z, self.inputs if inputs is None else inputs, self.other)
@@ -46,14 +47,14 @@ class Problem:
 
     def stats_at(self, z: PyTree, solver: Solver, steps: Any) -> Stats:
         """The statistics of a z that was found in `steps` evaluations; one more is made here."""
-        return stats_at(self.frozen, jax.lax.stop_gradient(z), frozen(solver), steps, self.batch_ndim)
+        return stats_at(self.frozen, jax.lax.stop_gradient(z), frozen(solver), steps, self.batch_ndim, self.over)
 
     def with_carried(self, carried: PyTree) -> "Problem":
         """The equation in the floats alone: f is given these carried leaves at each evaluation, as constants."""
         if not jax.tree.leaves(carried):
             return self
         f = lambda z, inputs, other: holding(self.f, other[1])(z, inputs, other[0])
-        return Problem(Bound(f, like=self.f), self.inputs, (self.other, carried), self.batch_ndim)
+        return Problem(Bound(f, like=self.f), self.inputs, (self.other, carried), self.batch_ndim, self.over)
 
     @property
     def frozen(self) -> Callable[[PyTree], PyTree]:
@@ -61,7 +62,7 @@ class Problem:
         return Bound(self.f, jax.lax.stop_gradient(self.inputs), self.other)
 
 
-jax.tree_util.register_dataclass(Problem, data_fields=["inputs", "other"], meta_fields=["f", "batch_ndim"])
+jax.tree_util.register_dataclass(Problem, data_fields=["inputs", "other"], meta_fields=["f", "batch_ndim", "over"])
 
 
 class ForwardResult(NamedTuple):
@@ -99,9 +100,10 @@ class Probe(NamedTuple):
         return cls(zero, zero, zero)
 
     @classmethod
-    def like(cls, z: PyTree, batch_ndim: int) -> "Probe":
+    def like(cls, z: PyTree, batch_ndim: int, over: tuple = ()) -> "Probe":
         """Zeros made from z, so that they share its sharding."""
         zero = zeros_from(corner(z, batch_ndim).real.astype(jnp.float32))
+        zero = jax.lax.psum(zero, over) if over else zero
         return cls(zero, zero, zero)
 
     @classmethod
@@ -110,9 +112,9 @@ class Probe(NamedTuple):
         return jax.tree.map(lambda x: x.astype(jnp.float32), cls(stats.steps, stats.relative_residual, stats.status))
 
     @classmethod
-    def unmeasured(cls, products: int, z: PyTree, batch_ndim: int) -> "Probe":
+    def unmeasured(cls, products: int, z: PyTree, problem: "Problem") -> "Probe":
         """The report of a pullback that solves no equation and takes so many vector-Jacobian products."""
-        zero = cls.like(z, batch_ndim)
+        zero = cls.like(z, problem.batch_ndim, problem.over)
         return cls(zero.steps + products, zero.residual + jnp.inf, zero.status + Status.MAX_STEPS)
 
 

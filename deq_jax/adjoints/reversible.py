@@ -106,7 +106,7 @@ class Walk(NamedTuple):
 
 def _walk(rules: tuple, z0: PyTree, problem: Problem) -> tuple[Walk, Stats]:
     """The sequences where they ended, and the statistics of z."""
-    layout = Layout(z0, problem.batch_ndim)
+    layout = Layout(z0, problem.batch_ndim, over=problem.over)
     damping, solver = rules
     start = layout.pack(z0).astype(_working_dtype(z0))
     call = lambda z: layout.pack(problem(layout.unpack(z))).astype(start.dtype)
@@ -127,9 +127,8 @@ def _walk(rules: tuple, z0: PyTree, problem: Problem) -> tuple[Walk, Stats]:
     walk = Walk(start, start, fz, running, zero_of(start).astype(jnp.int32))
     walk = jax.lax.while_loop(lambda walk: jnp.any(walk.running), body, walk)
     stats = assess(norms(walk.z, walk.fz), solver, 2 * walk.steps + 1, layout)
-    nothing = 0, jnp.inf, jnp.inf, Status.MAX_STEPS  # what is known where no evaluation was allowed
-    known = (jnp.where(solver.max_steps > 0, known, none) for known, none in zip(stats, nothing, strict=True))
-    return walk, Stats(*known)
+    nothing = Stats(0, jnp.inf, jnp.inf, Status.MAX_STEPS)  # what is known where no evaluation was allowed
+    return walk, jax.tree.map(lambda known, none: jnp.where(solver.max_steps > 0, known, none), stats, nothing)
 
 
 def _value(rules, z0, problem):
@@ -141,7 +140,7 @@ _solve: Any = jax.custom_vjp(_value)
 
 def _solve_fwd(rules, z0, problem):
     walk, stats = _walk(rules, z0, problem)
-    z = Layout(z0, problem.batch_ndim).unpack(walk.z)
+    z = Layout(z0, problem.batch_ndim, over=problem.over).unpack(walk.z)
     return (z, stats), (rules[0], z, walk.y, walk.z, walk.steps, problem)
 
 
@@ -151,7 +150,7 @@ def _solve_fwd(rules, z0, problem):
 def _solve_bwd(saved, cotangents):
     damping, value, y, z, steps, problem = saved
     z_bar, _ = cotangents
-    layout = Layout(value, problem.batch_ndim)  # as on the way forward
+    layout = Layout(value, problem.batch_ndim, over=problem.over)  # as on the way forward
     pull = _pullback(problem, layout)
 
     def undo(k, carry):

@@ -55,7 +55,10 @@ class Shine:
         if forward.memory is None:
             raise TypeError("Shine needs the memory of a Broyden solve, and this z was found without: use Implicit()")
         check_memory(
-            forward.memory, forward.solver, vector_type(forward.solver, forward.z, problem.batch_ndim), "found.memory"
+            forward.memory,
+            forward.solver,
+            vector_type(forward.solver, forward.z, problem.batch_ndim, problem.over),
+            "found.memory",
         )
         return forward
 
@@ -68,7 +71,9 @@ class Shine:
         def solve(unit):
             cell = backward_cell(problem, forward.z, unit)
             conjugated = Bound(lambda u: conj(cell(conj(u))), like=problem.f)
-            u, stats, *_ = run_loop(conjugated, conj(unit), solver, problem.batch_ndim, memory=memory)
+            u, stats, *_ = run_loop(
+                conjugated, conj(unit), solver, problem.batch_ndim, memory=memory, over=problem.over
+            )
             return conj(u), stats
 
         inputs_bar, stats = solve_backward(problem, forward.z, z_bar, solve)

@@ -68,7 +68,7 @@ class Unroll:
             )
 
     def run(self, problem: Problem, z0: PyTree, solver: Solver) -> tuple[PyTree, Stats]:
-        layout = layout_for(solver, z0, problem.batch_ndim)
+        layout = layout_for(solver, z0, problem.batch_ndim, problem.over)
         solver = cast_options(solver, layout.dtype)
         iterate, start = self._iteration(problem, layout, solver, z0)
         if self.stop:

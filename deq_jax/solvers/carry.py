@@ -76,17 +76,17 @@ def init_carry(z0: PyTree, solver: Solver, layout: Layout, memory: Any = None, f
     )
 
 
-def layout_for(solver: Solver, z0: PyTree, batch_ndim: int) -> Layout:
-    """How this solver is shown states such as z0."""
+def layout_for(solver: Solver, z0: PyTree, batch_ndim: int, over: tuple = ()) -> Layout:
+    """How this solver is shown states such as z0, each problem of which is split over these named axes."""
     flat = member(solver, "flat")
     if flat:
-        check_flat(solver, z0, batch_ndim)
-    return Layout(z0, batch_ndim, flat)
+        check_flat(solver, z0, batch_ndim, over)
+    return Layout(z0, batch_ndim, flat, over)
 
 
-def vector_type(solver: Solver, z0: PyTree, batch_ndim: int) -> Any:
+def vector_type(solver: Solver, z0: PyTree, batch_ndim: int, over: tuple = ()) -> Any:
     """The type of z0 as this solver sees it."""
-    return jax.eval_shape(lambda z0: layout_for(solver, z0, batch_ndim).pack(z0), z0)
+    return jax.eval_shape(lambda z0: layout_for(solver, z0, batch_ndim, over).pack(z0), z0)
 
 
 def noted(carry: Carry, verdict: Verdict, running: Bool[Array, "*batch"], returned: PyTree) -> Carry:

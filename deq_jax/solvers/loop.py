@@ -35,7 +35,14 @@ from deq_jax.solvers.stopping import (
 
 
 def run_loop(
-    f: Callable, z0: PyTree, solver: Solver, batch_ndim: int = 0, *, memory: Any = None, fold: Fold | None = None
+    f: Callable,
+    z0: PyTree,
+    solver: Solver,
+    batch_ndim: int = 0,
+    *,
+    memory: Any = None,
+    fold: Fold | None = None,
+    over: tuple = (),
 ) -> SolveResult:
     """Iterate `solver` on f(z) = z from z0 until each problem has stopped.
 
@@ -43,14 +50,14 @@ def run_loop(
     the state in its own structure and dtypes, with its carried leaves. The loop is native to the batch: a problem that
     has stopped is frozen at its best iterate, and the loop ends with the last one. `memory` is that of an earlier solve
     with the same solver and shapes. If f communicates along named axes (`f.axes`, see `_trace.Bound`), the problems
-    along them are one coupled problem, and stop together.
+    along them are one coupled problem, and stop together. Over the named axes `over` each problem is split.
     """
     f, solver = gathered_once(f, z0), cast_options(solver, wide_dtype(z0))
-    layout = layout_for(solver, z0, batch_ndim)
+    layout = layout_for(solver, z0, batch_ndim, over)
     carry = init_carry(z0, solver, layout, memory, fold)
     # Not one after the other where problems are evaluated together: by an f that communicates, or for a fold, which
     # counts the evaluations of the batch.
-    parts = member(solver, "parts") if fold is None and not axes_of(f) else ()
+    parts = member(solver, "parts") if fold is None and not coupled_axes(f, layout) else ()
     for i, part in enumerate(parts or (solver,)):
         body = make_body(f, part, layout, fold)
         carry = begun(carry, part, layout) if i else carry
@@ -112,7 +119,7 @@ def make_body(f: Callable, solver: Solver, layout: Layout, fold: Fold | None = N
 
 def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | None) -> Callable[[Carry], Carry]:
     """One evaluation of f, what it says of each problem, and the next iterate."""
-    judged = make_verdict(layout, solver, axes_of(f))
+    judged = make_verdict(layout, solver, coupled_axes(f, layout))
 
     def evaluate(carry: Carry) -> Carry:
         z_tree = join(layout.unpack(carry.z), carry.carried)
@@ -139,6 +146,11 @@ def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | No
         )
 
     return evaluate
+
+
+def coupled_axes(f: Callable, layout: Layout) -> tuple:
+    """The named axes along which f couples different problems."""
+    return tuple(axis for axis in axes_of(f) if axis not in layout.over)
 
 
 def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry, Norms], Verdict]:
@@ -231,8 +243,8 @@ def make_plain_steps(f: Callable, layout: Layout, solver: Solver) -> Callable[[C
     return untested
 
 
-def stats_at(f: Callable, z: PyTree, solver: Solver, steps: Any, batch_ndim: int) -> Stats:
+def stats_at(f: Callable, z: PyTree, solver: Solver, steps: Any, batch_ndim: int, over: tuple = ()) -> Stats:
     """The stats of a z that is returned as it is, after `steps` evaluations and the one that is made here."""
-    layout = Layout(z, batch_ndim)
+    layout = Layout(z, batch_ndim, over=over)
     norms = norms_at(layout.pack(z), layout.pack(f(z)), layout)
     return assess(norms, cast_options(solver, layout.dtype), steps + 1, layout)

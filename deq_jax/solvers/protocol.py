@@ -33,6 +33,7 @@ class Stats(NamedTuple):
     residual: Float[Array, "*batch"]  # ‖f(z) − z‖₂ at the z that is returned; inf if f was never finite there
     relative_residual: Float[Array, "*batch"]  # ‖f(z) − z‖₂ / ‖f(z)‖₂, the largest of the leaves'
     status: Int[Array, "*batch"]  # a Status
+    error: Float[Array, "*batch"] | None = None  # about ‖z − z*‖₂, see `estimate_error` of `fixed_point`
 
     @property
     def converged(self) -> Bool[Array, "*batch"]:

@@ -138,6 +138,7 @@ def coupling(axes: tuple) -> Coupling:
     if not axes:
         same = lambda x: x
         return Coupling(same, same, same)
+    axes = tuple(dict.fromkeys(axes))
     anywhere = lambda yes: jax.lax.pmax(yes.astype(jnp.int32), axes) > 0
     return Coupling(lambda yes: ~anywhere(~yes), anywhere, lambda x: jax.lax.pmax(x, axes))
 
