@@ -10,13 +10,11 @@ from deq_jax._programs import clear_caches
 from deq_jax.adjoints import (
     JFB,
     Adjoint,
-    Dense,
     EquilibriumAdjoint,
     ForwardResult,
     Implicit,
     ImplicitJVP,
     IterationAdjoint,
-    Lineax,
     Neumann,
     OnFailure,
     Phantom,
@@ -26,6 +24,7 @@ from deq_jax.adjoints import (
     Shine,
     Unroll,
 )
+from deq_jax.adjoints.linear import Dense, Lineax
 from deq_jax.check import SolveError, check
 from deq_jax.compact import compact
 from deq_jax.fixed_point import Solution, SolutionWithAux, fixed_point

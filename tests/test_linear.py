@@ -230,7 +230,7 @@ def test_states_of_every_kind(dtype, options, batch_ndim):
     (plain, _), (got, probe) = pull(deq.Implicit()), pull(deq.Implicit(**options))
     eps = float(jnp.finfo(dtype).eps)
     distance = jnp.linalg.norm((got - plain).astype("complex128")) / jnp.linalg.norm(plain.astype("complex128"))
-    assert distance < 100 * eps
+    assert distance < max(100 * eps, 1e-12)  # gmres stops at 1e-13
     assert jnp.all(probe.status == Status.CONVERGED)
     unknowns = 8 * (2 if dtype == "complex128" else 1) * (1 if batch_ndim else BATCH)
     assert jnp.all(probe.steps == (unknowns + 2 if options["linear"] == deq.Dense() else 1))

@@ -3,7 +3,6 @@
 from deq_jax.adjoints.implicit import Implicit, OnFailure
 from deq_jax.adjoints.implicit_jvp import ImplicitJVP
 from deq_jax.adjoints.inexact import JFB, Neumann, Phantom
-from deq_jax.adjoints.linear import Dense, Lineax
 from deq_jax.adjoints.protocol import Adjoint, EquilibriumAdjoint, ForwardResult, IterationAdjoint, Probe, Problem
 from deq_jax.adjoints.reversible import Reversible
 from deq_jax.adjoints.shine import Shine
@@ -12,13 +11,11 @@ from deq_jax.adjoints.unroll import Unroll
 __all__ = [
     "JFB",
     "Adjoint",
-    "Dense",
     "EquilibriumAdjoint",
     "ForwardResult",
     "Implicit",
     "ImplicitJVP",
     "IterationAdjoint",
-    "Lineax",
     "Neumann",
     "OnFailure",
     "Phantom",

@@ -46,6 +46,9 @@ class ImplicitJVP:
     linear: Any = None
     preconditioner: Any = None
 
+    def keep(self, problem: Problem, forward: ForwardResult) -> ForwardResult:
+        return with_backward_solver(self, problem, forward)
+
     def __post_init__(self):
         check_exact(self)
 
@@ -54,9 +57,6 @@ class ImplicitJVP:
 
     def bind(self, z0: PyTree) -> "ImplicitJVP":
         return bound(self, z0)
-
-    def keep(self, problem: Problem, forward: ForwardResult) -> ForwardResult:
-        return with_backward_solver(self, problem, forward)
 
     def pullback(self, problem: Problem, forward: ForwardResult, z_bar: PyTree) -> tuple[list, Probe]:
         return exact_pullback(self, problem, forward, z_bar)
