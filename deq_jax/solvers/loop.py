@@ -117,8 +117,7 @@ def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | No
     def evaluate(carry: Carry) -> Carry:
         z_tree = join(layout.unpack(carry.z), carry.carried)
         with jax.named_scope("f"):
-            fz_tree = f(z_tree)
-        fz = layout.pack(fz_tree)
+            fz, fz_tree, products = evaluated(f, solver, layout, carry.solver, carry.z, carry.carried)
         norms, residual = norms_at(carry.z, fz, layout), fz - carry.z
         verdict = judged(carry, norms)
         if member(solver, "scale_free"):
@@ -126,7 +125,7 @@ def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | No
             verdict, residual = settled((verdict, residual))
         after = noted(carry, verdict, is_on(carry, solver), split(fz_tree)[1])
         with jax.named_scope(type(solver).__name__):
-            z, state = advance(solver, carry.solver, residual, carry.z, verdict)
+            z, state = advance(solver, carry.solver, residual, carry.z, verdict, products)
         after = after._replace(solver=state)
         # A problem that has stopped is given its best z again, with what it was given there; so is one that waits.
         then, stay = (layout.round(z), after.returned), (after.best, after.best_carried)
@@ -139,6 +138,25 @@ def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | No
         )
 
     return evaluate
+
+
+def evaluated(
+    f: Callable, solver: Solver, layout: Layout, state: Any, z: Vec, carried: PyTree
+) -> tuple[Vec, PyTree, tuple[Vec, ...]]:
+    """(f(z) as a vector, all that f returned, the products that the solver is shown, if it asks for any)."""
+
+    def at(z: Vec) -> tuple[Vec, PyTree]:
+        tree = f(join(layout.unpack(z), carried))
+        return layout.pack(tree), tree
+
+    if member(solver, "direction") is None:
+        return *at(z), ()
+    directions = member(solver, "direction")(state)
+    push = lambda direction: jax.jvp(at, (z,), (direction,), has_aux=True)
+    if shape_of(directions) != shape_of(z):  # rows of an array
+        push = jax.vmap(push, in_axes=layout.batch_ndim, out_axes=(None, layout.batch_ndim, None))
+    fz, pushed, tree = push(directions)
+    return fz, tree, (pushed - directions,)
 
 
 def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry, Norms], Verdict]:
@@ -188,17 +206,19 @@ def in_units(solver: Solver, unit: Array) -> Solver:
     return with_options(solver, atol=solver.atol / unit)
 
 
-def advance(solver: Solver, state: Any, residual: Vec, z: Vec, verdict: Verdict) -> tuple[Vec, Any]:
+def advance(
+    solver: Solver, state: Any, residual: Vec, z: Vec, verdict: Verdict, products: tuple[Vec, ...]
+) -> tuple[Vec, Any]:
     """The next iterate, and the solver's state."""
     if member(solver, "scale_free"):
         residual, z = scaled(verdict.per_unit, residual), scaled(verdict.per_unit, z)
-        z, state = _next_point(in_units(solver, verdict.unit), state, residual, z)
+        z, state = _next_point(in_units(solver, verdict.unit), state, residual, z, products)
         return scaled(verdict.unit, z), state
-    return _next_point(solver, state, residual, z)
+    return _next_point(solver, state, residual, z, products)
 
 
-def _next_point(solver: Solver, state: Any, residual: Vec, z: Vec) -> tuple[Vec, Any]:
-    step, state = (member(solver, "round") or solver.update)(residual, state, z)
+def _next_point(solver: Solver, state: Any, residual: Vec, z: Vec, products: tuple[Vec, ...]) -> tuple[Vec, Any]:
+    step, state = (member(solver, "round") or solver.update)(residual, state, z, *products)
     if shape_of(step) != shape_of(z):
         name = type(solver).__name__
         raise ValueError(f"{name}.update must return a step of the shape of z, {shape_of(z)}; got {shape_of(step)}")
