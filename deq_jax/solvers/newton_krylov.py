@@ -159,8 +159,7 @@ class NewtonKrylov(LoopOptions):
         stepping = (verdict.event >= FAILED) | (solved & ~new)
         step = _krylov.dogleg(krylov, verdict.radius)
         newest = one_hot(krylov.count, step.y.shape[-1], step.y)
-        h = verdict.next_h[..., None] if product is None else 0
-        weights = jnp.where(stepping[..., None], step.y, h * newest)
+        weights = jnp.where(stepping[..., None], step.y, verdict.next_h[..., None] * newest)
         base_z, base_g = choose(new, (z, residual), (state.z, state.g))
         next_z = base_z + combine(weights, basis)
         return next_z - z, NewtonKrylovState(
@@ -181,14 +180,15 @@ class NewtonKrylov(LoopOptions):
         """What the evaluation was good for, and the numbers that follow from it."""
         last, eps = state.krylov.beta, float(jnp.finfo(sizes.g.dtype).eps)
         trial = assess_trial(sizes, state, eps)
-        of_product = assess_product(sizes, last, eps) if self.direction is None else assess_exact(sizes)
-        event = jnp.where(state.purpose == TRIAL, trial.event, of_product)
+        of_product = lambda: assess_product(sizes, last, eps) if self.direction is None else assess_exact(sizes)
+        event = jnp.where(state.purpose == TRIAL, trial.event, of_product())
         event = jnp.where(state.purpose == START, NEW, event).astype(jnp.int32)
         new, used = event == NEW, event == USED
         z_norm, g_norm = jnp.where(new, sizes.z, state.z_norm), jnp.where(new, sizes.g, last)
         widening = jnp.where(event == LOST, state.widening * eps**-0.25, state.widening)
         widening = jnp.where(new, 1, widening)
         difference: Any = eps**0.5 if self.difference is None else self.difference
+        difference = difference if self.direction is None else 0.0
         return Verdict(
             event=event,
             new=new,
@@ -229,8 +229,7 @@ def newest_of_basis(state: NewtonKrylovState) -> Vec:
 
 def sizes_at(residual: Vec, state: NewtonKrylovState, z: Vec, product: Vec | None = None) -> Sizes:
     """The sizes; an exact product is one of h = 1."""
-    change = residual - state.g if product is None else product
-    vectors = Sizes(residual, z - state.z, change, z, z + residual)
+    vectors = Sizes(residual, z - state.z, residual - state.g if product is None else product, z, z + residual)
     # Stacked, they are made by one kernel.
     sizes = settled(jnp.stack(norms(*vectors), axis=-1))
     sizes = Sizes(*(sizes[..., i] for i in range(len(vectors))))
