@@ -7,21 +7,16 @@ with the Jacobian J of g. The Krylov space of `_krylov` grows by it until it hol
 
 or f is differentiated in the direction q as it is evaluated at z once more, which gives the product exactly.
 
-The others are trials of a step p of at most the trust radius. What a trial brings is compared with the model:
+The others are trials of a step p of at most the trust radius, judged as in `trust_region`. After a rejected one the
+next goes less far in the same space. An accepted step begins a new space, whose forcing term is that of Eisenstat &
+Walker (1996), choice 2:
 
-    (2)  ρ = (‖g(z)‖² − ‖g(z + p)‖²) / (‖g(z)‖² − ‖g + J p‖²)
-    (3)  accepted  ρ > ACCEPTED:  z ← z + p; the radius grows if ρ > GOOD and shrinks if ρ < POOR
-         rejected  the radius shrinks, and the next trial goes less far in the same space
-
-An accepted step begins a new space, whose forcing term is that of Eisenstat & Walker (1996), choice 2:
-
-    (4)  forcing = min(0.9 (‖g‖ / ‖g_prev‖)², forcing_max), and no less than half the tolerance over ‖g‖
+    (2)  forcing = min(0.9 (‖g‖ / ‖g_prev‖)², forcing_max), and no less than half the tolerance over ‖g‖
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -33,20 +28,12 @@ from deq_jax._rows import combine
 from deq_jax._states import choose, zeros_like
 from deq_jax._vectors import Rows, Vec, divided, norms, scaled, zero_of
 from deq_jax.solvers.protocol import LoopOptions, check_sees_all
+from deq_jax.solvers.trust_region import FAILED, LOST, NEW, PRODUCT, START, STUCK, TRIAL, USED, Trial, assess_trial
 
-ACCEPTED = 1e-4  # part of the predicted decrease of ‖g‖² that a step must bring
 NOISE = 30  # units in the last place of g: a difference that changes it by less is lost in rounding
 SLOW = 0.99  # a step that leaves more of ‖g‖ than this is slow
-POOR, GOOD = 0.25, 0.75  # below, the radius shrinks; above, it may grow
 
 PRODUCTS = "differences", "jvp"  # where products with J come from
-
-# What an evaluation is for: it is the first one of f, or for a product J q, or the trial of a step.
-START, PRODUCT, TRIAL = range(3)
-# What it has brought: a new iterate; a product; a difference that was lost in rounding, so h is widened and q tried
-# again; and, where a step comes next, no finite product; a trial that is rejected; one that is so short that Newton's
-# own step is taken next, whatever it brings.
-NEW, USED, LOST, FAILED, REJECTED, STUCK = range(6)
 
 
 class NewtonKrylovState(NamedTuple):
@@ -179,7 +166,8 @@ class NewtonKrylov(LoopOptions):
     def _assess(self, sizes: "Sizes", state: NewtonKrylovState) -> "Verdict":
         """What the evaluation was good for, and the numbers that follow from it."""
         last, eps = state.krylov.beta, float(jnp.finfo(sizes.g.dtype).eps)
-        trial = assess_trial(sizes, state, eps)
+        trial = Trial(state.purpose, last, state.z_norm, state.radius, state.promised)
+        trial = assess_trial(trial, sizes.g, sizes.distance, eps)
         of_product = lambda: assess_product(sizes, last, eps) if self.direction is None else assess_exact(sizes)
         event = jnp.where(state.purpose == TRIAL, trial.event, of_product())
         event = jnp.where(state.purpose == START, NEW, event).astype(jnp.int32)
@@ -204,7 +192,7 @@ class NewtonKrylov(LoopOptions):
         )
 
     def _forcing(self, sizes: "Sizes", state: NewtonKrylovState) -> Float[Array, "*batch"]:
-        """The forcing term (4) of a new iterate."""
+        """The forcing term (2) of a new iterate."""
         tolerance: Any = self.atol + self.rtol * sizes.f
         target = 0.5 * ratio(tolerance, sizes.g)
         fallen = jnp.where(state.purpose == START, jnp.inf, ratio(sizes.g, state.krylov.beta))
@@ -262,26 +250,3 @@ def assess_product(sizes: Sizes, last_norm: Float[Array, "*batch"], eps: float) 
 def assess_exact(sizes: Sizes) -> Int[Array, "*batch"]:
     """USED or FAILED, where the last evaluation was for an exact product."""
     return jnp.where(jnp.isfinite(sizes.g) & jnp.isfinite(sizes.change), USED, FAILED)
-
-
-class TrialResult(NamedTuple):
-    event: Int[Array, "*batch"]  # NEW, REJECTED or STUCK
-    radius: Float[Array, "*batch"]
-
-
-def assess_trial(sizes: Sizes, state: NewtonKrylovState, eps: float) -> TrialResult:
-    """(2) and (3), in the problems where the last evaluation was a trial."""
-    last, finite, tried = state.krylov.beta, jnp.isfinite(sizes.g), state.purpose == TRIAL
-    rho = jnp.where(finite & (state.promised > 0), ratio((last - sizes.g) * (last + sizes.g), state.promised), -1)
-    accepted = finite & (rho > ACCEPTED)
-    shrunk = jnp.where(finite, 0.25, 0.1) * jnp.minimum(state.radius, sizes.distance)
-    adapted = jnp.where(rho < POOR, jnp.maximum(0.5 * sizes.distance, 0.25 * state.radius), state.radius)
-    adapted = jnp.where(rho > GOOD, jnp.maximum(adapted, 2 * sizes.distance), adapted)
-    radius = jnp.where(tried, jnp.where(accepted, adapted, shrunk), state.radius)
-    # No step that the arithmetic can tell from zero has helped: a local minimum of ‖g‖. Newton's own step leaves it,
-    # whatever it brings.
-    stuck = tried & ~accepted & (radius <= 4 * eps * state.z_norm)
-    # How far a step may go is a decision, not a function of the inputs, and may be infinite: constant in `Unroll`.
-    radius = jax.lax.stop_gradient(jnp.where(stuck, jnp.inf, radius))
-    taken = accepted | (finite & (state.promised < 0))
-    return TrialResult(jnp.where(taken, NEW, jnp.where(stuck, STUCK, REJECTED)), radius)
