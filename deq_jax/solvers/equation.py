@@ -13,6 +13,12 @@ time that e is halved, from e₁ at z₁ to e at z, that took a relative move ρ
 is how much F changes by a relative change of z. The minimum is that of the last two times; before the first, S is
 U e(z0). With S in place of ‖f(z)‖ the tests are those of `stopping`: by (2) ‖F‖ / S is the relative change of z that is
 left to make, if F goes on to change as it has. All of it is the same for F and for c F.
+
+How far rounding in F lets a solve come is not known beforehand. It has come there if
+
+    (3)  a move of TINY eps ‖z‖ or less from the best z has made F no smaller,  and  ‖F‖ ≤ √eps S
+
+or if z has become zero but for the rounding of z0.
 """
 
 import math
@@ -21,7 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from deq_jax._arrays import aligned, leading_power, ratio, zeros_from
 from deq_jax._config import with_options
@@ -51,9 +57,13 @@ class FixedPoint:
         # Where z0 is a constant, XLA would fold its norm when it compiles: 10 s for zeros of 4096 × 1024.
         return layout.norms(jax.lax.optimization_barrier(z))
 
-    def measured(self, seen: Any, z: Vec, fz: Vec, layout: Layout) -> tuple[Norms, Vec, Any]:
+    def measured(self, carry: Any, fz: Vec, layout: Layout) -> tuple[Norms, Vec, Any]:
         """(the norms for the tests, the residual for the solver, what the next evaluation is to know of this one)."""
-        return norms_at(z, fz, layout), fz - z, seen
+        return norms_at(carry.z, fz, layout), fz - carry.z, carry.seen
+
+    def at_floor(self, at_floor: Bool[Array, "*batch"], seen: Any) -> Bool[Array, "*batch"]:
+        """Where rounding may hide all progress, from what the residuals say and from what has been seen."""
+        return at_floor
 
     def residual(self, z: Vec, fz: Vec) -> Vec:
         return fz - z
@@ -72,6 +82,7 @@ class FixedPoint:
 
 
 FIXED_POINT = FixedPoint()
+TINY = 16  # in units of eps, a move that is rounding
 
 
 class Seen(NamedTuple):
@@ -81,6 +92,9 @@ class Seen(NamedTuple):
     error: Float[Array, "*batch"]  # e there
     last: Float[Array, "*batch"]  # (e₁ − e) / ρ of (2), measured there; inf before
     gain: Float[Array, "*batch"]  # the smaller one of that and the one before, S / U
+    start: Float[Array, "*norms"]  # ‖z0‖
+    close: Bool[Array, "*batch"]  # a move as small as rounding has not made the best residual smaller
+    at_floor: Bool[Array, "*batch"]
 
 
 class Root(NamedTuple):
@@ -91,22 +105,35 @@ class Root(NamedTuple):
 
     def init(self, z: Vec, layout: Layout) -> Seen:
         unknown = self.sigma + jnp.inf
-        return Seen(z, unknown, unknown, unknown)
+        return Seen(z, unknown, unknown, unknown, layout.norms(z), unknown < 0, unknown < 0)
 
     def start(self, z: Vec, layout: Layout) -> Float[Array, "*norms"]:
         return zeros_from(self.units)
 
-    def measured(self, seen: Seen, z: Vec, fz: Vec, layout: Layout) -> tuple[Norms, Vec, Seen]:
-        sizes = layout.norms(fz)
-        error = over_leaves(jnp.max, relative_to(sizes, self.units), layout)
-        move = relative_residual(Norms(layout.norms(z - seen.z), layout.norms(z)), layout)
+    def measured(self, carry: Any, fz: Vec, layout: Layout) -> tuple[Norms, Vec, Seen]:
+        z, seen, sizes = carry.z, carry.seen, layout.norms(fz)
+        z_norms = layout.norms(z)
+        moved = lambda past: relative_residual(Norms(layout.norms(z - past), z_norms), layout)
+        error = self._error(sizes, layout)
         first = seen.error == jnp.inf
         halved = ~first & (error <= 0.5 * seen.error)
-        last = jnp.where(halved, ratio(seen.error - error, move), seen.last)
+        last = jnp.where(halved, ratio(seen.error - error, moved(seen.z)), seen.last)  # (2)
         gain = jnp.where(halved, jnp.minimum(last, seen.last), jnp.where(first, error, seen.gain))
-        z, error = choose(first | halved, (z, error), (seen.z, seen.error))
+
+        best, since_best = self._error(carry.best_norms.residuals, layout), moved(carry.best)
+        close = (error >= best) & (seen.close | ((since_best > 0) & (since_best <= TINY * layout.eps)))  # (3)
+        vanishes = over_leaves(jnp.all, z_norms <= layout.eps * seen.start, layout)
+        at_floor = vanishes | (close & (relative_residual(carry.best_norms, layout) <= layout.eps**0.5))
+        mark, error = choose(first | halved, (z, error), (seen.z, seen.error))
         norms = Norms(sizes, self.units * by_leaf(gain, layout))
-        return norms, self.residual(z, fz), Seen(z, error, last, gain)
+        return norms, self.residual(z, fz), Seen(mark, error, last, gain, seen.start, close, at_floor)
+
+    def at_floor(self, at_floor: Bool[Array, "*batch"], seen: Seen) -> Bool[Array, "*batch"]:
+        return seen.at_floor
+
+    def _error(self, sizes: Float[Array, "*norms"], layout: Layout) -> Float[Array, "*batch"]:
+        """e."""
+        return over_leaves(jnp.max, relative_to(sizes, self.units), layout)
 
     def residual(self, z: Vec, fz: Vec) -> Vec:
         return divided(fz, -self.sigma)

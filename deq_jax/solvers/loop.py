@@ -138,8 +138,8 @@ def make_evaluation(
         z_tree = join(layout.unpack(carry.z), carry.carried)
         with jax.named_scope("f"):
             fz, fz_tree, products = evaluated(f, solver, layout, carry.solver, carry.z, carry.carried, equation)
-        norms, residual, seen = equation.measured(carry.seen, carry.z, fz, layout)
-        verdict = judged(carry, norms)
+        norms, residual, seen = equation.measured(carry, fz, layout)
+        verdict = judged(carry, norms, seen)
         if member(solver, "scale_free"):
             # The verdict is computed once, and not again by each kernel that works on vectors: they read its results.
             verdict, residual = settled((verdict, residual))
@@ -180,12 +180,14 @@ def evaluated(
     return fz, tree, (equation.product(directions, pushed),)
 
 
-def make_verdict(layout: Layout, solver: Solver, axes: tuple, equation: Equation) -> Callable[[Carry, Norms], Verdict]:
+def make_verdict(
+    layout: Layout, solver: Solver, axes: tuple, equation: Equation
+) -> Callable[[Carry, Norms, Any], Verdict]:
     """The function that judges the evaluation of f at the carry's z."""
     patience, recovers = max(STALE_EVALUATIONS, member(solver, "patience")), member(solver, "recovers")
     coupled = coupling(axes)
 
-    def judged(carry: Carry, norms: Norms) -> Verdict:
+    def judged(carry: Carry, norms: Norms, seen: Any) -> Verdict:
         running, first = is_on(carry, solver), carry.steps == 0
         residual, scale = (whole(x, layout) for x in norms)
         steps = carry.steps + running.astype(jnp.int32)
@@ -203,7 +205,7 @@ def make_verdict(layout: Layout, solver: Solver, axes: tuple, equation: Equation
             converged=converged,
             finite=finite | (member(solver, "can_backtrack")(carry.solver) & ~first),
             diverged=(lost | out_of_scale) & (not recovers),
-            stalled=made.at_floor & (stale >= patience),
+            stalled=equation.at_floor(made.at_floor, seen) & (stale >= patience),
             spent=spent,
         )
         status = jnp.where(running, status, carry.status).astype(jnp.int32)
