@@ -27,6 +27,7 @@ Aux = TypeVar("Aux")
 Number = float | complex | np.ndarray  # a z0 that JAX makes an array of
 
 DENSE = 256  # unknowns a problem, up to which the default solver holds the whole Jacobian
+KRYLOV = 50  # vectors that it holds beyond
 
 
 class Options(TypedDict, total=False):
@@ -166,15 +167,18 @@ def few_unknowns(z0: PyTree, batch_ndim: int) -> bool:
 
 
 def default_solver(z0: PyTree, dense: bool) -> Solver:
-    rtol = eps_of(split(z0)[0]) ** (2 / 3)
-    return Newton(rtol=rtol, max_steps=500) if dense else NewtonKrylov(rtol=rtol, max_steps=2000, products="jvp")
+    return few_or_many(dense, eps_of(split(z0)[0]) ** (2 / 3), 0.01)
 
 
 def with_linear_solver(adjoint: Adjoint, z0: PyTree, dense: bool) -> Adjoint:
     """The adjoint; one that would derive its solver from a fixed point's gets one for any matrix."""
     if not isinstance(adjoint, Implicit | ImplicitJVP) or adjoint.solver is not None:
         return adjoint
-    # For a linear equation, Newton's method is elimination, and Newton–Krylov is restarted GMRES.
-    rtol = eps_of(split(z0)[0]) ** 0.75
-    gmres = NewtonKrylov(rtol=rtol, max_steps=2000, krylov=50, forcing=0.0, products="jvp")
-    return dataclasses.replace(adjoint, solver=Newton(rtol=rtol) if dense else gmres)
+    # For a linear equation, Newton's method is elimination, and with forcing=0 Newton–Krylov is restarted GMRES.
+    return dataclasses.replace(adjoint, solver=few_or_many(dense, eps_of(split(z0)[0]) ** 0.75, 0.0))
+
+
+def few_or_many(dense: bool, rtol: float, forcing: float) -> Solver:
+    if dense:
+        return Newton(rtol=rtol, max_steps=500)
+    return NewtonKrylov(rtol=rtol, max_steps=2000, krylov=KRYLOV, forcing=forcing, products="jvp")
