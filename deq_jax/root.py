@@ -21,6 +21,7 @@ from deq_jax.fixed_point import Solution, SolutionWithAux
 from deq_jax.solvers import Newton, NewtonKrylov, Solver, run_loop
 from deq_jax.solvers.carry import layout_for
 from deq_jax.solvers.equation import root_of
+from deq_jax.solvers.protocol import member as solver_member
 
 Z = TypeVar("Z")
 Aux = TypeVar("Aux")
@@ -130,6 +131,7 @@ def _root(cell, batch_ndim, has_aux, z0, inputs, other, solver, adjoint, probe, 
 
     def find(z0, solver):
         equation, evaluations = scale_at(z0)
+        check_forward_mode(solver, evaluations)
         result = run_loop(evaluate, z0, solver, batch_ndim, equation=equation)
         stats = result.stats._replace(steps=result.stats.steps + evaluations)
         # XLA drops this evaluation where no derivative is taken.
@@ -144,6 +146,15 @@ def _root(cell, batch_ndim, has_aux, z0, inputs, other, solver, adjoint, probe, 
         return Solution(z, stats)
     _, aux = cell(join(split(z)[0], given), inputs, other)
     return SolutionWithAux(z, stats._replace(steps=stats.steps + 1), aux)
+
+
+def check_forward_mode(solver: Solver, evaluations: int) -> None:
+    """Raise TypeError if the solver differentiates an F whose scale had to be measured by a difference."""
+    if evaluations > 1 and solver_member(solver, "direction") is not None:
+        raise TypeError(
+            f"{type(solver).__name__} differentiates F in forward mode, which F does not have (a custom_vjp, a callback "
+            "or a kernel in it); pass solver=NewtonKrylov() or Broyden(), which take differences"
+        )
 
 
 def as_fixed_point(problem: Problem, sigma: Array) -> Problem:

@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from deq_jax._arrays import aligned, leading_power, ratio, zeros_from
 from deq_jax._config import with_options
+from deq_jax._jaxprs import has_forward_mode
 from deq_jax._states import Layout, choose, join, split, wide_dtype
 from deq_jax._vectors import Vec, divided, scaled
 from deq_jax.solvers.protocol import Solver
@@ -171,12 +172,10 @@ def root_of(F: Callable, z0: PyTree, layout: Layout, axes: tuple = ()) -> tuple[
 def _pushed(at: Callable, z: Vec, direction: Vec, layout: Layout) -> tuple[Vec, Vec, int]:
     """(at(z), its derivative in a direction, evaluations); by a difference if `at` has no forward mode."""
     push = lambda z, direction: jax.jvp(at, (z,), (direction,))
-    try:
-        jax.eval_shape(push, z, direction)
-    except (TypeError, ValueError, NotImplementedError):  # a custom_vjp, a callback, a kernel
-        h, value = layout.eps**0.5, at(z)
-        return value, divided(at(layout.round(z + scaled(h, direction))) - value, h), 2
-    return *push(z, direction), 1
+    if has_forward_mode(push, z, direction):
+        return *push(z, direction), 1
+    h, value = layout.eps**0.5, at(z)
+    return value, divided(at(layout.round(z + scaled(h, direction))) - value, h), 2
 
 
 def typical(leaf: Array, batch_ndim: int) -> Array:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._arrays import einsum, zeros_from
+from deq_jax._arrays import aligned, einsum, zeros_from
 from deq_jax._config import config
 from deq_jax._krylov import Model, powell
 from deq_jax._states import choose, zeros_like
@@ -92,7 +92,8 @@ class Newton(LoopOptions):
 
     def direction(self, state: NewtonState) -> Float[Array, "*batch dim dim"]:
         """All directions."""
-        return jnp.eye(state.z.shape[-1], dtype=state.z.dtype) + zeros_from(state.z)[..., None]
+        columns = zeros_from(state.z)[..., None]
+        return aligned(jnp.eye(state.z.shape[-1], dtype=state.z.dtype), columns) + columns
 
     def update(
         self,
@@ -135,7 +136,7 @@ def model_at(g: Float[Array, "*batch dim"], rows: Float[Array, "*batch dim dim"]
     gradient = einsum("...ij,...j->...i", rows, g)  # Jᵀ g
     mu = eps**0.5 * norm(norm(rows))
     mu = jnp.where(mu > 0, mu, 1)[..., None, None]
-    damped = einsum("...ik,...jk->...ij", rows, rows) + mu**2 * jnp.eye(g.shape[-1], dtype=g.dtype)
+    damped = einsum("...ik,...jk->...ij", rows, rows) + mu**2 * aligned(jnp.eye(g.shape[-1], dtype=g.dtype), rows)
     by_elimination = -jnp.linalg.solve(jnp.swapaxes(rows, -1, -2), g[..., None])[..., 0]
     by_damping = -jnp.linalg.solve(damped, gradient[..., None])[..., 0]  # (1)
     g_norm = norm(g)
