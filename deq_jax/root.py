@@ -152,8 +152,8 @@ def check_forward_mode(solver: Solver, evaluations: int) -> None:
     """Raise TypeError if the solver differentiates an F whose scale had to be measured by a difference."""
     if evaluations > 1 and solver_member(solver, "direction") is not None:
         raise TypeError(
-            f"{type(solver).__name__} differentiates F in forward mode, which F does not have (a custom_vjp, a callback "
-            "or a kernel in it); pass solver=NewtonKrylov() or Broyden(), which take differences"
+            f"{type(solver).__name__} differentiates F in forward mode, which F does not have (a custom_vjp, a "
+            "callback or a kernel in it); pass solver=NewtonKrylov() or Broyden(), which take differences"
         )
 
 

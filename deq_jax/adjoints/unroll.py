@@ -146,7 +146,7 @@ class Iterate(NamedTuple):
 
 
 def _step(
-    solver: Solver, layout: Layout, carry: Iterate, g: Vec, held: Bool[Array, "*batch"], products: tuple[Vec, ...]
+    solver: Solver, layout: Layout, carry: Iterate, g: Vec, held: Bool[Array, "*batch"], products: tuple
 ) -> tuple[Vec, Any]:
     """The next z and state; a problem that is held keeps both."""
     # A step that is not taken has no derivative: that of the arithmetic behind it may be infinite.

@@ -163,7 +163,7 @@ def make_evaluation(
 
 def evaluated(
     f: Callable, solver: Solver, layout: Layout, state: Any, z: Vec, carried: PyTree, equation: Equation = FIXED_POINT
-) -> tuple[Vec, PyTree, tuple[Vec, ...]]:
+) -> tuple[Vec, PyTree, tuple]:
     """(f(z) as a vector, all that f returned, the products that the solver is shown, if it asks for any)."""
 
     def at(z: Vec) -> tuple[Vec, PyTree]:
@@ -229,9 +229,7 @@ def in_units(solver: Solver, unit: Array) -> Solver:
     return with_options(solver, atol=solver.atol / unit)
 
 
-def advance(
-    solver: Solver, state: Any, residual: Vec, z: Vec, verdict: Verdict, products: tuple[Vec, ...]
-) -> tuple[Vec, Any]:
+def advance(solver: Solver, state: Any, residual: Vec, z: Vec, verdict: Verdict, products: tuple) -> tuple[Vec, Any]:
     """The next iterate, and the solver's state."""
     if member(solver, "scale_free"):
         residual, z = scaled(verdict.per_unit, residual), scaled(verdict.per_unit, z)
@@ -240,7 +238,7 @@ def advance(
     return _next_point(solver, state, residual, z, products)
 
 
-def _next_point(solver: Solver, state: Any, residual: Vec, z: Vec, products: tuple[Vec, ...]) -> tuple[Vec, Any]:
+def _next_point(solver: Solver, state: Any, residual: Vec, z: Vec, products: tuple) -> tuple[Vec, Any]:
     step, state = (member(solver, "round") or solver.update)(residual, state, z, *products)
     if shape_of(step) != shape_of(z):
         name = type(solver).__name__

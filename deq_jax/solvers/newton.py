@@ -100,8 +100,10 @@ class Newton(LoopOptions):
         residual: Float[Array, "*batch dim"],
         state: NewtonState,
         z: Float[Array, "*batch dim"],
-        rows: Float[Array, "*batch dim dim"],
+        rows: Float[Array, "*batch dim dim"] | None = None,
     ) -> tuple[Float[Array, "*batch dim"], NewtonState]:
+        if rows is None:
+            raise TypeError("Newton.update needs the products with all directions, and got none: see `direction`")
         eps = float(jnp.finfo(z.dtype).eps)
         g_norm = jnp.where(jnp.isfinite(norm(norm(rows))), norm(residual), jnp.inf)
         begins = state.purpose == START
@@ -113,20 +115,22 @@ class Newton(LoopOptions):
         z0 = choose(anew, z, state.z0)
         shorter = SHORTER ** state.attempt.astype(z.dtype) * state.first  # (2)
         radius = jnp.where(begins, shorter, trial.radius)
-        base = choose(new, (z, residual, g_norm, norm(z)), (state.z, state.g, state.g_norm, state.z_norm))
+        base_z, g, base_norm, z_norm = choose(
+            new, (z, residual, g_norm, norm(z)), (state.z, state.g, state.g_norm, state.z_norm)
+        )
         model = choose(new, model_at(residual, rows, eps), state.model)
         step = powell(model, radius)
         first = jnp.where(anew, norm(step.y), state.first)
 
         lower = begins | (g_norm <= LOWER * state.mark)
-        mark, since = jnp.where(lower, g_norm, state.mark), jnp.where(lower, 0, state.since + 1)
+        mark, since = jnp.where(lower, g_norm, state.mark), jnp.where(lower, 0, state.since + 1).astype(jnp.int32)
         ends = stuck | (since >= LONG)
-        next_z = choose(ends, z0, base[0] + step.y)
+        next_z = choose(ends, z0, base_z + step.y)
         purpose = jnp.where(ends, START, TRIAL).astype(jnp.int32)
         attempt = state.attempt + ends.astype(jnp.int32)
         promised = jnp.maximum(step.decrease, 0)
         return next_z - z, NewtonState(
-            purpose, *base, next_z, model, radius, promised, z0, first, attempt, mark, since.astype(jnp.int32)
+            purpose, base_z, g, base_norm, z_norm, next_z, model, radius, promised, z0, first, attempt, mark, since
         )
 
 
