@@ -5,7 +5,7 @@
 
 from deq_jax import _export, adapters, diagnostics, regularizers, stability
 from deq_jax._config import config
-from deq_jax._krylov import Krylov
+from deq_jax._krylov import Krylov, Model
 from deq_jax._programs import clear_caches
 from deq_jax.adjoints import (
     JFB,
@@ -29,11 +29,13 @@ from deq_jax.check import SolveError, check
 from deq_jax.compact import compact
 from deq_jax.fixed_point import Solution, SolutionWithAux, fixed_point
 from deq_jax.halves import attach, solve
+from deq_jax.root import root
 from deq_jax.solvers import (
     Anderson,
     Broyden,
     Evaluation,
     Fold,
+    Newton,
     NewtonKrylov,
     Picard,
     Robust,
@@ -44,13 +46,14 @@ from deq_jax.solvers import (
 )
 from deq_jax.solvers.anderson import AndersonState
 from deq_jax.solvers.broyden import BroydenState
+from deq_jax.solvers.newton import NewtonState
 from deq_jax.solvers.newton_krylov import NewtonKrylovState
 from deq_jax.solvers.robust import RobustState
 from deq_jax.trajectory import ResidualTrace, Snapshot, Snapshots, Trajectory, fixed_point_correction, trajectory
 from deq_jax.warm_start import FixedPointCache, first_guess_loss
 
 _export.register_results(Solution, SolutionWithAux, SolveResult, Trajectory, Stats, Probe, FixedPointCache, Snapshot)
-_export.register_results(AndersonState, BroydenState, NewtonKrylovState, Krylov, RobustState)
+_export.register_results(AndersonState, BroydenState, NewtonState, Model, NewtonKrylovState, Krylov, RobustState)
 
 __version__ = "0.1.0"
 
@@ -70,6 +73,7 @@ __all__ = [
     "IterationAdjoint",
     "Lineax",
     "Neumann",
+    "Newton",
     "NewtonKrylov",
     "OnFailure",
     "Phantom",
@@ -101,6 +105,7 @@ __all__ = [
     "fixed_point",
     "fixed_point_correction",
     "regularizers",
+    "root",
     "solve",
     "stability",
     "trajectory",

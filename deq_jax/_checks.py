@@ -168,16 +168,17 @@ def check_like(tree: PyTree, like: PyTree, who: str, name: str) -> None:
             raise wrong(f"{who} must return {where} as {describe(want)}, got {describe(leaf)}")
 
 
-def check_output(out: PyTree, z0: PyTree) -> None:
+def check_output(out: PyTree, z0: PyTree, name: str = "f") -> None:
     """Raise TypeError or ValueError unless `out`, the types of what f returned, are those of z0."""
-    if jax.tree.structure(out) != jax.tree.structure(z0):
-        raise TypeError(f"f must return the structure of z0, {jax.tree.structure(z0)}; got {jax.tree.structure(out)}")
-    for (where, got), want in zip(named_leaves("f(z)", out), jax.tree.leaves(z0), strict=True):
+    got, want = jax.tree.structure(out), jax.tree.structure(z0)
+    if got != want:
+        raise TypeError(f"{name} must return the structure of z0, {want}; got {got}")
+    for (where, got), want in zip(named_leaves(f"{name}(z)", out), jax.tree.leaves(z0), strict=True):
         if got.shape != want.shape:
             raise ValueError(f"{where} must have the shape of z0, {want.shape}; got {got.shape}")
         if got.dtype != want.dtype:
             raise TypeError(
-                f"{where} must have the dtype of z0, {want.dtype}; got {got.dtype}. Cast z0, or what f returns"
+                f"{where} must have the dtype of z0, {want.dtype}; got {got.dtype}. Cast z0, or what {name} returns"
             )
 
 

@@ -16,24 +16,27 @@ from deq_jax.solvers import Evaluation, Fold
 
 
 def hoist_cell(
-    f: Callable, z0: PyTree, args: tuple, has_aux: bool = False, gather: str = "once"
+    f: Callable, z0: PyTree, args: tuple, has_aux: bool = False, gather: str = "once", name: str = "f"
 ) -> tuple[Traced, PyTree, list, list]:
-    """(cell, z0, inputs, other) with f(z, *args) = cell(z, inputs, other), and z0 in the type that cell returns."""
+    """(cell, z0, inputs, other) with f(z, *args) = cell(z, inputs, other), and z0 in the type that cell returns.
+
+    The user knows f as `name`.
+    """
     if gather not in ("once", "each"):
         raise ValueError(f"gather must be 'once' or 'each', got {gather!r}")
     evaluate = f if gather == "once" else gathered_each(f)
 
     def typed(z, *args):
-        out = check_arrays(evaluate(z, *args))
+        out = check_arrays(evaluate(z, *args), name)
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
-            raise TypeError(f"with has_aux=True, f must return a pair (z, aux), got {describe(out)}")
+            raise TypeError(f"with has_aux=True, {name} must return a pair (z, aux), got {describe(out)}")
         value = out[0] if has_aux else out
         value = in_types_of(z, value)
         return (value, out[1]) if has_aux else value
 
     cell, inputs, other = hoist(typed, z0, args=args)
     out = cell.out[0] if has_aux else cell.out
-    check_output(out, z0)
+    check_output(out, z0, name)
     start = _typed_like(z0, out)
     if any(jax.typeof(a) != jax.typeof(b) for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(z0), strict=True)):
         cell, inputs, other = hoist(typed, start, args=args)

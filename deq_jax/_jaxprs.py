@@ -1,6 +1,6 @@
 """Jaxprs: a key that is equal for two traces of one computation, and the named axes they communicate along."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -20,6 +20,18 @@ def sub_jaxprs(eqn: Any) -> list[Jaxpr]:
     is_jaxpr = lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
     found = filter(is_jaxpr, jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr))
     return [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in found]
+
+
+def has_forward_mode(push: Callable, *args: Any) -> bool:
+    """Whether `push`, which takes a JVP, can: not of a `custom_vjp`, a callback or a kernel without a rule for it."""
+    try:
+        closed = jax.make_jaxpr(push)(*args)
+    except (TypeError, ValueError, NotImplementedError):
+        return False
+    refuses = lambda jaxpr: any(
+        e.primitive.name == "custom_lin" or any(map(refuses, sub_jaxprs(e))) for e in jaxpr.eqns
+    )
+    return not refuses(closed.jaxpr)
 
 
 # ---- named axes --------------------------------------------------------------------------------------------

@@ -162,11 +162,20 @@ class Step(NamedTuple):
     decrease: Float[Array, "*batch"]  # ‖g‖² − ‖g + J p‖²
 
 
-def dogleg(krylov: Krylov, radius: Float[Array, "*batch"]) -> Step:
-    """The step of at most `radius` along Powell's dogleg; the plain iteration as long as there is no product."""
-    slope, image, length = norm(krylov.slope), norm(krylov.slope_image), norm(krylov.minimizer)
+class Model(NamedTuple):
+    """g + J p, in coordinates in which the norm of p is that of its coordinates."""
+
+    minimizer: Float[Array, "*batch size"]  # n
+    gain: Float[Array, "*batch"]  # D of (6): ‖g‖² less the minimum of ‖g + J p‖²
+    slope: Float[Array, "*batch size"]  # s of (4)
+    slope_image: Float[Array, "*batch image"]  # H s, or another vector of its length
+
+
+def powell(model: Model, radius: Float[Array, "*batch"]) -> Step:
+    """The step of at most `radius` along Powell's dogleg."""
+    slope, image, length = norm(model.slope), norm(model.slope_image), norm(model.minimizer)
     bend = ratio(slope, image, where=image > 0)
-    far, cauchy, d, D = bend**2, bend**2 * slope, (bend * slope) ** 2, krylov.gain  # c = far · s of (4), ‖c‖
+    far, cauchy, d, D = bend**2, bend**2 * slope, (bend * slope) ** 2, model.gain  # c = far · s of (4), ‖c‖
 
     # (5) is the quadratic a t² + 2 b t + c = 0. In it ⟨s, n⟩ = −⟨β e₀, H n⟩ = D.
     b = far * D - cauchy**2
@@ -178,8 +187,13 @@ def dogleg(krylov: Krylov, radius: Float[Array, "*batch"]) -> Step:
     t = jnp.where(whole, 1, jnp.where(short, 0, jnp.clip(t, 0, 1)))
     u = jnp.where(short, ratio(jnp.minimum(radius, cauchy), cauchy), 1 - t)  # p = u c + t n
     decrease = jnp.where(short, d * u * (2 - u), D - (D - d) * u**2)  # (6)
-    y = (u * far)[..., None] * krylov.slope + t[..., None] * krylov.minimizer
+    y = (u * far)[..., None] * model.slope + t[..., None] * model.minimizer
+    return Step(y, decrease)
 
+
+def dogleg(krylov: Krylov, radius: Float[Array, "*batch"]) -> Step:
+    """The step of the space's model; the plain iteration as long as there is no product."""
+    y, decrease = powell(Model(krylov.minimizer, krylov.gain, krylov.slope, krylov.slope_image), radius)
     none, plain = krylov.count == 0, jnp.minimum(radius, krylov.beta)
     first = plain[..., None] * one_hot(0, y.shape[-1], y)
     return Step(jnp.where(none[..., None], first, y), jnp.where(none, plain * (krylov.beta - 0.25 * plain), decrease))

@@ -51,6 +51,11 @@ class Layout:
         self.sizes = [sizes[i] for i in self.order]  # in the order of a flat vector
         self._is_exact = all(leaf.real.dtype == self.dtype for leaf in self.leaves)
 
+    @property
+    def size(self) -> Any:
+        """Reals a problem."""
+        return sum(self.sizes)
+
     def pack(self, tree: PyTree) -> Vec:
         """The state as vectors."""
         reals = [self._to_reals(leaf) for leaf in jax.tree.leaves(tree) if is_float(leaf)]

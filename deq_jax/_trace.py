@@ -124,12 +124,12 @@ def is_array_like(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | int | float | complex) or hasattr(leaf, "__jax_array__")
 
 
-def check_arrays(out: PyTree) -> PyTree:
-    """What f returned, or a TypeError if a leaf of it is not an array."""
-    for where, leaf in named_leaves("f(z)", out):
+def check_arrays(out: PyTree, name: str = "f") -> PyTree:
+    """What f returned, or a TypeError if a leaf of it is not an array. The user knows f as `name`."""
+    for where, leaf in named_leaves(f"{name}(z)", out):
         if not is_array_like(leaf):
             hint = "; is a `yield` left in it?" if hasattr(leaf, "send") else ""
-            raise TypeError(f"f must return arrays: {where} is {leaf!r}{hint}")
+            raise TypeError(f"{name} must return arrays: {where} is {leaf!r}{hint}")
     return out
 
 

@@ -23,7 +23,7 @@ from deq_jax.fixed_point import Solution
 from deq_jax.halves import attach
 from deq_jax.solvers import Anderson, Picard, Solver
 from deq_jax.solvers.loop import stats_at
-from deq_jax.solvers.protocol import check_sees_all
+from deq_jax.solvers.protocol import check_differentiates_nothing, check_sees_all
 
 
 def implicit(
@@ -283,6 +283,7 @@ def as_optimizer(solver: Solver) -> GradientTransformation:
     True
     """
     check_sees_all(solver, "as_optimizer")
+    check_differentiates_nothing(solver, "as_optimizer")
 
     def init(params):
         check_no_carried(params, "params", "as_optimizer needs parameters of floats: see optax.masked")

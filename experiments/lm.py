@@ -161,7 +161,13 @@ ADDED: dict[str, Any] = {
     "aux_every": 0,
     "aux_weight": 0.05,
 }
-ADDED_TO_SOLVERS: dict[str, Any] = {"test_every": 1, "history_dtype": None, "linear": None, "preconditioner": None}
+ADDED_TO_SOLVERS: dict[str, Any] = {
+    "test_every": 1,
+    "history_dtype": None,
+    "products": "differences",
+    "linear": None,
+    "preconditioner": None,
+}
 ADDED_TO_JVP: dict[str, Any] = {"on_failure": "KEEP"}  # `Implicit` had it before
 
 

@@ -111,8 +111,8 @@ MUTANTS = [
     Mutant(
         "plain steps that forget the damping",
         LOOP,
-        "scaled(damping, layout.pack(fz) - z)",
-        "layout.pack(fz) - z",
+        "scaled(damping, equation.residual(z, layout.pack(fz)))",
+        "equation.residual(z, layout.pack(fz))",
         "test_solvers.py -k steps_plainly_between",
     ),
     Mutant(
@@ -139,8 +139,8 @@ MUTANTS = [
     Mutant(
         "damping in the stopping test",
         LOOP,
-        "verdict = judged(carry, norms)",
-        'verdict = judged(carry, norms._replace(residuals=norms.residuals * member(solver, "damping")))',
+        "verdict = judged(carry, norms, seen)",
+        'verdict = judged(carry, norms._replace(residuals=norms.residuals * member(solver, "damping")), seen)',
         "test_solvers.py -k residual_is_undamped",
     ),
     Mutant(

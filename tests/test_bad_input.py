@@ -35,6 +35,14 @@ def pair():
     return {"a": jnp.zeros((2, 3)), "b": jnp.zeros((2,))}
 
 
+@jax.custom_vjp
+def reverse_only(z):
+    return z
+
+
+reverse_only.defvjp(lambda z: (z, None), lambda _, ct: (ct,))
+
+
 # name: (call, exception, words that the message must have)
 def generator(z):
     yield 0.5 * z
@@ -50,6 +58,44 @@ CALLS = {
         lambda: deq.fixed_point(lambda z: {"a": z["a"]}, pair()),
         TypeError,
         ["structure of z0", "got"],
+    ),
+    "root of a pair": (
+        lambda: deq.root(lambda z: (z, z), z0()),
+        TypeError,
+        ["F must return the structure of z0", "got"],
+    ),
+    "root of another shape": (
+        lambda: deq.root(lambda z: {"a": z["a"], "b": z["b"][:1]}, pair()),
+        ValueError,
+        ["F(z)['b'] must have the shape of z0, (2,); got (1,)"],
+    ),
+    "root of another dtype": (
+        lambda: deq.root(lambda z: z.astype(jnp.bfloat16), z0()),
+        TypeError,
+        ["F(z) must have the dtype of z0, float32; got bfloat16", "what F returns"],
+    ),
+    "root of nothing callable": (lambda: deq.root(3.0, z0()), TypeError, ["F must be callable", "float"]),
+    "root of no arrays": (lambda: deq.root(lambda z: "z", z0()), TypeError, ["F must return arrays", "F(z) is 'z'"]),
+    "root without a pair": (lambda: deq.root(cos, z0(), has_aux=True), TypeError, ["F must return a pair"]),
+    "root without forward mode": (
+        lambda: deq.root(reverse_only, z0()),
+        TypeError,
+        ["Newton differentiates F in forward mode", "solver=NewtonKrylov() or Broyden()"],
+    ),
+    "products": (
+        lambda: deq.NewtonKrylov(products="vjp"),
+        ValueError,
+        ["NewtonKrylov.products must be one of differences, jvp; got 'vjp'"],
+    ),
+    "Robust with derivatives": (
+        lambda: deq.Robust(stages=(deq.Newton(),)),
+        ValueError,
+        ["Robust has no derivatives of f to show", "Newton("],
+    ),
+    "as_optimizer with derivatives": (
+        lambda: deq.adapters.as_optimizer(deq.Newton()),
+        ValueError,
+        ["as_optimizer has no derivatives of f to show"],
     ),
     "f(z) is None": (lambda: deq.fixed_point(lambda z: None, z0()), TypeError, ["structure of z0", "None"]),
     "shape of f(z)": (

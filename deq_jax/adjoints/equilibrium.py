@@ -1,6 +1,7 @@
 """The rules that give a fixed point its derivative at the equilibrium, in reverse mode or in every mode."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,16 +25,22 @@ from deq_jax.solvers import Solver, Stats, run_loop
 
 
 def solve_differentiably(
-    adjoint: Adjoint, problem: Problem, z0: PyTree, solver: Solver, probe: Probe
+    adjoint: Adjoint, problem: Problem, z0: PyTree, solver: Solver, probe: Probe, find: Callable | None = None
 ) -> tuple[PyTree, Stats, PyTree]:
-    """(z, stats, given): the fixed point, with the derivative of this adjoint; `given` are its carried leaves for f."""
+    """(z, stats, given): the fixed point, with the derivative of this adjoint; `given` are its carried leaves for f.
+
+    `find(z0, solver)` returns (problem, result) where the result is not that of the loop on the problem.
+    """
     if isinstance(adjoint, IterationAdjoint):
         z, stats = adjoint.run(problem, z0, solver)
         check_like(z, z0, f"{type(adjoint).__name__}.run", "z")
         return z, stats, split(z)[1]
     # The derivative is that of the rule at the equilibrium alone, so the loop must not be differentiated.
     z0, solver = frozen((z0, solver))
-    result = run_loop(problem.frozen, z0, solver, problem.batch_ndim, over=problem.over)
+    if find is None:
+        result = run_loop(problem.frozen, z0, solver, problem.batch_ndim, over=problem.over)
+    else:
+        problem, result = find(z0, solver)
     floats, carried = split(result.value)
     forward = ForwardResult(floats, result.stats, result.memory, solver)
     z = at_equilibrium(adjoint, problem.with_carried(result.given), forward, probe)

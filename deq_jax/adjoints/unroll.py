@@ -16,6 +16,7 @@ from deq_jax.adjoints.backward import over_shards
 from deq_jax.adjoints.protocol import Problem
 from deq_jax.solvers import Solver, Stats
 from deq_jax.solvers.carry import layout_for
+from deq_jax.solvers.loop import evaluated
 from deq_jax.solvers.protocol import check_sees_all, member
 from deq_jax.solvers.stopping import Norms, comparable, has_converged, over_leaves, relative_to, tolerances, whole
 
@@ -91,8 +92,8 @@ class Unroll:
 
         def iterate(carry: Iterate) -> Iterate:
             z, given, running = carry.z, carry.carried, carry.running
-            fz_tree = problem(join(layout.unpack(z), given))
-            g = layout.pack(fz_tree) - z
+            fz, fz_tree, products = evaluated(problem, solver, layout, carry.state, z, given)
+            g = fz - z
             returned = choose(running, split(fz_tree)[1], carry.returned)
             carry = carry._replace(steps=carry.steps + running.astype(jnp.int32), carried=returned, returned=returned)
             frozen_g, fz = jax.lax.stop_gradient((g, g + z))
@@ -111,7 +112,7 @@ class Unroll:
             eps = float(jnp.finfo(z.dtype).eps)
             rounding = (residual <= ROUNDING * eps * whole(norms.scales, layout)) & accelerated
             held = rounding | ~running if self.stop else rounding
-            new_z, state = _step(solver, layout, carry, g, held)
+            new_z, state = _step(solver, layout, carry, g, held, products)
             return carry._replace(z=new_z, state=state)
 
         zero = zero_of(frozen_z0)
@@ -144,10 +145,12 @@ class Iterate(NamedTuple):
     returned: PyTree  # and what it returned last
 
 
-def _step(solver: Solver, layout: Layout, carry: Iterate, g: Vec, held: Bool[Array, "*batch"]) -> tuple[Vec, Any]:
+def _step(
+    solver: Solver, layout: Layout, carry: Iterate, g: Vec, held: Bool[Array, "*batch"], products: tuple
+) -> tuple[Vec, Any]:
     """The next z and state; a problem that is held keeps both."""
     # A step that is not taken has no derivative: that of the arithmetic behind it may be infinite.
-    arguments = g, carry.state, carry.z
+    arguments = g, carry.state, carry.z, *products
     step, state = solver.update(*choose(held, jax.lax.stop_gradient(arguments), arguments))
     z = layout.round(member(solver, "next_point")(state, carry.z + step))
     return choose(held, (carry.z, carry.state), (z, state))

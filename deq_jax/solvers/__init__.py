@@ -4,6 +4,7 @@ from deq_jax._arrays import per_problem
 from deq_jax.solvers.anderson import Anderson
 from deq_jax.solvers.broyden import Broyden
 from deq_jax.solvers.loop import run_loop
+from deq_jax.solvers.newton import Newton
 from deq_jax.solvers.newton_krylov import NewtonKrylov
 from deq_jax.solvers.picard import Picard
 from deq_jax.solvers.protocol import Evaluation, Fold, Solver, SolveResult, Stats, Status
@@ -14,6 +15,7 @@ __all__ = [
     "Broyden",
     "Evaluation",
     "Fold",
+    "Newton",
     "NewtonKrylov",
     "Picard",
     "Robust",

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from deq_jax._checks import check_flat
 from deq_jax._states import Layout, choose, join, split
 from deq_jax._vectors import Vec, zero_of
+from deq_jax.solvers.equation import FIXED_POINT, Equation
 from deq_jax.solvers.protocol import Fold, Solver, SolveResult, Stats, Status, member
 from deq_jax.solvers.stopping import RUNNING, Growth, Norms, relative_residual, whole
 
@@ -31,6 +32,7 @@ class Carry(NamedTuple):
     carried: PyTree  # what f is given next, beside z
     best_carried: PyTree  # what f was given beside the best z
     returned: PyTree  # what f returned last, before the problem stopped
+    seen: Any  # what the equation has seen of the evaluations, if it needs to
 
 
 class Verdict(NamedTuple):
@@ -47,15 +49,21 @@ class Verdict(NamedTuple):
     per_unit: Float[Array, "*batch"]
 
 
-def init_carry(z0: PyTree, solver: Solver, layout: Layout, memory: Any = None, fold: Fold | None = None) -> Carry:
+def init_carry(
+    z0: PyTree,
+    solver: Solver,
+    layout: Layout,
+    memory: Any = None,
+    fold: Fold | None = None,
+    equation: Equation = FIXED_POINT,
+) -> Carry:
     """The carry before the first evaluation."""
     z = layout.pack(z0)
     # Carries are made from the data, never from a bare constant: under sharding they inherit its type.
     zero = zero_of(z)
     norms = jnp.stack([zero] * len(layout.leaves), axis=-1) if layout.several else zero
     count = zero.astype(jnp.int32)
-    # Where z0 is a constant, XLA would fold its norm when it compiles: 10 s for zeros of 4096 × 1024.
-    start = layout.norms(jax.lax.optimization_barrier(z))
+    start = equation.start(z, layout)
     status = jnp.where(jnp.asarray(solver.max_steps) > 0, RUNNING, Status.MAX_STEPS).astype(jnp.int32) + count
     carried = split(z0)[1]
     return Carry(
@@ -73,6 +81,7 @@ def init_carry(z0: PyTree, solver: Solver, layout: Layout, memory: Any = None, f
         carried=carried,
         best_carried=carried,
         returned=carried,
+        seen=equation.init(z, layout),
     )
 
 

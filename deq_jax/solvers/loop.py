@@ -14,6 +14,7 @@ from deq_jax._states import Layout, choose, join, split, wide_dtype
 from deq_jax._trace import axes_of
 from deq_jax._vectors import Vec, scaled, shape_of
 from deq_jax.solvers.carry import Carry, Verdict, finalize, init_carry, layout_for, noted
+from deq_jax.solvers.equation import FIXED_POINT, Equation
 from deq_jax.solvers.protocol import Evaluation, Fold, Solver, SolveResult, Stats, member
 from deq_jax.solvers.stopping import (
     RUNNING,
@@ -43,8 +44,9 @@ def run_loop(
     memory: Any = None,
     fold: Fold | None = None,
     over: tuple = (),
+    equation: Equation = FIXED_POINT,
 ) -> SolveResult:
-    """Iterate `solver` on f(z) = z from z0 until each problem has stopped.
+    """Iterate `solver` on f(z) = z from z0, or on f(z) = 0 if `equation` is a `Root`, until each problem has stopped.
 
     A solver works on one vector a problem, float32 or wider, so that inner products run over the whole state; f sees
     the state in its own structure and dtypes, with its carried leaves. The loop is native to the batch: a problem that
@@ -54,25 +56,30 @@ def run_loop(
     """
     f, solver = gathered_once(f, z0), cast_options(solver, wide_dtype(z0))
     layout = layout_for(solver, z0, batch_ndim, over)
-    carry = init_carry(z0, solver, layout, memory, fold)
+    carry = init_carry(z0, solver, layout, memory, fold, equation)
     # Not one after the other where problems are evaluated together: by an f that communicates, or for a fold, which
     # counts the evaluations of the batch.
     parts = member(solver, "parts") if fold is None and not coupled_axes(f, layout) else ()
     for i, part in enumerate(parts or (solver,)):
-        body = make_body(f, part, layout, fold)
-        carry = begun(carry, part, layout) if i else carry
-        carry = run_while(lambda carry, part=part: jnp.any(is_on(carry, part)), body, carry, part, layout)
+        body = make_body(f, part, layout, fold, equation)
+        carry = begun(carry, part, layout, equation) if i else carry
+        carry = run_while(lambda carry, part=part: jnp.any(is_on(carry, part)), body, carry, part, layout, equation)
     return finalize(carry, layout)
 
 
 def run_while(
-    goes_on: Callable[[Carry], Array], body: Callable[[Carry], Carry], carry: Carry, solver: Solver, layout: Layout
+    goes_on: Callable[[Carry], Array],
+    body: Callable[[Carry], Carry],
+    carry: Carry,
+    solver: Solver,
+    layout: Layout,
+    equation: Equation = FIXED_POINT,
 ) -> Carry:
     """The carry once `goes_on` is false. What the solver does seldom to its memory is done between inner loops."""
     is_full = member(solver, "is_full")
     if is_full(carry.solver) is False:
         return jax.lax.while_loop(goes_on, body, carry)
-    renew = lambda carry: with_next_point(carry, solver, "renewed", is_on(carry, solver), layout)
+    renew = lambda carry: with_next_point(carry, solver, "renewed", is_on(carry, solver), layout, equation)
 
     def until_full(carry: Carry) -> Carry:
         carry = jax.lax.while_loop(lambda carry: goes_on(carry) & ~is_full(carry.solver), body, carry)
@@ -81,12 +88,12 @@ def run_while(
     return jax.lax.while_loop(goes_on, until_full, carry)
 
 
-def begun(carry: Carry, part: Solver, layout: Layout) -> Carry:
+def begun(carry: Carry, part: Solver, layout: Layout, equation: Equation) -> Carry:
     """The carry when a part of a solver takes over: its problems go on from where it wants to begin."""
     on = is_on(carry, part)
 
     def begin(carry: Carry) -> Carry:
-        carry = with_next_point(carry, part, "begun", on, layout)
+        carry = with_next_point(carry, part, "begun", on, layout, equation)
         return carry._replace(carried=choose(on, carry.returned, carry.carried))
 
     return jax.lax.cond(jnp.any(on), begin, lambda carry: carry, carry)
@@ -97,44 +104,51 @@ def is_on(carry: Carry, solver: Solver) -> Bool[Array, "*batch"]:
     return (carry.status == RUNNING) & member(solver, "takes")(carry.solver)
 
 
-def with_next_point(carry: Carry, solver: Solver, change: str, where: Array, layout: Layout) -> Carry:
+def with_next_point(
+    carry: Carry, solver: Solver, change: str, where: Array, layout: Layout, equation: Equation
+) -> Carry:
     """The carry with the solver's state changed, and with its next point in the problems of `where`."""
-    unit: Any = half_power(carry.first_scale) if member(solver, "scale_free") else 1.0
+    unit: Any = half_power(equation.in_z(carry.first_scale)) if member(solver, "scale_free") else 1.0
+    solver = equation.asked(solver, carry.best_norms, layout)
     state = member(in_units(solver, unit), change)(carry.solver)
     z = scaled(unit, member(solver, "next_point")(state, scaled(1 / unit, carry.z)))
     return carry._replace(z=choose(where, layout.round(z), carry.z), solver=state)
 
 
-def make_body(f: Callable, solver: Solver, layout: Layout, fold: Fold | None = None) -> Callable[[Carry], Carry]:
+def make_body(
+    f: Callable, solver: Solver, layout: Layout, fold: Fold | None = None, equation: Equation = FIXED_POINT
+) -> Callable[[Carry], Carry]:
     """The body of the loop: one evaluation that is tested, after `test_every` − 1 that only move z."""
-    tested = make_evaluation(f, layout, solver, fold)
+    tested = make_evaluation(f, layout, solver, fold, equation)
     if member(solver, "test_every") == 1:
         return tested
-    untested = make_plain_steps(f, layout, solver)
+    untested = make_plain_steps(f, layout, solver, equation)
     return lambda carry: tested(untested(carry))
 
 
 # ---- one evaluation ----------------------------------------------------------------------------------------
 
 
-def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | None) -> Callable[[Carry], Carry]:
+def make_evaluation(
+    f: Callable, layout: Layout, solver: Solver, fold: Fold | None, equation: Equation
+) -> Callable[[Carry], Carry]:
     """One evaluation of f, what it says of each problem, and the next iterate."""
-    judged = make_verdict(layout, solver, coupled_axes(f, layout))
+    judged = make_verdict(layout, solver, coupled_axes(f, layout), equation)
 
     def evaluate(carry: Carry) -> Carry:
         z_tree = join(layout.unpack(carry.z), carry.carried)
         with jax.named_scope("f"):
-            fz_tree = f(z_tree)
-        fz = layout.pack(fz_tree)
-        norms, residual = norms_at(carry.z, fz, layout), fz - carry.z
-        verdict = judged(carry, norms)
+            fz, fz_tree, products = evaluated(f, solver, layout, carry.solver, carry.z, carry.carried, equation)
+        norms, residual, seen = equation.measured(carry, fz, layout)
+        verdict = judged(carry, norms, seen)
         if member(solver, "scale_free"):
             # The verdict is computed once, and not again by each kernel that works on vectors: they read its results.
             verdict, residual = settled((verdict, residual))
         after = noted(carry, verdict, is_on(carry, solver), split(fz_tree)[1])
         with jax.named_scope(type(solver).__name__):
-            z, state = advance(solver, carry.solver, residual, carry.z, verdict)
-        after = after._replace(solver=state)
+            asked = equation.asked(solver, norms, layout)
+            z, state = advance(asked, carry.solver, residual, carry.z, verdict, products)
+        after = after._replace(solver=state, seen=seen)
         # A problem that has stopped is given its best z again, with what it was given there; so is one that waits.
         then, stay = (layout.round(z), after.returned), (after.best, after.best_carried)
         z, carried = choose(is_on(after, solver), then, stay)
@@ -153,12 +167,33 @@ def coupled_axes(f: Callable, layout: Layout) -> tuple:
     return tuple(axis for axis in axes_of(f) if axis not in layout.over)
 
 
-def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry, Norms], Verdict]:
+def evaluated(
+    f: Callable, solver: Solver, layout: Layout, state: Any, z: Vec, carried: PyTree, equation: Equation = FIXED_POINT
+) -> tuple[Vec, PyTree, tuple]:
+    """(f(z) as a vector, all that f returned, the products that the solver is shown, if it asks for any)."""
+
+    def at(z: Vec) -> tuple[Vec, PyTree]:
+        tree = f(join(layout.unpack(z), carried))
+        return layout.pack(tree), tree
+
+    if member(solver, "direction") is None:
+        return *at(z), ()
+    directions = member(solver, "direction")(state)
+    push = lambda direction: jax.jvp(at, (z,), (direction,), has_aux=True)
+    if shape_of(directions) != shape_of(z):  # rows of an array
+        push = jax.vmap(push, in_axes=layout.batch_ndim, out_axes=(None, layout.batch_ndim, None))
+    fz, pushed, tree = push(directions)
+    return fz, tree, (equation.product(directions, pushed),)
+
+
+def make_verdict(
+    layout: Layout, solver: Solver, axes: tuple, equation: Equation
+) -> Callable[[Carry, Norms, Any], Verdict]:
     """The function that judges the evaluation of f at the carry's z."""
     patience, recovers = max(STALE_EVALUATIONS, member(solver, "patience")), member(solver, "recovers")
     coupled = coupling(axes)
 
-    def judged(carry: Carry, norms: Norms) -> Verdict:
+    def judged(carry: Carry, norms: Norms, seen: Any) -> Verdict:
         running, first = is_on(carry, solver), carry.steps == 0
         residual, scale = (whole(x, layout) for x in norms)
         steps = carry.steps + running.astype(jnp.int32)
@@ -176,14 +211,14 @@ def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry
             converged=converged,
             finite=finite | (member(solver, "can_backtrack")(carry.solver) & ~first),
             diverged=(lost | out_of_scale) & (not recovers),
-            stalled=made.at_floor & (stale >= patience),
+            stalled=equation.at_floor(made.at_floor, seen) & (stale >= patience),
             spent=spent,
         )
         status = jnp.where(running, status, carry.status).astype(jnp.int32)
         # An iterate so far out that its residual is all rounding is not a better one.
         better = running & finite & ~lost & (converged | made.improved)
         pick = lambda new, old: jnp.where(by_leaf(better, layout), new, old)
-        best_norms, unit = Norms(*map(pick, norms, carry.best_norms)), half_power(first_scale)
+        best_norms, unit = Norms(*map(pick, norms, carry.best_norms)), half_power(equation.in_z(first_scale))
         return Verdict(best_norms, first_scale, growth, stale, steps, status, better, unit, 1 / unit)
 
     return judged
@@ -200,17 +235,17 @@ def in_units(solver: Solver, unit: Array) -> Solver:
     return with_options(solver, atol=solver.atol / unit)
 
 
-def advance(solver: Solver, state: Any, residual: Vec, z: Vec, verdict: Verdict) -> tuple[Vec, Any]:
+def advance(solver: Solver, state: Any, residual: Vec, z: Vec, verdict: Verdict, products: tuple) -> tuple[Vec, Any]:
     """The next iterate, and the solver's state."""
     if member(solver, "scale_free"):
         residual, z = scaled(verdict.per_unit, residual), scaled(verdict.per_unit, z)
-        z, state = _next_point(in_units(solver, verdict.unit), state, residual, z)
+        z, state = _next_point(in_units(solver, verdict.unit), state, residual, z, products)
         return scaled(verdict.unit, z), state
-    return _next_point(solver, state, residual, z)
+    return _next_point(solver, state, residual, z, products)
 
 
-def _next_point(solver: Solver, state: Any, residual: Vec, z: Vec) -> tuple[Vec, Any]:
-    step, state = (member(solver, "round") or solver.update)(residual, state, z)
+def _next_point(solver: Solver, state: Any, residual: Vec, z: Vec, products: tuple) -> tuple[Vec, Any]:
+    step, state = (member(solver, "round") or solver.update)(residual, state, z, *products)
     if shape_of(step) != shape_of(z):
         name = type(solver).__name__
         raise ValueError(f"{name}.update must return a step of the shape of z, {shape_of(z)}; got {shape_of(step)}")
@@ -220,7 +255,7 @@ def _next_point(solver: Solver, state: Any, residual: Vec, z: Vec) -> tuple[Vec,
 # ---- evaluations that are not tested -----------------------------------------------------------------------
 
 
-def make_plain_steps(f: Callable, layout: Layout, solver: Solver) -> Callable[[Carry], Carry]:
+def make_plain_steps(f: Callable, layout: Layout, solver: Solver, equation: Equation) -> Callable[[Carry], Carry]:
     """The evaluations between two that are tested: steps of damping · (f(z) − z), and nothing else."""
     every, damping = member(solver, "test_every"), member(solver, "damping")
 
@@ -233,7 +268,7 @@ def make_plain_steps(f: Callable, layout: Layout, solver: Solver) -> Callable[[C
         def move(_, old):
             z, carried = old
             fz = f(join(layout.unpack(z), carried))
-            step = scaled(damping, layout.pack(fz) - z)
+            step = scaled(damping, equation.residual(z, layout.pack(fz)))
             return choose(running, (layout.round(z + step), split(fz)[1]), old)
 
         z, carried = jax.lax.fori_loop(0, count, move, (carry.z, carry.carried))

@@ -126,6 +126,11 @@ class Defaults:
         """The exact next iterate, for a solver that loses precision in z + step, which is given as `z`."""
         return z
 
+    direction = None
+    """`(state) -> d`, for a solver that asks for exact derivatives: the direction in which f is differentiated at the
+    next z, or the rows `[*batch, m, dim]` of several, for a `flat` solver. `update` and `round` are given the product
+    J d with the Jacobian J of the residual, or one row for each, as a fourth argument."""
+
     # What is seldom done to the memory is done between two loops, so that no round has a branch for it. A solver that
     # defines these three takes its `update` from `Renewing`, for those who call it outside of the loop.
 
@@ -194,6 +199,12 @@ def check_sees_all(solver: Solver, who: str) -> None:
     """Raise ValueError if a solver sees only one iterate in `test_every`, when `who` needs each of them."""
     if member(solver, "test_every") > 1:
         raise ValueError(f"{who} looks at each iterate, and {solver} at few of them: take test_every=1")
+
+
+def check_differentiates_nothing(solver: Solver, who: str) -> None:
+    """Raise ValueError if a solver asks for derivatives of f, where `who` has none to give."""
+    if member(solver, "direction") is not None:
+        raise ValueError(f"{who} has no derivatives of f to show to a solver, and {solver} asks for them")
 
 
 # ---- the dtype of a history --------------------------------------------------------------------------------

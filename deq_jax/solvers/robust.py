@@ -14,7 +14,7 @@ from deq_jax._states import choose, zeros_like
 from deq_jax._vectors import Vec, norm, zero_of
 from deq_jax.solvers.broyden import Broyden
 from deq_jax.solvers.newton_krylov import NewtonKrylov
-from deq_jax.solvers.protocol import LoopOptions, Renewing, Solver, check_sees_all, member
+from deq_jax.solvers.protocol import LoopOptions, Renewing, Solver, check_differentiates_nothing, check_sees_all, member
 
 BLOWN_UP = 1e4  # a residual this many times the best one ends a stage
 
@@ -65,6 +65,7 @@ class Robust(LoopOptions):
         for stage in self.stages:
             check_solver(stage, "a stage of Robust.stages")
             check_sees_all(stage, "Robust")
+            check_differentiates_nothing(stage, "Robust")
             if isinstance(stage, Robust):
                 raise TypeError(f"Robust.stages cannot hold another Robust: put its stages here, got {stage!r}")
         if not isinstance(self.stall, tuple) or not all(type(n) is int and n > 0 for n in self.stall):

@@ -1,0 +1,195 @@
+"""`root`: find z with F(z, *args) = 0, at F's own scale, and differentiate it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from deq_jax._arrays import may_be_sharded
+from deq_jax._checks import check_arguments, check_start
+from deq_jax._hoisting import hoist_cell, in_types_of
+from deq_jax._programs import run_compiled
+from deq_jax._states import Layout, add, divide, eps_of, frozen, join, split
+from deq_jax._trace import Bound, flag
+from deq_jax.adjoints import Adjoint, Implicit, ImplicitJVP, IterationAdjoint, Probe, Problem
+from deq_jax.adjoints.equilibrium import solve_differentiably
+from deq_jax.adjoints.protocol import member
+from deq_jax.fixed_point import Solution, SolutionWithAux
+from deq_jax.solvers import Newton, NewtonKrylov, Solver, run_loop
+from deq_jax.solvers.carry import layout_for
+from deq_jax.solvers.equation import root_of
+from deq_jax.solvers.protocol import member as solver_member
+
+Z = TypeVar("Z")
+Aux = TypeVar("Aux")
+Number = float | complex | np.ndarray  # a z0 that JAX makes an array of
+
+DENSE = 256  # unknowns a problem, up to which the default solver holds the whole Jacobian
+KRYLOV = 50  # vectors that it holds beyond
+
+
+class Options(TypedDict, total=False):
+    """The options of `root` that do not change what it returns."""
+
+    solver: Solver | None
+    adjoint: Adjoint
+    batch_ndim: int
+    probe: Probe | None
+
+
+@overload
+def root(
+    F: Callable[..., Any], z0: Number, *args: Any, has_aux: Literal[False] = ..., **options: Unpack[Options]
+) -> Solution[Array]: ...
+
+
+@overload
+def root(
+    F: Callable[..., Any], z0: Z, *args: Any, has_aux: Literal[False] = ..., **options: Unpack[Options]
+) -> Solution[Z]: ...
+
+
+@overload
+def root(
+    F: Callable[..., tuple[Any, Aux]], z0: Z, *args: Any, has_aux: Literal[True], **options: Unpack[Options]
+) -> SolutionWithAux[Z, Aux]: ...
+
+
+def root(
+    F: Callable[..., Any],
+    z0: Any,
+    *args: Any,
+    solver: Solver | None = None,
+    adjoint: Adjoint = Implicit(),  # noqa: B008  frozen
+    batch_ndim: int = 0,
+    has_aux: bool = False,
+    probe: Probe | None = None,
+) -> Any:
+    """The root z* with F(z*, *args) = 0, differentiable in args and in all that F captures.
+
+    F has a scale of its own: c F takes the same steps for any c, up to rounding, to the same z and statuses. As many
+    equations as unknowns, in the same structure; none of them needs to belong to a leaf of z.
+
+    CONVERGED says that each leaf of F meets ‖F(z)‖ ≤ atol + rtol S, where S is how much F changes by a relative change
+    of z, measured over the last moves that halved F (`solvers/equation.py` has the formula), or that F(z) is zero. So
+    `atol` is in the units of F, and `Stats.relative_residual`, ‖F‖ / S, estimates the relative change of z that is left
+    to make. Like all that is read from a residual, it may be off by the condition of ∂F. `Stats.residual` is ‖F(z)‖ at
+    the value. A root at z = 0 has no relative size: it ends as STALLED, at rounding, if there is no `atol`.
+
+    Args:
+      F: returns z's structure, shapes and dtypes; with `has_aux`, a pair (F(z), aux). Must be pure.
+      z0: as for `fixed_point`, carried leaves too.
+      *args, batch_ndim, has_aux, probe: as for `fixed_point`.
+      solver: any solver. None takes `Newton` up to 256 unknowns a problem, and `NewtonKrylov(products="jvp")` above
+        and where the state may be sharded, both with rtol = eps^(2/3). These take derivatives of F in forward mode: for
+        an F without, pass `NewtonKrylov()` or `Broyden()`. Solvers are shown f(z) − z = −F(z) / σ, with σ the measured
+        gain of F at z0, as a power of two.
+      adjoint: as for `fixed_point`. `Implicit()` and `ImplicitJVP()` without a solver take the same two for the
+        backward solve, to eps^(3/4) of the cotangent's scale; its status is in `Probe`, as always. `Unroll` and
+        `Reversible` iterate on f, and test it as `fixed_point` does.
+
+    Returns:
+      Solution(value, stats), and aux third with `has_aux`. `stats.steps` has the evaluation that measures σ, too.
+
+    Raises:
+      TypeError, ValueError: before anything is solved, naming the leaf, what was expected and what came.
+
+    >>> import jax, jax.numpy as jnp, deq_jax as deq
+    >>> F = lambda z, a: 1e6 * (z**3 + z - a)
+    >>> z, stats = deq.root(F, jnp.zeros(2), jnp.array([2.0, 10.0]))
+    >>> z.round(4).tolist(), deq.Status(int(stats.status)).name
+    ([1.0, 2.0], 'CONVERGED')
+    >>> jax.grad(lambda a: deq.root(F, 0.0, a).value)(2.0).round(4).tolist()
+    0.25
+    """
+    if not callable(F):
+        raise TypeError(f"F must be callable as F(z, *args), got {type(F).__name__}")
+    z0 = check_arguments(F, z0, args, Newton() if solver is None else solver, adjoint, batch_ndim, probe)
+    check_start(z0)
+    dense = few_unknowns(z0, batch_ndim)
+    solver = default_solver(z0, dense) if solver is None else solver
+    adjoint = with_linear_solver(adjoint, z0, dense)
+    member(adjoint, "check")(z0, solver)
+    cell, z0, inputs, other = hoist_cell(F, z0, args, has_aux, name="F")
+    probe = Probe.like(z0, batch_ndim) if probe is None else probe
+    static = cell, batch_ndim, has_aux
+    if flag("jax_disable_jit"):  # F itself is called at each evaluation: a print or a breakpoint in it sees numbers
+        first = (lambda z: F(z, *args)[0]) if has_aux else (lambda z: F(z, *args))
+        return _root(*static, z0, inputs, other, solver, adjoint, probe, lambda z: in_types_of(z, first(z)))
+    return run_compiled(_root, static, z0, inputs, other, solver, adjoint, probe)
+
+
+def _root(cell, batch_ndim, has_aux, z0, inputs, other, solver, adjoint, probe, direct=None):
+    F = Bound(lambda *reads: cell(*reads)[0], like=cell) if has_aux else cell
+    problem = Problem(F, inputs, other, batch_ndim)
+    evaluate = problem.frozen if direct is None else direct
+    layout = layout_for(solver, z0, batch_ndim)
+    scale_at = lambda z: root_of(evaluate, frozen(z), layout, problem.axes)
+
+    def find(z0, solver):
+        equation, evaluations = scale_at(z0)
+        check_forward_mode(solver, evaluations)
+        result = run_loop(evaluate, z0, solver, batch_ndim, equation=equation)
+        stats = result.stats._replace(steps=result.stats.steps + evaluations)
+        # XLA drops this evaluation where no derivative is taken.
+        at_root, _ = scale_at(join(split(result.value)[0], result.given))
+        return as_fixed_point(problem, at_root.sigma), result._replace(stats=stats)
+
+    if isinstance(adjoint, IterationAdjoint):
+        problem = as_fixed_point(problem, scale_at(z0)[0].sigma)
+    z, stats, given = solve_differentiably(adjoint, problem, z0, solver, probe, find)
+    stats = jax.lax.stop_gradient(stats)
+    if not has_aux:
+        return Solution(z, stats)
+    _, aux = cell(join(split(z)[0], given), inputs, other)
+    return SolutionWithAux(z, stats._replace(steps=stats.steps + 1), aux)
+
+
+def check_forward_mode(solver: Solver, evaluations: int) -> None:
+    """Raise TypeError if the solver differentiates an F whose scale had to be measured by a difference."""
+    if evaluations > 1 and solver_member(solver, "direction") is not None:
+        raise TypeError(
+            f"{type(solver).__name__} differentiates F in forward mode, which F does not have (a custom_vjp, a "
+            "callback or a kernel in it); pass solver=NewtonKrylov() or Broyden(), which take differences"
+        )
+
+
+def as_fixed_point(problem: Problem, sigma: Array) -> Problem:
+    """The equation z = z − F(z) / σ. Its I − J is ∂F / σ, so it has the derivatives of the root."""
+
+    def f(z: PyTree, inputs: PyTree, other: PyTree) -> PyTree:
+        floats, carried = split(problem.f(z, inputs, other[0]))
+        return join(add(split(z)[0], divide(floats, -other[1])), carried)
+
+    return Problem(Bound(f, like=problem.f), problem.inputs, (problem.other, sigma), problem.batch_ndim)
+
+
+# ---- what is taken by default ------------------------------------------------------------------------------
+
+
+def few_unknowns(z0: PyTree, batch_ndim: int) -> bool:
+    """Whether the Jacobian of each problem is small, and on one device."""
+    floats = split(z0)[0]
+    count = Layout(floats, batch_ndim, flat=True).size
+    return isinstance(count, int) and count <= DENSE and not any(map(may_be_sharded, jax.tree.leaves(floats)))
+
+
+def default_solver(z0: PyTree, dense: bool) -> Solver:
+    return few_or_many(dense, eps_of(split(z0)[0]) ** (2 / 3), 0.01)
+
+
+def with_linear_solver(adjoint: Adjoint, z0: PyTree, dense: bool) -> Adjoint:
+    """The adjoint; one that would derive its solver from a fixed point's gets one for any matrix."""
+    if not isinstance(adjoint, Implicit | ImplicitJVP) or adjoint.solver is not None or adjoint.linear is not None:
+        return adjoint
+    # For a linear equation, Newton's method is elimination, and with forcing=0 Newton–Krylov is restarted GMRES.
+    return dataclasses.replace(adjoint, solver=few_or_many(dense, eps_of(split(z0)[0]) ** 0.75, 0.0))
+
+
+def few_or_many(dense: bool, rtol: float, forcing: float) -> Solver:
+    if dense:
+        return Newton(rtol=rtol, max_steps=500)
+    return NewtonKrylov(rtol=rtol, max_steps=2000, krylov=KRYLOV, forcing=forcing, products="jvp")
