@@ -26,14 +26,14 @@ ADJOINTS = {"Implicit": deq.Implicit(), "ImplicitJVP": deq.ImplicitJVP()}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """About five minutes on one CPU core. The two run alike; `table.md` has the numbers, and which costs more to trace.
+    """About five minutes on one CPU core. `table.md` says what each adjoint costs, cell by cell.
 
     python -m experiments.adjoint_default_study
     """
 
     out: Path = Path("experiments/results/adjoint_default")
-    runs: int = 15  # of each program, the two adjoints by turns
-    compiles: int = 3
+    runs: int = 11  # of each program, the two adjoints by turns
+    compiles: int = 2
     tiny: bool = False  # the same at a test's size
 
 
@@ -51,7 +51,7 @@ def build(config: Config) -> dict[str, tuple[Callable, PyTree]]:
             deq.fixed_point(f, jnp.zeros(shape), w, adjoint=adjoint, **options).value ** 2
         )
 
-    sizes = dict(dim=16, heads=2, inner_dim=32) if config.tiny else dict(dim=64, heads=4, inner_dim=256)
+    sizes: dict[str, Any] = dict(dim=16, heads=2, inner_dim=32) if config.tiny else dict(dim=64, heads=4, inner_dim=256)
     transformer = TransformerConfig(vocab_size=64, mem_len=0, **sizes)
     tokens = jax.random.randint(keys[3], (2, 8) if config.tiny else (4, 32), 0, 64)
     graphdef, params = nnx.split(DEQTransformer(transformer, rngs=nnx.Rngs(0)), nnx.Param)
@@ -120,7 +120,10 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main(config: Config) -> None:
-    cells = {cell: measure(config, loss, params) for cell, (loss, params) in build(config).items()}
+    cells = {}
+    for cell, (loss, params) in build(config).items():
+        cells[cell] = measure(config, loss, params)
+        print(cell, cells[cell], flush=True)
     results = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "cells": cells}
     config.out.mkdir(parents=True, exist_ok=True)
     write_atomically(config.out / "results.json", json.dumps(results, indent=1).encode())
