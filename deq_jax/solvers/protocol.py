@@ -110,6 +110,11 @@ class Defaults:
     """Whether vectors are arrays `[*batch, dim]`. If not, a state of several leaves, or one that may be sharded, is a
     `Vector`, and the solver computes with the functions of `deq_jax._vectors`, as those of this library do."""
 
+    may_begin_apart = False
+    """Whether the scalars of a state, such as a count that all problems share, may be arrays with an entry for each.
+
+    `deq.refill` needs it, where a problem begins while others go on. A state without scalars can always be refilled."""
+
     @staticmethod
     def resume(memory: Any) -> Any:
         """The memory of an earlier solve, made ready for this one. Its last iterate belongs to another f."""
@@ -133,7 +138,7 @@ class Defaults:
 
     @staticmethod
     def is_full(state: Any) -> Bool[Array, ""] | bool:
-        """Whether the memory is to be renewed before the next evaluation: the same for all problems."""
+        """Whether the memory is to be renewed before the next evaluation: one answer for all problems."""
         return False
 
     @staticmethod

@@ -82,6 +82,10 @@ class Robust(LoopOptions):
         """Whether a stage works on arrays alone."""
         return any(member(stage, "flat") for stage in self.stages)
 
+    @property
+    def may_begin_apart(self) -> bool:
+        return all(member(stage, "may_begin_apart") for stage in self.stages)
+
     def init(self, z: Vec) -> RobustState:
         zero, none = zeros_like(z), zero_of(z)
         count = none.astype(jnp.int32)
