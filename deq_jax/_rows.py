@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._arrays import einsum, one_hot, per_entry
+from deq_jax._arrays import einsum, may_be_sharded, one_hot, per_entry
 from deq_jax._vectors import Rows, Vec, Vector, each, has_one_axis, norm, own_axes, reduced
 
 SHORT = 128  # rows of at most so many entries are multiplied as small matrices are
@@ -114,7 +114,7 @@ def write_row_of_each(rows: Rows, new: Vec, index: Int[Array, "*batch"], where: 
         return part.at[at].set(new.astype(part.dtype), mode="drop", unique_indices=True)
 
     def of_parts(part, new):
-        if not has_one_axis(rows, part, 1):
+        if not has_one_axis(rows, part, 1) or may_be_sharded(part):
             return selected(part, new)
         # In a loop a GPU scatters in place: it moves one row, where a selection moves them all.
         return jax.lax.platform_dependent(part, new, cuda=scattered, rocm=scattered, default=selected)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
+from deq_jax._arrays import zeros_from
 from deq_jax._checks import check_arguments, check_start
 from deq_jax._config import MAX_STEPS, cast_options
 from deq_jax._gathers import gathered_once
@@ -206,7 +207,7 @@ def result(state: SolveState[Z]) -> SolveResult[Z]:
 def _start(batch_ndim, z0, solver):
     solver, layout = _loop_options(solver, z0, batch_ndim)
     carry = init_pieces(z0, solver, layout)
-    return *_taken_apart(carry, layout), jnp.zeros_like(carry.steps)
+    return *_taken_apart(carry, layout), zeros_from(carry.steps)
 
 
 def _advance(form, state, n):

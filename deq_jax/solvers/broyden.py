@@ -134,10 +134,10 @@ class Broyden(Renewing, LoopOptions):
         """The memory of a solve of a similar problem: its estimate is a start, its last residual is not ours."""
         return state._replace(motion=zeros_like(state.motion))
 
-    def is_full(self, state: BroydenState) -> Bool[Array, ""]:
+    def is_full(self, state: BroydenState) -> Bool[Array, "*#batch"]:
         """Whether all slots are filled, so that the memory has to be compressed before the next round."""
         # By the count that all problems share: to ask whether one is full is one more collective in a sharded solve.
-        return jnp.any(state.count == state.core.shape[-1])
+        return state.count == state.core.shape[-1]
 
     def round(self, residual: Vec, state: BroydenState, z: Vec) -> tuple[Vec, BroydenState]:
         """One update. Slots are filled in turn; once the last one is, `renewed` compresses them into the first ones."""
@@ -180,7 +180,7 @@ class Broyden(Renewing, LoopOptions):
         small = jnp.pad(small, [(0, 0)] * (small.ndim - 2) + [rim, rim])
         compressed = appended(rows, step), small, state.z + step
         before = first_rows(state.steps, kept + 1), state.core, state.next_z
-        full = state.count == slots
+        full = self.is_full(state)
         moved = full & (state.motion == MOVED)
         rows, core, next_z = choose(moved, compressed, before)
         steps = with_first_rows(state.steps, rows)

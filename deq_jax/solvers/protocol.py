@@ -137,8 +137,8 @@ class Defaults:
     """`update` without it, which the loop calls instead."""
 
     @staticmethod
-    def is_full(state: Any) -> Bool[Array, ""] | bool:
-        """Whether the memory is to be renewed before the next evaluation: one answer for all problems."""
+    def is_full(state: Any) -> Bool[Array, "*#batch"] | bool:
+        """Whether the memory is to be renewed before the next evaluation: of all problems, or of each that is true."""
         return False
 
     @staticmethod
@@ -171,7 +171,7 @@ class Renewing:
 
     def update(self: Any, residual: Vec, state: Any, z: Vec) -> tuple[Vec, Any]:
         step, state = self.round(residual, state, z)
-        state = jax.lax.cond(self.is_full(state), self.renewed, lambda state: state, state)
+        state = jax.lax.cond(jnp.any(self.is_full(state)), self.renewed, lambda state: state, state)
         return self.next_point(state, z + step) - z, state
 
 

@@ -213,7 +213,7 @@ class Part(Renewing):
         next_z, inner = updated(self.solver, update, residual, state.inner[self.index], z)
         return next_z - z, self._replaced(state, inner, next_z)
 
-    def is_full(self, state: RobustState) -> Bool[Array, ""] | bool:
+    def is_full(self, state: RobustState) -> Bool[Array, "*#batch"] | bool:
         return member(self.solver, "is_full")(state.inner[self.index])
 
     def renewed(self, state: RobustState) -> RobustState:
