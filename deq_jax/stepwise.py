@@ -10,6 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
 from deq_jax._arrays import zeros_from
@@ -75,8 +76,9 @@ def start(
 ) -> SolveState[Z]:
     """A solve of f(z, *args) = z before its first evaluation, for `advance`, `finished`, `refill` and `result`.
 
-    `advance` until all problems are `finished`, in pieces of any size, then `result`, is `solve`: bit for bit the same
-    value, stats and memory. No gradient flows through any of it; `attach` makes the values differentiable.
+    `advance` until all problems are `finished`, in pieces of any size, then `result`, is `solve`: the same value, stats
+    and memory, bit for bit where XLA rounds alike in both programs. No gradient flows through any of it; `attach` makes
+    the values differentiable.
 
     Args:
       f, z0, *args, solver, batch_ndim: as for `solve`. f is traced here, once. The solver must be a pytree, as those of
@@ -111,10 +113,11 @@ def start(
     check_is_pytree("start", "solver", solver)
     axes = (None,) * len(args) if axes is None else axes
     check_axes(args, axes, jnp.shape(jax.tree.leaves(z0)[0])[:batch_ndim])
-    cell, z0, *reads = hoist_cell(f, z0, args)
+    cell, z0, inputs, other = hoist_cell(f, z0, args)
     form = Form(cell, cell.key, batch_ndim, _places(cell, args, axes))
-    solver, reads = jax.lax.stop_gradient((solver, tuple(reads)))
-    return SolveState(*run_compiled(_start, (batch_ndim,), z0, solver), reads, solver, form)
+    solver, reads = jax.lax.stop_gradient((solver, (inputs, other)))
+    value, carry, entered = run_compiled(_start, (batch_ndim,), z0, solver)
+    return SolveState(value, carry, entered, reads, solver, form)
 
 
 def advance(state: SolveState[Z], n: int | Array) -> SolveState[Z]:
@@ -156,7 +159,9 @@ def refill(state: SolveState[Z], which: Any, new_z0: Z, new_args: tuple[Any, ...
     """The state in which new problems begin in the places of some that are finished.
 
     Each problem has the bits that it would have had in that place of a batch that began with it. The others keep
-    theirs. Options of the solver that are arrays belong to the places.
+    theirs. Options of the solver that are arrays belong to the places. With problems that began apart, `Anderson` and
+    `Broyden` write their histories one by one, and `Broyden` compresses all whenever one is full: for what that costs,
+    see `python -m experiments.streaming_study`.
 
     Args:
       which: booleans `[*batch]`: the problems to replace. They must be `finished`. Under a trace, where that cannot be
@@ -224,7 +229,7 @@ def _refill(form, state, which, new_z0, new_reads):
     carry = refilled(_put_together(state.value, state.carry, layout), which, z0, solver, layout)
     reads = [list(group) for group in state.reads]
     for arg, new in zip(form.args, new_reads, strict=True):
-        for (is_input, i), leaf in zip(arg.places if arg else (), new, strict=True):
+        for (is_input, i), leaf in zip([] if arg is None else arg.places, new, strict=True):
             group = reads[0 if is_input else 1]
             group[i] = choose(which, leaf, group[i])
     return *_taken_apart(carry, layout), jnp.where(which, 0, state.entered), tuple(reads)
@@ -284,4 +289,4 @@ def _as_replacement(new: PyTree, old: PyTree, name: str, what: str) -> PyTree:
 
 def _listed(mask: Any) -> list:
     """The indices of a mask, for an error message."""
-    return [index[0] if len(index) == 1 else tuple(index) for index in zip(*map(list, mask.nonzero()), strict=True)]
+    return [index[0] if len(index) == 1 else tuple(index) for index in np.argwhere(mask).tolist()]

@@ -77,7 +77,8 @@ def build(config: Config, dim: int, hidden: int) -> Problems:
     x = 0.3 * rng.normal(size=(config.problems, dim))
     w = np.linalg.qr(rng.normal(size=(hidden, dim)))[0].T
     turned = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), Problems(gain, x, (w, w.T @ turned)))
+    as_array = lambda x: jnp.asarray(x, jnp.float32)
+    return Problems(as_array(gain), as_array(x), (as_array(w), as_array(w.T @ turned)))
 
 
 def whole_batches(solver: deq.Solver, slots: int, problems: Problems) -> Solved:
@@ -90,7 +91,8 @@ def whole_batches(solver: deq.Solver, slots: int, problems: Problems) -> Solved:
 
     cut = lambda x: x.reshape(-1, slots, *x.shape[1:])
     *found, evaluations = jax.lax.map(solve, (cut(problems.gain), cut(problems.x)))
-    return Solved(*(x.reshape(-1, *x.shape[2:]) for x in found), jnp.sum(evaluations))
+    value, steps, status = (x.reshape(-1, *x.shape[2:]) for x in found)
+    return Solved(value, steps, status, jnp.sum(evaluations))
 
 
 def stream(solver: deq.Solver, slots: int, pieces: int, problems: Problems) -> Solved:
