@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # What depends on versions, and so is run on every corner; the rest (experiments, data, notebooks) runs once.
 CORE_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
 	solvers convergence fixed_point trace adjoints adjoint_family compact transforms trajectory warm_start nn transformer bad_input config own check doctests packaging \
-	sharding axis_name gathers carried gram history_dtype linear root error_estimate)))
+	sharding axis_name gathers carried gram history_dtype linear root error_estimate stepwise)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo experiments studies figures bench gpu test lint mutants notebooks corners corner-lowest corner-newest corner-kernels kernels constraints clean

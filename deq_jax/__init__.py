@@ -49,6 +49,7 @@ from deq_jax.solvers.broyden import BroydenState
 from deq_jax.solvers.newton import NewtonState
 from deq_jax.solvers.newton_krylov import NewtonKrylovState
 from deq_jax.solvers.robust import RobustState
+from deq_jax.stepwise import SolveState, advance, finished, refill, result, start
 from deq_jax.trajectory import ResidualTrace, Snapshot, Snapshots, Trajectory, fixed_point_correction, trajectory
 from deq_jax.warm_start import FixedPointCache, first_guess_loss
 
@@ -89,24 +90,30 @@ __all__ = [
     "SolutionWithAux",
     "SolveError",
     "SolveResult",
+    "SolveState",
     "Solver",
     "Stats",
     "Status",
     "Trajectory",
     "Unroll",
     "adapters",
+    "advance",
     "attach",
     "check",
     "clear_caches",
     "compact",
     "config",
     "diagnostics",
+    "finished",
     "first_guess_loss",
     "fixed_point",
     "fixed_point_correction",
+    "refill",
     "regularizers",
+    "result",
     "root",
     "solve",
     "stability",
+    "start",
     "trajectory",
 ]

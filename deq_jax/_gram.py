@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._arrays import ratio, reciprocal, safe_sqrt, settled, zeros_from
-from deq_jax._rows import write_row
+from deq_jax._arrays import per_problem, ratio, reciprocal, safe_sqrt, settled, zeros_from
+from deq_jax._rows import rolled, write_row
 
 SMALL = 8  # the most columns that one kernel eliminates; the compiler takes 29 s and more for 16 of them
 LARGE = 16  # the most that are written out
@@ -38,7 +38,7 @@ def with_column(
     products: Float[Array, "*batch m"],
     square: Float[Array, "*batch"],
     newest: Float[Array, "*batch"],
-    slot: Int[Array, ""],
+    slot: Int[Array, "*#batch"],
     new: Bool[Array, "*batch"],
     held: Bool[Array, "*batch"],
     ended: Bool[Array, "*batch"],
@@ -59,7 +59,7 @@ def column_in_place(system, products, square, newest, slot, new, held, ended):
     """What changes is written where it stands: two rows, and a column in one pass."""
     m, finite = system.shape[-1], lambda x: jnp.where(jnp.isfinite(x), x, 0)
     row, column = _index(m + 1, -2, system.ndim), _index(m, -1, system.ndim)
-    here = new[..., None] & (column[..., 0, :] == slot)
+    here = new[..., None] & (column[..., 0, :] == per_problem(slot))
     products = jnp.where(here, square[..., None], finite(products))
     b = system[..., m, :]
     b = jnp.where(here, newest[..., None], jnp.where(held[..., None], b, finite(b + products)))
@@ -75,6 +75,7 @@ def column_in_one_kernel(system, products, square, newest, slot, new, held, ende
     m, finite = system.shape[-1], lambda x: jnp.where(jnp.isfinite(x), x, 0)
     row, column = _index(m + 1, -2, system.ndim), _index(m, -1, system.ndim)
     square, newest, new, held, ended = (x[..., None, None] for x in (square, newest, new, held, ended))
+    slot = per_problem(per_problem(slot))
     by_row = jax.lax.pad(products, jnp.zeros((), products.dtype), [(0, 0, 0)] * (products.ndim - 1) + [(0, 1, 0)])
     by_row, by_column = jnp.where(row == m, newest, by_row[..., :, None]), products[..., None, :]
     b = jnp.where(held | ~jnp.isfinite(system + by_column), system, system + by_column)
@@ -84,11 +85,25 @@ def column_in_one_kernel(system, products, square, newest, slot, new, held, ende
     return jnp.where((column == slot) & new, in_column, in_row)
 
 
-def solve(system: Float[Array, "*batch rows m"], ridge: Array, newest: Int[Array, ""]) -> list[Float[Array, "*batch"]]:
-    """γ of (1) in the order of age, that of the column in slot `newest` first."""
+def solve(
+    system: Float[Array, "*batch rows m"], ridge: Array, newest: Int[Array, "*#batch"]
+) -> list[Float[Array, "*batch"]]:
+    """γ of (1) in the order of age, that of the column in slot `newest` first, which may be each problem's own."""
+    if newest.ndim:
+        system, newest = by_age(system, newest)
     if system.shape[-1] > LARGE:
         return in_a_loop(system, ridge, newest)
     return jax.lax.platform_dependent(system, ridge, newest, cpu=in_a_loop, tpu=in_a_loop, default=written_out)
+
+
+def by_age(
+    system: Float[Array, "*batch rows m"], newest: Int[Array, "*batch"]
+) -> tuple[Float[Array, "*batch rows m"], Int[Array, ""]]:
+    """The system with its columns in the order of age, the oldest first, and the slot that is now the newest."""
+    m = system.shape[-1]
+    shift, system = m - 1 - newest, rolled(system, m - 1 - newest, -1)
+    rows = rolled(system[..., :m, :], shift, -2)
+    return jnp.concatenate([rows, system[..., m:, :]], axis=-2), jnp.asarray(m - 1, newest.dtype)
 
 
 # ---- in a loop ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Checks of what an earlier solve returned, and a user hands back: a memory, or a whole result."""
+"""Checks of calls that share a batch or a solve: what counts its problems, and what is handed back or replaced."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from deq_jax._states import named_leaves, split
+from deq_jax._trace import is_array_like
 
 
 def check_memory(memory: Any, solver: Any, flat: Any, where: str = "memory") -> None:
@@ -29,6 +30,37 @@ def check_memory(memory: Any, solver: Any, flat: Any, where: str = "memory") -> 
         if dtype != like.dtype:
             wrong = f"{part} must have dtype {like.dtype}, got {dtype}"
             raise TypeError(f"{where} does not fit {name}: {wrong}; {remedy}")
+
+
+def check_axes(args: tuple, axes: Any, batch_shape: tuple) -> None:
+    """Raise ValueError unless `axes` says of each of args whether its leaves begin with the batch axes: 0 or None."""
+    if not isinstance(axes, tuple) or len(axes) != len(args) or any(axis not in (0, None) for axis in axes):
+        raise ValueError(f"axes must be a tuple of 0 or None, one for each of {len(args)} args; got {axes!r}")
+    batch = " x ".join(map(str, batch_shape))
+    for i, (arg, axis) in enumerate(zip(args, axes, strict=True)):
+        for where, leaf in named_leaves(f"args[{i}]", arg):
+            if axis == 0 and jnp.shape(leaf)[: len(batch_shape)] != batch_shape:
+                raise ValueError(
+                    f"axes[{i}] is 0, so {where} must begin with the batch of {batch}; got shape {jnp.shape(leaf)}"
+                )
+
+
+def check_is_pytree(who: str, where: str, option: Any) -> None:
+    """Raise TypeError unless an option object is a pytree of arrays and numbers."""
+    if not all(map(is_array_like, jax.tree.leaves(option))):
+        raise TypeError(f"{who}: {where} must be a pytree, as deq.config makes a class, got {option!r}")
+
+
+def check_replaces(tree: PyTree, like: PyTree, name: str, old: str) -> None:
+    """Raise unless `tree`, which a user passed as `name`, has the structure, shapes and dtypes of what it replaces."""
+    got, expected = jax.tree.structure(tree), jax.tree.structure(like)
+    if got != expected:
+        raise TypeError(f"{name} must have the structure of {old}, {expected}; got {got}")
+    for (where, leaf), want in zip(named_leaves(name, tree), jax.tree.leaves(like), strict=True):
+        if jnp.shape(leaf) != want.shape:
+            raise ValueError(f"{where} must have the shape of {old}, {want.shape}; got {jnp.shape(leaf)}")
+        if jnp.result_type(leaf) != want.dtype:
+            raise TypeError(f"{where} must have the dtype of {old}, {want.dtype}; got {jnp.result_type(leaf)}")
 
 
 def _describe_memory(memory: Any) -> str:

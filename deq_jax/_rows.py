@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._arrays import einsum, one_hot, per_entry
+from deq_jax._arrays import einsum, may_be_sharded, one_hot, per_entry
 from deq_jax._vectors import Rows, Vec, Vector, each, has_one_axis, norm, own_axes, reduced
 
 SHORT = 128  # rows of at most so many entries are multiplied as small matrices are
@@ -57,14 +57,35 @@ def with_first_rows(rows: Rows, first: Rows) -> Rows:
     return each(replaced, rows, first)
 
 
-def row(rows: Rows, index: Int[Array, ""]) -> Vec:
-    """The row at an index that all problems share."""
-    at = lambda part: jax.lax.dynamic_index_in_dim(part, index, axis=_row_axis(rows, part, 1), keepdims=False)
+def row(rows: Rows, index: Int[Array, "..."]) -> Vec:
+    """The row at an index that all problems share, or at one of each problem's own. A negative one is from the end."""
+
+    def at(part):
+        axis = _row_axis(rows, part, 1)
+        if not index.ndim:
+            return jax.lax.dynamic_index_in_dim(part, index, axis=axis, keepdims=False)
+        own = per_entry(index % part.shape[axis], part)
+        return jnp.squeeze(jnp.take_along_axis(part, own, axis=axis), axis)
+
     return each(at, rows)
 
 
-def write_row(rows: Rows, new: Vec, index: Int[Array, ""], where: Bool[Array, "*batch"]) -> Rows:
-    """The rows with `new` written at one index, in the problems of `where`. In a loop XLA writes it in place."""
+def rolled(x: Array, shift: Int[Array, "..."], axis: int) -> Array:
+    """`jnp.roll` along an axis, by a shift that all problems share, or by one of each problem's own, 0 to the size."""
+    if not shift.ndim:
+        return jnp.roll(x, shift, axis=axis)
+    for k in range(x.shape[axis].bit_length()):
+        x = jnp.where(per_entry((shift >> k) & 1 == 1, x), jnp.roll(x, 1 << k, axis=axis), x)
+    return x
+
+
+def write_row(rows: Rows, new: Vec, index: Int[Array, "..."], where: Bool[Array, "*batch"]) -> Rows:
+    """The rows with `new` written at one index, in the problems of `where`. In a loop XLA writes it in place.
+
+    The index may also be one of each problem's own, which costs a pass over all rows where the platform is a CPU.
+    """
+    if index.ndim:
+        return write_row_of_each(rows, new, index, where)
 
     def of_parts(part, new):
         # Both slices have the same start, so that one kernel reads the old row and writes the new one in place.
@@ -84,16 +105,16 @@ def write_row_of_each(rows: Rows, new: Vec, index: Int[Array, "*batch"], where: 
     def selected(part, new):
         axis = _row_axis(rows, part, 1)
         here = one_hot(jnp.where(where, index, part.shape[axis]), part.shape[axis], index[..., None]) > 0
-        return jnp.where(per_entry(here, part), jnp.expand_dims(new, axis), part)
+        return jnp.where(per_entry(here, part), jnp.expand_dims(new, axis).astype(part.dtype), part)
 
     def scattered(part, new):
         # Elsewhere the index is that of no row, and nothing is written.
         problem = jnp.meshgrid(*map(jnp.arange, index.shape), indexing="ij")
         at = (*problem, jnp.where(where, index, part.shape[index.ndim]))
-        return part.at[at].set(new, mode="drop", unique_indices=True)
+        return part.at[at].set(new.astype(part.dtype), mode="drop", unique_indices=True)
 
     def of_parts(part, new):
-        if not has_one_axis(rows, part, 1):
+        if not has_one_axis(rows, part, 1) or may_be_sharded(part):
             return selected(part, new)
         # In a loop a GPU scatters in place: it moves one row, where a selection moves them all.
         return jax.lax.platform_dependent(part, new, cuda=scattered, rocm=scattered, default=selected)

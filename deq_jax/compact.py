@@ -16,9 +16,10 @@ from jaxtyping import PyTree
 from deq_jax._checks import check_arguments, check_output, check_solver, check_start
 from deq_jax._hoisting import in_types_of
 from deq_jax._programs import run_compiled
+from deq_jax._returned import check_axes, check_is_pytree
 from deq_jax._reverse_only import first_order_only, reverse_mode_only
-from deq_jax._states import join, named_leaves, split
-from deq_jax._trace import hoist, is_array_like
+from deq_jax._states import join, split
+from deq_jax._trace import hoist
 from deq_jax.adjoints import Implicit, Probe, Problem
 from deq_jax.adjoints.backward import backward_cell, solve_backward
 from deq_jax.adjoints.implicit import default_backward
@@ -80,13 +81,12 @@ def compact(
     if backward is not None:
         check_solver(backward, "backward")
     count = jax.tree.leaves(z0)[0].shape[0]
-    _check_axes(args, axes, count)
+    check_axes(args, axes, (count,))
     sizes = tuple(size for size in (count // 3, count // 9) if size) if sizes is None else tuple(sizes)
     if any(not 0 < small < large for small, large in zip(sizes, (count, *sizes), strict=False)):
         raise ValueError(f"sizes must decrease from below the batch of {count} to 1 at the least, got {sizes}")
     for where, option in (("solver", solver), ("backward", backward)):
-        if not all(map(is_array_like, jax.tree.leaves(option))):
-            raise TypeError(f"compact: {where} must be a pytree, as deq.config makes a class, got {option!r}")
+        check_is_pytree("compact", where, option)
     cells, reads = _cells(f, z0, args, axes, (count, *sizes))
     probe = Probe.like(z0, 1) if probe is None else probe
     z0, solver, backward = jax.lax.stop_gradient((z0, solver, backward))
@@ -151,17 +151,6 @@ _compact.defvjp(_compact_fwd, _compact_bwd)
 def _where_inexact(identity: Callable, tree: PyTree) -> PyTree:
     """The tree, with leaves that can have a derivative (not counts, masks and keys) passed through an identity."""
     return jax.tree.map(lambda leaf: identity(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf, tree)
-
-
-def _check_axes(args: tuple, axes: tuple, count: int) -> None:
-    if not isinstance(axes, tuple) or len(axes) != len(args) or any(axis not in (0, None) for axis in axes):
-        raise ValueError(f"axes must be a tuple of 0 or None, one for each of {len(args)} args; got {axes!r}")
-    for i, (arg, axis) in enumerate(zip(args, axes, strict=True)):
-        for where, leaf in named_leaves(f"args[{i}]", arg):
-            if axis == 0 and jnp.shape(leaf)[:1] != (count,):
-                raise ValueError(
-                    f"axes[{i}] is 0, so {where} must begin with the batch of {count}; got shape {jnp.shape(leaf)}"
-                )
 
 
 def _cells(f: Callable, z0: PyTree, args: tuple, axes: tuple, sizes: tuple[int, ...]) -> tuple[list, list]:

@@ -43,6 +43,33 @@ def reverse_only(z):
 reverse_only.defvjp(lambda z: (z, None), lambda _, ct: (ct,))
 
 
+@deq.config
+class Counting:
+    """Plain iteration with a count that all problems share."""
+
+    rtol: float = 1e-4
+    atol: float = 0.0
+    max_steps: int = 100
+
+    def init(self, z):
+        return jnp.zeros((), jnp.int32)
+
+    def update(self, residual, state, z):
+        return residual, state + 1
+
+
+def begun(**options):
+    """Two problems, of which the first is finished and the second still runs."""
+    gain = jnp.array([0.01, 0.99])
+    state = deq.start(lambda z, gain: gain * cos(z), jnp.zeros(2), gain, batch_ndim=1, axes=(0,), **options)
+    return deq.advance(state, 4)
+
+
+def refill(which=(True, False), new_z0=(0.0, 0.0), new_args=((0.5, 0.5),), **options):
+    arrays = [arg if arg is None else jnp.array(arg) for arg in new_args]
+    return deq.refill(begun(**options), jnp.array(which), jnp.array(new_z0), tuple(arrays))
+
+
 # name: (call, exception, words that the message must have)
 def generator(z):
     yield 0.5 * z
@@ -433,6 +460,80 @@ CALLS = {
         lambda: jax.hessian(jax.jit(lambda a: deq.fixed_point(lambda z: cos(a * z), z0()).value.sum()))(1.0),
         TypeError,
         ["reverse mode (grad, vjp, jacrev) alone", "adjoint=ImplicitJVP()"],
+    ),
+    "a refill of a running problem": (
+        lambda: refill(which=(True, True)),
+        ValueError,
+        ["refill", "`which`", "these still run: [1]", "advance them first"],
+    ),
+    "a refill by indices": (lambda: refill(which=(0,)), TypeError, ["which must be booleans", "got int32[1]"]),
+    "a refill of another batch": (
+        lambda: refill(which=(True, False, True)),
+        ValueError,
+        ["which must have the batch shape of the state, (2,)", "got (3,)"],
+    ),
+    "new_z0 of another shape": (
+        lambda: refill(new_z0=(0.0,)),
+        ValueError,
+        ["new_z0 must have the shape of z0, (2,)", "got (1,)"],
+    ),
+    "new_z0 of another dtype": (
+        lambda: deq.refill(begun(), np.array([True, False]), np.zeros(2, np.float16), (np.ones(2, np.float32),)),
+        TypeError,
+        ["new_z0 must have the dtype of z0, float32", "got float16"],
+    ),
+    "new_z0 of another structure": (
+        lambda: deq.refill(begun(), np.array([True, False]), {"z": jnp.zeros(2)}, (jnp.ones(2),)),
+        TypeError,
+        ["new_z0 must have the structure of z0", "*", "'z'"],
+    ),
+    "new_args of another shape": (
+        lambda: refill(new_args=((0.5,),)),
+        ValueError,
+        ["new_args[0] must have the shape of args[0], (2,)", "got (1,)"],
+    ),
+    "new_args of another structure": (
+        lambda: refill(new_args=(None,)),
+        TypeError,
+        ["new_args[0] must have the structure of args[0]", "None"],
+    ),
+    "too many new_args": (
+        lambda: refill(new_args=((0.5, 0.5), (0.5, 0.5))),
+        ValueError,
+        ["new_args must be a tuple with an entry for each of 1 args"],
+    ),
+    "a new value of a shared argument": (
+        lambda: deq.refill(deq.advance(deq.start(cos, z0()), 50), True, z0(), (1.0,)),
+        ValueError,
+        ["new_args must be a tuple with an entry for each of 0 args"],
+    ),
+    "a new value of an argument that is shared": (
+        lambda: deq.refill(deq.advance(deq.start(lambda z, a: cos(a * z), z0(), 0.5), 50), True, z0(), (1.0,)),
+        ValueError,
+        ["new_args[0] must be None", "by `axes`, the problems share args[0]", "1.0"],
+    ),
+    "a refill of a solver with a count that problems share": (
+        lambda: refill(solver=Counting()),
+        TypeError,
+        ["refill: the state of Counting has a leaf of shape ()", "all problems share"],
+    ),
+    "advance by a float": (lambda: deq.advance(deq.start(cos, z0()), 2.5), TypeError, ["n must be an int", "got 2.5"]),
+    "advance by True": (lambda: deq.advance(deq.start(cos, z0()), True), TypeError, ["n must be an int", "got True"]),
+    "advance by an array": (
+        lambda: deq.advance(deq.start(cos, z0()), jnp.arange(2)),
+        TypeError,
+        ["n must be an int, or an integer array of shape ()", "got int32[2]"],
+    ),
+    "advance backward": (lambda: deq.advance(deq.start(cos, z0()), -1), ValueError, ["n must be an int >= 0", "-1"]),
+    "axes of start": (
+        lambda: deq.start(lambda z, a: cos(a * z), jnp.zeros((2, 3)), jnp.ones(3), batch_ndim=1, axes=(0,)),
+        ValueError,
+        ["axes[0] is 0, so args[0] must begin with the batch of 2", "got shape (3,)"],
+    ),
+    "start at few iterates": (
+        lambda: deq.start(cos, z0(), solver=deq.Picard(test_every=3)),
+        ValueError,
+        ["start looks at each iterate", "test_every=1"],
     ),
     "zero terms": (lambda: deq.Neumann(0), ValueError, ["Neumann.terms", ">= 1", "0"]),
     "half a term": (lambda: deq.Neumann(1.5), TypeError, ["Neumann.terms", "int", "1.5"]),

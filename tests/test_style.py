@@ -18,7 +18,7 @@ ROOMS = (
     ("compat/", "models/", "nn.py"),
     ("__init__.py", "__main__.py", "_doctor.py"),
     ("adapters.py", "check.py", "compact.py", "diagnostics.py", "fixed_point.py", "halves.py", "regularizers.py")
-    + ("root.py", "stability.py", "trajectory.py", "warm_start.py", "_hoisting.py"),
+    + ("root.py", "stability.py", "stepwise.py", "trajectory.py", "warm_start.py", "_hoisting.py"),
     ("adjoints/",),
     ("solvers/",),
     ("_checks.py", "_gathers.py", "_krylov.py", "_low_rank.py", "_programs.py", "_returned.py"),

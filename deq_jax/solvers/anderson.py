@@ -24,7 +24,7 @@ from deq_jax import _gram
 from deq_jax._arrays import root_of_sums, settled, zeros_from
 from deq_jax._checks import check_number
 from deq_jax._config import STATIC, Number, config
-from deq_jax._rows import combine, count_rows, products, repeated, row, rows_one_by_one, write_row
+from deq_jax._rows import combine, count_rows, products, repeated, rolled, row, rows_one_by_one, write_row
 from deq_jax._states import choose, zeros_like
 from deq_jax._vectors import Rows, Vec, dot, norm, product, rounded, scaled, squares, sums, zero_of
 from deq_jax.solvers.protocol import LoopOptions, check_history_dtype, history_dtype
@@ -42,7 +42,7 @@ FEW = 5  # up to this history a GPU takes all products of a step in one kernel
 
 
 class AndersonState(NamedTuple):
-    count: Int[Array, ""]  # residuals seen
+    count: Int[Array, "*#batch"]  # residuals seen, by all problems, or by each where they began apart
     w: Vec  # (1) at the previous iterate
     g: Vec  # and its residual; `gram` holds its products with the history
     last: Int[Array, "*batch"]  # what the last step was; NONE where w and g belong to another f
@@ -94,6 +94,7 @@ class Anderson(LoopOptions):
 
     scale_free = True
     flat = False
+    may_begin_apart = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -200,7 +201,9 @@ class Difference(NamedTuple):
     finite: Bool[Array, "*batch"]  # whether g is: asked of a sum, because a mask with a root in it takes a kernel more
 
 
-def add_difference(dg: Rows, g: Vec, before: Vec, known: Bool[Array, "*batch"], slot: Int[Array, ""]) -> Difference:
+def add_difference(
+    dg: Rows, g: Vec, before: Vec, known: Bool[Array, "*batch"], slot: Int[Array, "*#batch"]
+) -> Difference:
     """The history with g − before at `slot`, in the problems where both are residuals of one f."""
     given = dg, g, before, known, slot
     return jax.lax.platform_dependent(*given, cpu=write_and_measure, default=measure_and_write)
@@ -235,16 +238,16 @@ def is_new(square: Float[Array, "*batch"], known: Bool[Array, "*batch"]) -> Bool
     return known & (square > 0) & (square < jnp.inf)
 
 
-def weighted_sum(weights: list[Float[Array, "*batch"]], rows: Rows, newest: Int[Array, ""]) -> Vec:
+def weighted_sum(weights: list[Float[Array, "*batch"]], rows: Rows, newest: Int[Array, "*#batch"]) -> Vec:
     """Σ weightsᵢ rowᵢ, with the weights in the order of age, that of the row in slot `newest` first."""
     return jax.lax.platform_dependent(weights, rows, newest, cpu=sum_in_slots, default=sum_by_age)
 
 
-def sum_in_slots(weights: list[Float[Array, "*batch"]], rows: Rows, newest: Int[Array, ""]) -> Vec:
-    return combine(jnp.roll(jnp.stack(weights[::-1], axis=-1), newest + 1, axis=-1), rows)
+def sum_in_slots(weights: list[Float[Array, "*batch"]], rows: Rows, newest: Int[Array, "*#batch"]) -> Vec:
+    return combine(rolled(jnp.stack(weights[::-1], axis=-1), newest + 1, -1), rows)
 
 
-def sum_by_age(weights: list[Float[Array, "*batch"]], rows: Rows, newest: Int[Array, ""]) -> Vec:
+def sum_by_age(weights: list[Float[Array, "*batch"]], rows: Rows, newest: Int[Array, "*#batch"]) -> Vec:
     """The same where a kernel that reads the rows reads the weights as they are. (A negative index is from the end.)"""
     terms = [scaled(weight, row(rows, newest - age).astype(weight.dtype)) for age, weight in enumerate(weights)]
     return functools.reduce(operator.add, terms)

@@ -47,7 +47,7 @@ UNKNOWN, STILL, MOVED = range(3)  # what is known of the last move: nothing in a
 class BroydenState(NamedTuple):
     """B = −I + Σ coreᵢⱼ sᵢ sⱼᵀ estimates the inverse Jacobian of g = f(z) − z."""
 
-    count: Int[Array, ""]  # slots that are filled; the step after z is in the last of them
+    count: Int[Array, "*#batch"]  # slots that are filled, as for Anderson; the step after z is in the last of them
     z: Vec  # the last iterate that was accepted
     g: Vec  # and its residual
     g_norm: Float[Array, "*batch"]
@@ -102,6 +102,7 @@ class Broyden(Renewing, LoopOptions):
 
     scale_free = True
     flat = False
+    may_begin_apart = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -133,7 +134,7 @@ class Broyden(Renewing, LoopOptions):
         """The memory of a solve of a similar problem: its estimate is a start, its last residual is not ours."""
         return state._replace(motion=zeros_like(state.motion))
 
-    def is_full(self, state: BroydenState) -> Bool[Array, ""]:
+    def is_full(self, state: BroydenState) -> Bool[Array, "*#batch"]:
         """Whether all slots are filled, so that the memory has to be compressed before the next round."""
         # By the count that all problems share: to ask whether one is full is one more collective in a sharded solve.
         return state.count == state.core.shape[-1]
@@ -179,10 +180,11 @@ class Broyden(Renewing, LoopOptions):
         small = jnp.pad(small, [(0, 0)] * (small.ndim - 2) + [rim, rim])
         compressed = appended(rows, step), small, state.z + step
         before = first_rows(state.steps, kept + 1), state.core, state.next_z
-        moved = state.motion == MOVED
+        full = self.is_full(state)
+        moved = full & (state.motion == MOVED)
         rows, core, next_z = choose(moved, compressed, before)
         steps = with_first_rows(state.steps, rows)
-        count, last_used = zeros_like(state.count) + kept + 1, jnp.where(moved, kept - 1, state.last_used)
+        count, last_used = jnp.where(full, kept + 1, state.count), jnp.where(moved, kept - 1, state.last_used)
         return state._replace(count=count, steps=steps, core=core, last_used=last_used, next_z=next_z)
 
     def _next_step(

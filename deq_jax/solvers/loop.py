@@ -76,14 +76,15 @@ def run_while(
     equation: Equation = FIXED_POINT,
 ) -> Carry:
     """The carry once `goes_on` is false. What the solver does seldom to its memory is done between inner loops."""
-    is_full = member(solver, "is_full")
-    if is_full(carry.solver) is False:
+    full = lambda carry: member(solver, "is_full")(carry.solver)
+    if full(carry) is False:
         return jax.lax.while_loop(goes_on, body, carry)
-    renew = lambda carry: with_next_point(carry, solver, "renewed", is_on(carry, solver), layout, equation)
+    where = lambda carry: is_on(carry, solver) & full(carry)
+    renew = lambda carry: with_next_point(carry, solver, "renewed", where(carry), layout, equation)
 
     def until_full(carry: Carry) -> Carry:
-        carry = jax.lax.while_loop(lambda carry: goes_on(carry) & ~is_full(carry.solver), body, carry)
-        return jax.lax.cond(is_full(carry.solver), renew, lambda carry: carry, carry)
+        carry = jax.lax.while_loop(lambda carry: goes_on(carry) & ~jnp.any(full(carry)), body, carry)
+        return jax.lax.cond(jnp.any(full(carry)), renew, lambda carry: carry, carry)
 
     return jax.lax.while_loop(goes_on, until_full, carry)
 

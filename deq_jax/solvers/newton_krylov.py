@@ -85,6 +85,7 @@ class NewtonKrylov(LoopOptions):
 
     scale_free = True
     flat = False
+    may_begin_apart = True
 
     def __post_init__(self):
         super().__post_init__()

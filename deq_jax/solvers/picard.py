@@ -27,6 +27,7 @@ class Picard(LoopOptions):
     damping: Number = 1.0
 
     flat = False
+    may_begin_apart = True
 
     def __post_init__(self):
         super().__post_init__()

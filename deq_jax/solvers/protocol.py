@@ -111,6 +111,11 @@ class Defaults:
     """Whether vectors are arrays `[*batch, dim]`. If not, a state of several leaves, or one that may be sharded, is a
     `Vector`, and the solver computes with the functions of `deq_jax._vectors`, as those of this library do."""
 
+    may_begin_apart = False
+    """Whether the scalars of a state, such as a count that all problems share, may be arrays with an entry for each.
+
+    `deq.refill` needs it, where a problem begins while others go on. A state without scalars can always be refilled."""
+
     @staticmethod
     def resume(memory: Any) -> Any:
         """The memory of an earlier solve, made ready for this one. Its last iterate belongs to another f."""
@@ -138,8 +143,8 @@ class Defaults:
     """`update` without it, which the loop calls instead."""
 
     @staticmethod
-    def is_full(state: Any) -> Bool[Array, ""] | bool:
-        """Whether the memory is to be renewed before the next evaluation: the same for all problems."""
+    def is_full(state: Any) -> Bool[Array, "*#batch"] | bool:
+        """Whether the memory is to be renewed before the next evaluation: of all problems, or of each that is true."""
         return False
 
     @staticmethod
@@ -172,7 +177,7 @@ class Renewing:
 
     def update(self: Any, residual: Vec, state: Any, z: Vec) -> tuple[Vec, Any]:
         step, state = self.round(residual, state, z)
-        state = jax.lax.cond(self.is_full(state), self.renewed, lambda state: state, state)
+        state = jax.lax.cond(jnp.any(self.is_full(state)), self.renewed, lambda state: state, state)
         return self.next_point(state, z + step) - z, state
 
 

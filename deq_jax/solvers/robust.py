@@ -83,6 +83,10 @@ class Robust(LoopOptions):
         """Whether a stage works on arrays alone."""
         return any(member(stage, "flat") for stage in self.stages)
 
+    @property
+    def may_begin_apart(self) -> bool:
+        return all(member(stage, "may_begin_apart") for stage in self.stages)
+
     def init(self, z: Vec) -> RobustState:
         zero, none = zeros_like(z), zero_of(z)
         count = none.astype(jnp.int32)
@@ -210,7 +214,7 @@ class Part(Renewing):
         next_z, inner = updated(self.solver, update, residual, state.inner[self.index], z)
         return next_z - z, self._replaced(state, inner, next_z)
 
-    def is_full(self, state: RobustState) -> Bool[Array, ""] | bool:
+    def is_full(self, state: RobustState) -> Bool[Array, "*#batch"] | bool:
         return member(self.solver, "is_full")(state.inner[self.index])
 
     def renewed(self, state: RobustState) -> RobustState:
