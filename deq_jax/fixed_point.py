@@ -143,7 +143,8 @@ def fixed_point(
     z0 = check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe)
     check_start(z0)
     over = check_axis_name(axis_name)
-    member(adjoint, "check")(z0, solver)  # here, outside the jit below, its numbers are still numbers
+    # Here, outside the jit below, its numbers are still numbers.
+    adjoint = member(adjoint, "check")(z0, solver) or adjoint
     cell, z0, inputs, other = hoist_cell(f, z0, args, has_aux, gather)
     check_is_split(z0, over)
     probe = Probe.like(z0, batch_ndim, over) if probe is None else probe

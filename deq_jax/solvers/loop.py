@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from deq_jax._arrays import half_power, settled
-from deq_jax._config import cast_options, with_options
+from deq_jax._config import with_options
 from deq_jax._gathers import gathered_once
-from deq_jax._states import Layout, choose, join, split, wide_dtype
+from deq_jax._states import Layout, choose, join, split
 from deq_jax._trace import axes_of
 from deq_jax._vectors import Vec, scaled, shape_of
 from deq_jax.solvers.carry import Carry, Verdict, finalize, init_carry, layout_for, noted
+from deq_jax.solvers.norms import for_state, without_tolerances
 from deq_jax.solvers.protocol import Evaluation, Fold, Solver, SolveResult, Stats, member
 from deq_jax.solvers.stopping import (
     RUNNING,
@@ -30,6 +31,8 @@ from deq_jax.solvers.stopping import (
     norms_at,
     progress,
     relative_residual,
+    residual_of,
+    where_better,
     whole,
 )
 
@@ -52,7 +55,7 @@ def run_loop(
     with the same solver and shapes. If f communicates along named axes (`f.axes`, see `_trace.Bound`), the problems
     along them are one coupled problem, and stop together. Over the named axes `over` each problem is split.
     """
-    f, solver = gathered_once(f, z0), cast_options(solver, wide_dtype(z0))
+    f, solver = gathered_once(f, z0), for_state(solver, z0, batch_ndim)
     layout = layout_for(solver, z0, batch_ndim, over)
     carry = init_carry(z0, solver, layout, memory, fold)
     # Not one after the other where problems are evaluated together: by an f that communicates, or for a fold, which
@@ -100,7 +103,7 @@ def is_on(carry: Carry, solver: Solver) -> Bool[Array, "*batch"]:
 def with_next_point(carry: Carry, solver: Solver, change: str, where: Array, layout: Layout) -> Carry:
     """The carry with the solver's state changed, and with its next point in the problems of `where`."""
     unit: Any = half_power(carry.first_scale) if member(solver, "scale_free") else 1.0
-    state = member(in_units(solver, unit), change)(carry.solver)
+    state = member(in_units(solver, unit, layout), change)(carry.solver)
     z = scaled(unit, member(solver, "next_point")(state, scaled(1 / unit, carry.z)))
     return carry._replace(z=choose(where, layout.round(z), carry.z), solver=state)
 
@@ -126,14 +129,14 @@ def make_evaluation(f: Callable, layout: Layout, solver: Solver, fold: Fold | No
         with jax.named_scope("f"):
             fz_tree = f(z_tree)
         fz = layout.pack(fz_tree)
-        norms, residual = norms_at(carry.z, fz, layout), fz - carry.z
+        norms, residual = norms_at(carry.z, fz, layout, solver), fz - carry.z
         verdict = judged(carry, norms)
         if member(solver, "scale_free"):
             # The verdict is computed once, and not again by each kernel that works on vectors: they read its results.
             verdict, residual = settled((verdict, residual))
         after = noted(carry, verdict, is_on(carry, solver), split(fz_tree)[1])
         with jax.named_scope(type(solver).__name__):
-            z, state = advance(solver, carry.solver, residual, carry.z, verdict)
+            z, state = advance(solver, carry.solver, residual, carry.z, verdict, layout)
         after = after._replace(solver=state)
         # A problem that has stopped is given its best z again, with what it was given there; so is one that waits.
         then, stay = (layout.round(z), after.returned), (after.best, after.best_carried)
@@ -156,55 +159,64 @@ def coupled_axes(f: Callable, layout: Layout) -> tuple:
 def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry, Norms], Verdict]:
     """The function that judges the evaluation of f at the carry's z."""
     patience, recovers = max(STALE_EVALUATIONS, member(solver, "patience")), member(solver, "recovers")
-    coupled = coupling(axes)
+    coupled, least, last = coupling(axes), member(solver, "min_steps"), member(solver, "returns") == "last"
 
     def judged(carry: Carry, norms: Norms) -> Verdict:
         running, first = is_on(carry, solver), carry.steps == 0
-        residual, scale = (whole(x, layout) for x in norms)
+        residual, scale = (whole(x, layout) for x in norms[:2])
         steps = carry.steps + running.astype(jnp.int32)
         first_scale = jnp.where(first, jnp.maximum(residual, scale), carry.first_scale)
         finite = coupled.everywhere(jnp.isfinite(residual) & jnp.isfinite(scale))
         growth = grown(carry.growth, norms, by_leaf(finite, layout))
         lost, reduced = guards(growth, norms, layout, coupled)
         converged = coupled.everywhere(has_converged(norms, solver, layout)) & finite & ~lost & reduced
+        converged = converged & (steps >= least) if least else converged
         made = progress(norms, carry.best_norms, growth, layout, coupled)
         stale = jnp.where(finite & made.enough, 0, carry.stale + running.astype(jnp.int32))
 
+        stalled = made.at_floor & (stale >= patience)
+        stalled = stalled & (steps >= least) if least else stalled
         spent = steps >= solver.max_steps
         out_of_scale = coupled.anywhere(is_out_of_scale(residual, first_scale, spent))
         status = next_status(
             converged=converged,
             finite=finite | (member(solver, "can_backtrack")(carry.solver) & ~first),
             diverged=(lost | out_of_scale) & (not recovers),
-            stalled=made.at_floor & (stale >= patience),
+            stalled=stalled & (not last),  # the last z may be far above the floor
             spent=spent,
         )
         status = jnp.where(running, status, carry.status).astype(jnp.int32)
         # An iterate so far out that its residual is all rounding is not a better one.
         better = running & finite & ~lost & (converged | made.improved)
-        pick = lambda new, old: jnp.where(by_leaf(better, layout), new, old)
-        best_norms, unit = Norms(*map(pick, norms, carry.best_norms)), half_power(first_scale)
-        return Verdict(best_norms, first_scale, growth, stale, steps, status, better, unit, 1 / unit)
+        best_norms, unit = where_better(better, norms, carry.best_norms, layout), half_power(first_scale)
+        last_norms = None
+        if carry.last_norms is not None:
+            better = running & finite
+            last_norms = where_better(better, norms, carry.last_norms, layout)
+        return Verdict(best_norms, last_norms, first_scale, growth, stale, steps, status, better, unit, 1 / unit)
 
     return judged
 
 
 def shown(carry: Carry, z: PyTree, fz: PyTree, norms: Norms, layout: Layout) -> Evaluation:
     """This evaluation, as a fold sees it."""
-    residual, relative = whole(norms.residuals, layout), relative_residual(norms, layout)
+    residual, relative = residual_of(norms, layout), relative_residual(norms, layout)
     return Evaluation(carry.evaluation, z, fz, residual, relative, carry.status == RUNNING)
 
 
-def in_units(solver: Solver, unit: Array) -> Solver:
+def in_units(solver: Solver, unit: Array, layout: Layout) -> Solver:
     """The solver for vectors that are divided by `unit`."""
+    solver = without_tolerances(solver, layout)
     return with_options(solver, atol=solver.atol / unit)
 
 
-def advance(solver: Solver, state: Any, residual: Vec, z: Vec, verdict: Verdict) -> tuple[Vec, Any]:
+def advance(
+    solver: Solver, state: Any, residual: Vec, z: Vec, verdict: Verdict, layout: Layout
+) -> tuple[Vec, Any]:
     """The next iterate, and the solver's state."""
     if member(solver, "scale_free"):
         residual, z = scaled(verdict.per_unit, residual), scaled(verdict.per_unit, z)
-        z, state = _next_point(in_units(solver, verdict.unit), state, residual, z)
+        z, state = _next_point(in_units(solver, verdict.unit, layout), state, residual, z)
         return scaled(verdict.unit, z), state
     return _next_point(solver, state, residual, z)
 
@@ -246,5 +258,6 @@ def make_plain_steps(f: Callable, layout: Layout, solver: Solver) -> Callable[[C
 def stats_at(f: Callable, z: PyTree, solver: Solver, steps: Any, batch_ndim: int, over: tuple = ()) -> Stats:
     """The stats of a z that is returned as it is, after `steps` evaluations and the one that is made here."""
     layout = Layout(z, batch_ndim, over=over)
-    norms = norms_at(layout.pack(z), layout.pack(f(z)), layout)
-    return assess(norms, cast_options(solver, layout.dtype), steps + 1, layout)
+    solver = for_state(solver, z, batch_ndim)
+    norms = norms_at(layout.pack(z), layout.pack(f(z)), layout, solver)
+    return assess(norms, solver, steps + 1, layout)
