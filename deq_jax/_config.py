@@ -59,9 +59,9 @@ def config(cls: type[T]) -> type[T]:
 
     The annotation of a field decides its role. A `float` is a leaf, and a number given for it becomes a Python float.
     `Scales` may be a pytree of numbers too. An `int`, a `bool`, a `str`, an enum, a function, and a tuple of these are
-    structure. A `Budget` is structure as an int, and a leaf as an array. An option object, a tuple of them, and an array are pytrees of their own. So is `Any`,
-    unless its value is structure, such as a function. An object that is no pytree is declared with
-    `dataclasses.field(metadata=STATIC)`, and compared by its own `==`.
+    structure. A `Budget` is structure as an int, and a leaf as an array. An option object, a tuple of them, and an
+    array are pytrees of their own. So is `Any`, unless its value is structure, such as a function. An object that is no
+    pytree is declared with `dataclasses.field(metadata=STATIC)`, and compared by its own `==`.
 
     The class checks ranges itself, with `check_number` in its `__post_init__`.
 
@@ -206,7 +206,7 @@ def _converted(where: str, value: Any, kinds: set, role: Role) -> Any:
         return value
     if type(value) in kinds & {types.NoneType}:
         return value
-    if role is Role.SCALES and not jax.tree_util.all_leaves([value]):
+    if role is Role.SCALES and isinstance(value, dict | list | tuple) and jax.tree.leaves(value):
         leaf = lambda path, leaf: _converted(where + jax.tree_util.keystr(path), leaf, {float}, Role.NUMBER)
         return jax.tree_util.tree_map_with_path(leaf, value)
     if role in (Role.NUMBER, Role.SCALES):

@@ -106,7 +106,7 @@ def check_scales(where: str, value: PyTree) -> None:
 
 
 def check_judged(options: Any, z0: PyTree, batch_ndim: int, where: str) -> None:
-    """Raise TypeError or ValueError if weights or tolerances of a solver, also one inside these options, do not fit z0."""
+    """Raise TypeError or ValueError if weights or tolerances of these options, or of options in them, do not fit z0."""
     if isinstance(options, tuple):
         for i, option in enumerate(options):
             check_judged(option, z0, batch_ndim, f"{where}[{i}]")
@@ -149,7 +149,9 @@ def _check_scales(where: str, scales: PyTree, floats: PyTree, shapes: list) -> N
         raise TypeError(f"{where} must have the structure of z0, {expected}; got {got}")
     for (name, scale), shape in zip(named_leaves(where, scales), shapes, strict=True):
         if not _fits(np.shape(scale), shape):
-            raise ValueError(f"{name} must be a number or broadcast to {shape}, as z0 is cut; got shape {np.shape(scale)}")
+            raise ValueError(
+                f"{name} must be a number or broadcast to {shape}, as z0 is cut; got shape {np.shape(scale)}"
+            )
 
 
 def _fits(shape: tuple, to: tuple) -> bool:

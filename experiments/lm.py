@@ -162,7 +162,13 @@ ADDED: dict[str, Any] = {
     "aux_every": 0,
     "aux_weight": 0.05,
 }
-ADDED_TO_SOLVERS: dict[str, Any] = {"test_every": 1, "history_dtype": None}
+ADDED_TO_SOLVERS: dict[str, Any] = {
+    "test_every": 1,
+    "history_dtype": None,
+    "norm": "leaf",
+    "min_steps": 0,
+    "returns": "best",
+}
 
 
 def without_added(config: dict[str, Any], added: dict[str, Any] = ADDED) -> dict[str, Any]:

@@ -207,10 +207,10 @@ CALLS = {
         TypeError,
         ["Unroll", "max_steps", "Python int"],
     ),
-    "Unroll with an array budget": (
-        lambda: deq.fixed_point(cos, z0(), solver=deq.Picard(max_steps=jnp.asarray(5)), adjoint=deq.Unroll()),
-        TypeError,
-        ["Unroll", "max_steps", "Python int"],
+    "Unroll that is not as deep as its budget": (
+        lambda: deq.fixed_point(cos, z0(), solver=deq.Picard(max_steps=jnp.asarray(5)), adjoint=deq.Unroll(depth=4)),
+        ValueError,
+        ["Unroll.depth must be at least max_steps=5, got 4"],
     ),
     "a traced budget names what takes one": (
         lambda: jax.jit(lambda n: deq.fixed_point(cos, z0(), solver=deq.Picard(max_steps=n), adjoint=deq.Unroll()))(5),
@@ -329,10 +329,11 @@ def test_message(name):
         ("rtol", -1e-3, ValueError),
         ("rtol", float("nan"), ValueError),
         ("rtol", "1e-3", TypeError),
-        ("rtol", None, TypeError),
         ("rtol", True, TypeError),
         ("atol", -1e-9, ValueError),
         ("atol", float("nan"), ValueError),
+        ("atol", None, TypeError),
+        ("atol", {}, TypeError),
         ("max_steps", -1, ValueError),
         ("max_steps", 10.0, TypeError),
         ("max_steps", "10", TypeError),

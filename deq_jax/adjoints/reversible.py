@@ -118,20 +118,20 @@ def _walk(rules: tuple, z0: PyTree, problem: Problem) -> tuple[Walk, Stats]:
     # At the z that f sees, which is rounded to the dtypes of z0.
     norms = lambda z, fz: norms_at(layout.pack(layout.unpack(z)).astype(fz.dtype), fz, layout, solver)
 
-    def converged(z, fz, evaluations):
+    def converged(z, fz, steps):
         met = has_converged(norms(z, fz), solver, layout)
-        return met & (evaluations >= solver.min_steps) if solver.min_steps else met
+        return met & (2 * steps + 1 >= solver.min_steps) if solver.min_steps else met
 
     def body(walk):
         relaxed = lambda old, f_other: choose(walk.running, scaled(1 - damping, old) + scaled(damping, f_other), old)
         y = relaxed(walk.y, walk.fz)  # (1)
         z = relaxed(walk.z, call(y))  # (2)
         fz, steps = call(z), walk.steps + walk.running.astype(jnp.int32)
-        running = walk.running & ~converged(z, fz, 2 * steps + 1) & (2 * steps + 3 <= solver.max_steps)
+        running = walk.running & ~converged(z, fz, steps) & (2 * steps + 3 <= solver.max_steps)
         return Walk(y, z, fz, running, steps)
 
     fz = call(start)
-    running = ~converged(start, fz, 1) & (solver.max_steps >= 3)
+    running = ~converged(start, fz, 0) & (solver.max_steps >= 3)
     walk = Walk(start, start, fz, running, zero_of(start).astype(jnp.int32))
     walk = jax.lax.while_loop(lambda walk: jnp.any(walk.running), body, walk)
     stats = assess(norms(walk.z, walk.fz), solver, 2 * walk.steps + 1, layout)

@@ -1,6 +1,5 @@
 """Backpropagation through the iterations, with or without checkpoints."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from deq_jax._checks import check_number
-from deq_jax._config import config
+from deq_jax._config import config, with_options
 from deq_jax._states import Layout, choose, join, split
 from deq_jax._values import concrete
 from deq_jax._vectors import Vec, zero_of
@@ -29,14 +28,14 @@ ROUNDING = 8  # a relative residual of so many eps, of the solver's dtype, tells
 class Unroll:
     """Backpropagation through the iterations of the solver: for `Picard`, the weight-tied network of that depth.
 
-    All `max_steps` iterations are run, and the last iterate is the value. Where `max_steps` is an array, each problem has
-    its own number of them, and the program is as deep as the largest, or as `depth` says if the array is traced. With `stop=True` a problem keeps the first
-    iterate that meets the tolerances, and f is not called once all problems have stopped. A value that has converged
-    says nothing about its derivative, so the residual must also meet the tolerance relative to the distance from z0: a
-    problem that starts near the solution goes on, and one that starts at the solution runs to the end of the budget. A
-    start at zero changes nothing. A solver with a memory stands still once the residual is rounding, and the derivative
-    is that of the steps before: in a direction along which the solve never moved it may be far from that of the fixed
-    point.
+    All `max_steps` iterations are run, and the last iterate is the value. Where `max_steps` is an array, each problem
+    has its own number of them, and the program is as deep as the largest, or as `depth` if the array is traced. With
+    `stop=True` a problem keeps the first iterate that meets the tolerances, and f is not called once all problems have
+    stopped. A value that has converged says nothing about its derivative, so the residual must also meet the tolerance
+    relative to the distance from z0: a problem that starts near the solution goes on, and one that starts at the
+    solution runs to the end of the budget. A start at zero changes nothing. A solver with a memory stands still once
+    the residual is rounding, and the derivative is that of the steps before: in a direction along which the solve never
+    moved it may be far from that of the fixed point.
 
     For a solver that may take a step back (`Broyden` with its line search, `NewtonKrylov`, `Robust`) the value is the
     best iterate it has seen. Which steps it took, and how far a trust region let them go, are constants. `Stats.steps`
@@ -74,13 +73,13 @@ class Unroll:
         budgets = concrete(solver.max_steps)
         if budgets is None and self.depth is None:
             raise TypeError(
-                "Unroll needs max_steps as a Python int or as an array whose entries are known, because it fixes the "
-                f"depth of the program; got {solver.max_steps}. Say how deep with Unroll(depth=...), or use Implicit, "
-                "Phantom, Neumann or JFB to sweep a traced step budget."
+                "Unroll needs max_steps as a Python int, or as an array whose entries are known, because it fixes the "
+                f"depth of the program; got {solver.max_steps}. Unroll(depth=...) fixes it too. Use Implicit, Phantom, "
+                "Neumann or JFB to sweep a traced step budget."
             )
         if budgets is not None and self.depth is not None and budgets.max() > self.depth:
             raise ValueError(f"Unroll.depth must be at least max_steps={budgets.max()}, got {self.depth}")
-        return self if budgets is None else dataclasses.replace(self, depth=int(budgets.max()))
+        return self if budgets is None else with_options(self, depth=int(budgets.max()))
 
     def run(self, problem: Problem, z0: PyTree, solver: Solver) -> tuple[PyTree, Stats]:
         layout = layout_for(solver, z0, problem.batch_ndim, problem.over)
@@ -175,13 +174,14 @@ def _step(solver: Solver, layout: Layout, carry: Iterate, g: Vec, held: Bool[Arr
     return choose(held, (carry.z, carry.state), (z, state))
 
 
-def _has_ended(
-    norms: Norms, residual: Vec, fz: Vec, z0: Vec, solver: Solver, layout: Layout
-) -> Bool[Array, "*batch"]:
+def _has_ended(norms: Norms, residual: Vec, fz: Vec, z0: Vec, solver: Solver, layout: Layout) -> Bool[Array, "*batch"]:
     """Within the tolerance of the value, and of the distance from the start: that many times smaller is Jᵏ too."""
     traveled = layout.norms(fz - z0)
     if norms.score is not None:
-        pieces, traveled = pieces_of(residual, fz, norms[:2], solver, layout), sizes_of(fz - z0, traveled, solver, layout)
+        pieces, traveled = (
+            pieces_of(residual, fz, norms[:2], solver, layout),
+            sizes_of(fz - z0, traveled, solver, layout),
+        )
         contracted = [_has_contracted(*piece, t, layout) for piece, t in zip(pieces, traveled, strict=True)]
         return has_converged(norms, solver, layout) & holds(contracted, solver, layout)
     sizes = comparable(norms, layout)

@@ -9,8 +9,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from deq_jax._checks import check_flat
 from deq_jax._states import Layout, choose, join, split
 from deq_jax._vectors import Vec, zero_of
-from deq_jax.solvers.protocol import Fold, Solver, SolveResult, Stats, Status, member
 from deq_jax.solvers.norms import Score, is_default
+from deq_jax.solvers.protocol import Fold, Solver, SolveResult, Stats, Status, member
 from deq_jax.solvers.stopping import RUNNING, Growth, Norms, relative_residual, residual_of
 
 
@@ -61,9 +61,10 @@ def init_carry(z0: PyTree, solver: Solver, layout: Layout, memory: Any = None, f
     start = layout.norms(jax.lax.optimization_barrier(z))
     status = jnp.where(jnp.asarray(solver.max_steps) > 0, RUNNING, Status.MAX_STEPS).astype(jnp.int32) + count
     carried = split(z0)[1]
-    unknown, none = zero + jnp.inf, zero != 0
-    score = None if is_default(solver, layout) else Score(unknown, unknown, unknown, none, none)
-    best_norms = Norms(norms + jnp.inf, norms, score)
+    best_norms = Norms(norms + jnp.inf, norms)
+    if not is_default(solver, layout):
+        unknown, no = zero + jnp.inf, zero != 0
+        best_norms = best_norms._replace(score=Score(unknown, unknown, unknown, no, no))
     return Carry(
         z=z,
         best=z,

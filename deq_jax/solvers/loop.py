@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from deq_jax._arrays import half_power, settled
-from deq_jax._config import with_options
+from deq_jax._config import MAX_STEPS, with_options
 from deq_jax._gathers import gathered_once
 from deq_jax._states import Layout, choose, join, split
 from deq_jax._trace import axes_of
@@ -159,30 +159,31 @@ def coupled_axes(f: Callable, layout: Layout) -> tuple:
 def make_verdict(layout: Layout, solver: Solver, axes: tuple) -> Callable[[Carry, Norms], Verdict]:
     """The function that judges the evaluation of f at the carry's z."""
     patience, recovers = max(STALE_EVALUATIONS, member(solver, "patience")), member(solver, "recovers")
-    coupled, least, last = coupling(axes), member(solver, "min_steps"), member(solver, "returns") == "last"
+    if member(solver, "returns") == "last":
+        patience = MAX_STEPS  # never STALLED: the last z may be far above the floor
+    coupled, least = coupling(axes), member(solver, "min_steps")
 
     def judged(carry: Carry, norms: Norms) -> Verdict:
         running, first = is_on(carry, solver), carry.steps == 0
         residual, scale = (whole(x, layout) for x in norms[:2])
         steps = carry.steps + running.astype(jnp.int32)
+        accepted = lambda ended: ended & (steps >= least) if least else ended
         first_scale = jnp.where(first, jnp.maximum(residual, scale), carry.first_scale)
         finite = coupled.everywhere(jnp.isfinite(residual) & jnp.isfinite(scale))
         growth = grown(carry.growth, norms, by_leaf(finite, layout))
         lost, reduced = guards(growth, norms, layout, coupled)
         converged = coupled.everywhere(has_converged(norms, solver, layout)) & finite & ~lost & reduced
-        converged = converged & (steps >= least) if least else converged
+        converged = accepted(converged)
         made = progress(norms, carry.best_norms, growth, layout, coupled)
         stale = jnp.where(finite & made.enough, 0, carry.stale + running.astype(jnp.int32))
 
-        stalled = made.at_floor & (stale >= patience)
-        stalled = stalled & (steps >= least) if least else stalled
         spent = steps >= solver.max_steps
         out_of_scale = coupled.anywhere(is_out_of_scale(residual, first_scale, spent))
         status = next_status(
             converged=converged,
             finite=finite | (member(solver, "can_backtrack")(carry.solver) & ~first),
             diverged=(lost | out_of_scale) & (not recovers),
-            stalled=stalled & (not last),  # the last z may be far above the floor
+            stalled=accepted(made.at_floor & (stale >= patience)),
             spent=spent,
         )
         status = jnp.where(running, status, carry.status).astype(jnp.int32)
@@ -210,9 +211,7 @@ def in_units(solver: Solver, unit: Array, layout: Layout) -> Solver:
     return with_options(solver, atol=solver.atol / unit)
 
 
-def advance(
-    solver: Solver, state: Any, residual: Vec, z: Vec, verdict: Verdict, layout: Layout
-) -> tuple[Vec, Any]:
+def advance(solver: Solver, state: Any, residual: Vec, z: Vec, verdict: Verdict, layout: Layout) -> tuple[Vec, Any]:
     """The next iterate, and the solver's state."""
     if member(solver, "scale_free"):
         residual, z = scaled(verdict.per_unit, residual), scaled(verdict.per_unit, z)

@@ -1,4 +1,4 @@
-"""The norm that judges a solve: how the residual is cut into pieces, each of which is compared with its own part of f(z).
+"""The norm that judges a solve: how a residual is cut into pieces, each compared with its own part of f(z).
 
 A problem has converged when for each piece p of its state
 
@@ -10,7 +10,6 @@ in any case. All other norms are computed here, as a `Score`: a few numbers a pr
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
@@ -117,7 +116,7 @@ def _reference(sizes: list, solver: Any, layout: Layout) -> Float[Array, "*batch
 
 
 def sizes_of(x: Vec, leaves: Float[Array, "*norms"], solver: Any, layout: Layout) -> list[Array]:
-    """The norm of each piece of a vector, of which the norms of its leaves are known: an array a leaf, or one in all."""
+    """The norm of each piece of a vector, whose norms by leaf are known: an array for each leaf, or one for all."""
     kind, weights = norm_of(solver)
     if weights is None and kind in ("leaf", "l2", "rms"):
         found = [leaves[..., layout.order.index(i)] for i in range(len(layout.leaves))] if layout.several else [leaves]

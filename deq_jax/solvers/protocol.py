@@ -5,7 +5,6 @@ import enum
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -237,35 +236,6 @@ def check_steps(solver: LoopOptions) -> None:
         raise ValueError(f"{name}.returns must be 'best' or 'last', got {solver.returns!r}")
     if solver.returns == "last" and member(solver, "recovers"):
         raise ValueError(f"{name}.returns must be 'best', got 'last': some of its evaluations are trials")
-
-
-# ---- the dtype of a history --------------------------------------------------------------------------------
-
-HISTORY_DTYPES = "bfloat16", "float32", "float64"  # the range of float16 is too small for residuals that fall
-
-
-def check_history_dtype(solver: Any) -> None:
-    """Make `history_dtype` the name of a dtype, or raise TypeError or ValueError."""
-    name, value = f"{type(solver).__name__}.history_dtype", solver.history_dtype
-    if value is None:
-        return
-    try:
-        dtype = jnp.dtype(value).name
-    except TypeError:
-        raise TypeError(f"{name} must be a dtype of floats or None, got {value!r}") from None
-    if dtype not in HISTORY_DTYPES:
-        raise ValueError(f"{name} must be one of {', '.join(HISTORY_DTYPES)}, or None; got {dtype}")
-    object.__setattr__(solver, "history_dtype", dtype)
-
-
-def history_dtype(solver: Any, dtype: Any) -> Any:
-    """The dtype of the history of a solver that computes in `dtype`."""
-    narrow = jnp.dtype(solver.history_dtype or dtype)
-    if narrow.itemsize > dtype.itemsize:
-        raise ValueError(
-            f"{type(solver).__name__}.history_dtype is {narrow}, wider than the {dtype} in which this state is solved"
-        )
-    return narrow
 
 
 # ---- folds -------------------------------------------------------------------------------------------------
