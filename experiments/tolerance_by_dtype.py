@@ -27,7 +27,7 @@ class Config:
     The error is ‖z − z*‖ / ‖z*‖, with z* by Newton's method in float64 from z, over the cells that converged.
     """
 
-    seeds: int = 4
+    seeds: int = 2
     first_seed: int = 1000
     max_steps: int = 100
     float64: tuple[float, ...] = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-10, 1e-12)
@@ -41,8 +41,7 @@ def main(config: Config = Config()) -> None:  # noqa: B008
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {config}")
     head = ["state", "rtol", "solver", "cells", "converged", "stalled", "evaluations", "median error", "error, 90 %"]
     cases = [(dtype, rtol) for dtype in ("float64", "float32", "bfloat16") for rtol in getattr(config, dtype)]
-    rows = [row(problems, config, *case, name) for case in cases for name in SOLVERS]
-    print(markdown_table(head, rows))
+    print(markdown_table(head, [row(problems, config, *case, name) for case in cases for name in SOLVERS]), flush=True)
     angles = [[f"{rtol:g}", *kepler(rtol)] for rtol in config.float64]
     print("\nKepler's equation, M = 60 to 90 rad, e = 0.1 to 0.9, float64, Anderson:\n")
     print(markdown_table(["rtol", "evaluations", "largest error of a position, in semi-major axes"], angles))
@@ -55,7 +54,7 @@ def row(problems: Problems, config: Config, dtype: str, rtol: float, name: str) 
     solve = lambda params: deq.solve(problems.f, z0, params, solver=solver, batch_ndim=1)[:2]
     z, stats = jax.jit(solve)(params)
     wide = jax.tree.map(lambda x: x.astype(jnp.float64), params)  # the cell that was solved, without its rounding
-    error = np.asarray(jax.jit(lambda z, params: errors(problems, z, params))(z.astype(jnp.float64), wide))
+    error = errors(problems, np.asarray(z, np.float64), wide)
     converged, stalled = np.asarray(stats.converged), np.asarray(stats.status == deq.Status.STALLED)
     kept = error[converged & np.isfinite(error)]
     marks = [f"{np.quantile(kept, q):.1e}" for q in (0.5, 0.9)] if len(kept) else ["", ""]
@@ -63,24 +62,27 @@ def row(problems: Problems, config: Config, dtype: str, rtol: float, name: str) 
     return [dtype, f"{rtol:g}", name, len(error), int(converged.sum()), int(stalled.sum()), steps, *marks]
 
 
-def errors(problems: Problems, z: Any, params: Any) -> Any:
+def errors(problems: Problems, z: np.ndarray, params: Any) -> np.ndarray:
     """‖z − z*‖ / ‖z*‖ of each problem; NaN where Newton's method has not found z*."""
     counts = np.cumsum([len(jax.tree.leaves(p)[0]) for p in params])[:-1]
-    parts = [
-        jax.vmap(lambda z, p, cell=cell: nearest(cell, z, p))(part, p)
-        for cell, part, p in zip(problems.cells, jnp.split(z, counts), params, strict=True)
-    ]
-    root, residual = (jnp.concatenate(x) for x in zip(*parts, strict=True))
-    size = jnp.linalg.norm(root, axis=-1)
-    return jnp.where(residual <= 1e-12 * size, jnp.linalg.norm(z - root, axis=-1) / size, jnp.nan)
+    found = []
+    for cell, part, p in zip(problems.cells, np.split(z, counts), params, strict=True):
+        root, residual = nearest(cell, part, p)
+        size = np.linalg.norm(root, axis=-1)
+        error = np.linalg.norm(part - root, axis=-1) / size
+        found.append(np.where(residual <= 1e-12 * size, error, np.nan))
+    return np.concatenate(found)
 
 
-def nearest(cell: Any, z: Any, params: Any) -> tuple[Any, Any]:
-    """A fixed point beside z by Newton's method with a dense Jacobian, and its residual."""
-    g = lambda z: cell(z, params) - z
-    for _ in range(NEWTON):
-        z = z - jnp.linalg.solve(jax.jacfwd(g)(z), g(z))
-    return z, jnp.linalg.norm(g(z))
+def nearest(cell: Any, z: np.ndarray, params: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Fixed points beside z by Newton's method with a dense Jacobian, and their residuals."""
+    g = jax.jit(jax.vmap(lambda z, p: cell(z, p) - z))
+    jacobian = jax.jit(jax.vmap(jax.jacfwd(lambda z, p: cell(z, p) - z)))
+    with np.errstate(all="ignore"):
+        for _ in range(NEWTON):
+            step = np.nan_to_num(np.asarray(jacobian(z, params))), np.asarray(g(z, params))[..., None]
+            z = z - np.stack([np.linalg.lstsq(a, b, rcond=None)[0][:, 0] for a, b in zip(*step, strict=True)])
+        return z, np.linalg.norm(np.asarray(g(z, params)), axis=-1)
 
 
 def kepler(rtol: float) -> list[str]:
