@@ -137,7 +137,7 @@ def _check_solver(solver: Any, floats: PyTree, batch_ndim: int, where: str) -> N
     is_array_alone = is_array(solver.atol) and not jax.tree_util.all_leaves([floats])
     if is_array_alone or norm not in SEVERAL or (norm == "leaf" and is_array(solver.atol)):
         expected = f"an array of shape {batch_shape}, an entry for each problem" if batch_shape else "shape ()"
-        trees = " (With norm='entry' it may have a number for each entry of z0; see Anderson.)"
+        trees = " (With norm='entry' it may have a number for each entry of z0; see deq_jax.solvers.LoopOptions.)"
         got = f"shape {np.shape(solver.atol)}" if is_array(solver.atol) else describe(solver.atol)
         raise ValueError(f"{where}.atol must be a number or {expected}; got {got}.{trees}")
     _check_scales(f"{where}.atol", solver.atol, floats, pieces)
@@ -150,7 +150,7 @@ def _check_scales(where: str, scales: PyTree, floats: PyTree, shapes: list) -> N
     for (name, scale), shape in zip(named_leaves(where, scales), shapes, strict=True):
         if not _fits(np.shape(scale), shape):
             raise ValueError(
-                f"{name} must be a number or broadcast to {shape}, as z0 is cut; got shape {np.shape(scale)}"
+                f"{name} must be a number, or broadcast to {shape} as z0 is cut; got shape {np.shape(scale)}"
             )
 
 
