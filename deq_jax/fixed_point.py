@@ -91,7 +91,8 @@ def fixed_point(
       z0: where to start, a pytree of float or complex arrays. Its cotangent is zero (but see `Unroll`). Integers,
         booleans and keys in it are carried, see below.
       *args: pytrees of arrays, of any dtype. Other leaves (a module's activation function) go to f as they are.
-      solver: `Picard`, `Anderson`, `Broyden`, `NewtonKrylov` or `Robust`; for hard problems see `Robust`.
+      solver: `Picard`, `Anderson`, `Broyden`, `NewtonKrylov` or `Robust`; for hard problems see `Robust`. Its
+        tolerances, its norm and its budget are those of `deq_jax.solvers.LoopOptions`.
       adjoint: exact, `Implicit` or for forward mode `ImplicitJVP`; cheaper and biased, `Shine`, `Phantom`,
         `Neumann` or `JFB`; through the iterations, `Unroll` or `Reversible`.
       batch_ndim: how many leading axes of every leaf index independent problems, each with its own tolerance

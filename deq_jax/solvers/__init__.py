@@ -6,7 +6,7 @@ from deq_jax.solvers.broyden import Broyden
 from deq_jax.solvers.loop import run_loop
 from deq_jax.solvers.newton_krylov import NewtonKrylov
 from deq_jax.solvers.picard import Picard
-from deq_jax.solvers.protocol import Evaluation, Fold, Solver, SolveResult, Stats, Status
+from deq_jax.solvers.protocol import Evaluation, Fold, LoopOptions, Solver, SolveResult, Stats, Status
 from deq_jax.solvers.robust import Robust
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Broyden",
     "Evaluation",
     "Fold",
+    "LoopOptions",
     "NewtonKrylov",
     "Picard",
     "Robust",
