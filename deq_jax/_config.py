@@ -208,7 +208,8 @@ def _converted(where: str, value: Any, kinds: set, role: Role) -> Any:
         return value
     if role is Role.SCALES and isinstance(value, dict | list | tuple) and jax.tree.leaves(value):
         leaf = lambda path, leaf: _converted(where + jax.tree_util.keystr(path), leaf, {float}, Role.NUMBER)
-        return jax.tree_util.tree_map_with_path(leaf, value)
+        tree: Any = value
+        return jax.tree_util.tree_map_with_path(leaf, tree)
     if role in (Role.NUMBER, Role.SCALES):
         if not is_real(value, jnp.floating, jnp.integer):
             raise TypeError(f"{where} must be a number or an array of numbers, got {describe(value)}")

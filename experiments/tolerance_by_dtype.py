@@ -46,11 +46,10 @@ def main(config: Config = Config()) -> None:  # noqa: B008
         for name in SOLVERS:
             solve = solve_all(problems, config, dtype, name)
             rows += [row(problems, dtype, rtol, name, solve) for rtol in getattr(config, dtype)]
-            print(*rows[-len(getattr(config, dtype)) :], sep="\n", flush=True)
-    print(markdown_table(head, rows), flush=True)
+    print(*markdown_table(head, rows), sep="\n", flush=True)
     angles = [[f"{rtol:g}", *kepler(rtol)] for rtol in config.float64]
     print("\nKepler's equation, M = 60 to 90 rad, e = 0.1 to 0.9, float64, Anderson:\n")
-    print(markdown_table(["rtol", "evaluations", "largest error of a position, in semi-major axes"], angles))
+    print(*markdown_table(["rtol", "evaluations", "largest error of a position, in semi-major axes"], angles), sep="\n")
 
 
 def solve_all(problems: Problems, config: Config, dtype: str, name: str) -> Any:

@@ -21,7 +21,7 @@ Z = TypeVar("Z")
 class Status(enum.IntEnum):
     """Why the solve of one problem ended."""
 
-    CONVERGED = 0  # ‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ in each leaf of z (see `norm`), and all of it is finite
+    CONVERGED = 0  # ‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ in each leaf of z (see `LoopOptions.norm`), and all of it is finite
     MAX_STEPS = 1  # the budget of evaluations is spent
     STALLED = 2  # the dtype's floor is reached: more evaluations find nothing better
     DIVERGED = 3  # the residual grew without bound, or z grew until its rounding exceeded all residuals
@@ -225,7 +225,7 @@ def check_sees_all(solver: Solver, who: str) -> None:
         raise ValueError(f"{who} looks at each iterate, and {solver} at few of them: take test_every=1")
 
 
-def check_steps(solver: LoopOptions) -> None:
+def check_steps(solver: Any) -> None:
     """Raise ValueError unless `min_steps` and `returns` fit the solver."""
     check_number(solver, "min_steps", at_least=0)
     name, budgets = type(solver).__name__, solver.max_steps

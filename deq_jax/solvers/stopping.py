@@ -50,7 +50,8 @@ class Norms(NamedTuple):
 
 def norms_at(z: Vec, fz: Vec, layout: Layout, solver: Solver) -> Norms:
     residual = fz - z
-    return with_score(Norms(*layout.norms_of(residual, fz)), residual, fz, layout, solver)
+    residuals, scales = layout.norms_of(residual, fz)
+    return with_score(Norms(residuals, scales), residual, fz, layout, solver)
 
 
 def with_score(norms: Norms, residual: Vec, fz: Vec, layout: Layout, solver: Solver) -> Norms:
@@ -61,7 +62,7 @@ def where_better(better: Bool[Array, "*batch"], new: Norms, old: Norms, layout: 
     """The norms of some problems in place of the old ones."""
     pick = lambda new, old: jnp.where(by_leaf(better, layout), new, old)
     score = jax.tree.map(lambda new, old: jnp.where(better, new, old), new.score, old.score)
-    return Norms(*map(pick, new[:2], old[:2]), score)
+    return Norms(pick(new.residuals, old.residuals), pick(new.scales, old.scales), score)
 
 
 def has_converged(norms: Norms, solver: Solver, layout: Layout) -> Bool[Array, "*batch"]:
