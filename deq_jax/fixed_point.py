@@ -18,6 +18,7 @@ from deq_jax.adjoints.equilibrium import at_equilibrium, solve_differentiably
 from deq_jax.adjoints.protocol import member
 from deq_jax.solvers import Anderson, Fold, Solver, SolveResult, Stats, run_loop
 from deq_jax.solvers.carry import vector_type
+from deq_jax.solvers.norms import with_rtol
 from deq_jax.solvers.protocol import check_sees_all, plain_at_runtime
 
 Z = TypeVar("Z")
@@ -143,6 +144,7 @@ def fixed_point(
     """
     z0 = check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe)
     check_start(z0)
+    solver = with_rtol(solver, z0)
     over = check_axis_name(axis_name)
     # Here, outside the jit below, its numbers are still numbers.
     adjoint = member(adjoint, "check")(z0, solver) or adjoint
@@ -213,6 +215,7 @@ def solve(
     """
     start = jax.lax.stop_gradient(check_arguments(f, z0, args, solver, Implicit(), batch_ndim, None))
     check_start(start)
+    solver = with_rtol(solver, start)
     if getattr(fold, "sees_all", False):
         check_sees_all(solver, f"fold={fold!r}")
     over = check_axis_name(axis_name)
@@ -270,6 +273,7 @@ def attach(
     True
     """
     start = jax.lax.stop_gradient(check_arguments(f, z, args, solver, adjoint, batch_ndim, probe))
+    solver = with_rtol(solver, start)
     if isinstance(adjoint, IterationAdjoint):
         raise TypeError(
             f"{type(adjoint).__name__} differentiates the iterations of a solve, and z comes without them; "

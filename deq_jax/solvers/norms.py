@@ -33,8 +33,12 @@ def for_state(solver: Any, z0: PyTree, batch_ndim: int) -> Any:
     Call it once where a solve begins.
     """
     floats = split(z0)[0]
-    solver = with_aligned_scales(cast_options(solver, wide_dtype(floats)), floats, batch_ndim)
-    return solver if solver.rtol is not None else with_options(solver, rtol=default_rtol(eps_of(floats)))
+    return with_aligned_scales(cast_options(with_rtol(solver, z0), wide_dtype(floats)), floats, batch_ndim)
+
+
+def with_rtol(solver: Any, z0: PyTree) -> Any:
+    """The solver with the default of its relative tolerance decided, if it has none."""
+    return solver if solver.rtol is not None else with_options(solver, rtol=default_rtol(eps_of(split(z0)[0])))
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------
