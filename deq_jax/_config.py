@@ -206,10 +206,9 @@ def _converted(where: str, value: Any, kinds: set, role: Role) -> Any:
         return value
     if type(value) in kinds & {types.NoneType}:
         return value
-    if role is Role.SCALES and isinstance(value, dict | list | tuple) and jax.tree.leaves(value):
+    if role is Role.SCALES and _is_tree(value):
         leaf = lambda path, leaf: _converted(where + jax.tree_util.keystr(path), leaf, {float}, Role.NUMBER)
-        tree: Any = value
-        return jax.tree_util.tree_map_with_path(leaf, tree)
+        return jax.tree_util.tree_map_with_path(leaf, value)
     if role in (Role.NUMBER, Role.SCALES):
         if not is_real(value, jnp.floating, jnp.integer):
             raise TypeError(f"{where} must be a number or an array of numbers, got {describe(value)}")
@@ -226,6 +225,10 @@ def _converted(where: str, value: Any, kinds: set, role: Role) -> Any:
     if kinds <= {bool, types.NoneType} and not isinstance(value, bool):
         raise TypeError(f"{where} must be True or False, got {describe(value)}")
     return value
+
+
+def _is_tree(value: Any) -> bool:
+    return isinstance(value, dict | list | tuple) and len(jax.tree.leaves(value)) > 0
 
 
 # ---- precision -----------------------------------------------------------------------------------------------

@@ -57,11 +57,11 @@ def first(f, z, *given, limit=200):
     raise AssertionError("not within the limit")
 
 
-def affine(shape, key, radius=0.7):
-    """z ↦ b + radius · (a rotation of the entries), and entries of sizes from 1e-4 to 1e2: all norms differ."""
+def affine(shape, key, radius=0.7, decades=(-4, 2)):
+    """z ↦ b + radius · (a rotation of the entries), with entries of many sizes."""
     n = int(np.prod(shape))
     q = np.linalg.qr(np.random.default_rng(key).normal(size=(n, n)))[0]
-    size = 10.0 ** np.random.default_rng(key + 1).uniform(-4, 2, n)
+    size = 10.0 ** np.random.default_rng(key + 1).uniform(*decades, n)
     matrix, b = radius * q, np.random.default_rng(key + 2).normal(size=n)
     return lambda z: (size * (b + matrix @ (z.ravel() / size))).reshape(shape)
 
@@ -232,7 +232,7 @@ def test_a_fixed_point_at_zero_is_approached_in_every_norm():
 
 
 def batch():
-    cells = [affine((3, 4), key, radius) for key, radius in ((0, 0.3), (20, 0.7), (40, 0.9))]
+    cells = [affine((3, 4), key, radius, (-1, 1)) for key, radius in ((0, 0.3), (20, 0.7), (40, 0.9))]
     return lambda z: jnp.stack([cell(part) for cell, part in zip(cells, z, strict=True)]), cells
 
 
