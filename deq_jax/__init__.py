@@ -7,6 +7,7 @@ from deq_jax import _export, adapters, diagnostics, regularizers, stability
 from deq_jax._config import config
 from deq_jax._krylov import Krylov, Model
 from deq_jax._programs import clear_caches
+from deq_jax._scales import Weighted
 from deq_jax.adjoints import (
     JFB,
     Adjoint,
@@ -96,6 +97,7 @@ __all__ = [
     "Status",
     "Trajectory",
     "Unroll",
+    "Weighted",
     "adapters",
     "advance",
     "attach",

@@ -1,7 +1,5 @@
 """Checks of what a user passes, before anything is traced. A solver or adjoint is recognized by its members alone."""
 
-import math
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,9 +11,10 @@ from jaxtyping import PyTree
 
 from deq_jax._arrays import varying_axes
 from deq_jax._config import MAX_STEPS, Role
+from deq_jax._scales import check_judged, check_scales
 from deq_jax._states import is_carried, is_float, named_leaves
 from deq_jax._trace import is_array_like
-from deq_jax._values import check_int, concrete, is_array
+from deq_jax._values import check_value, is_array
 
 # ---- arguments of a call -----------------------------------------------------------------------------------
 
@@ -34,6 +33,8 @@ def check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe) -> Any:
     _check_meshes(z0)
     check_options(solver, batch_shape, "solver")
     check_options(adjoint, batch_shape, "adjoint")
+    check_judged(solver, z0, batch_ndim, "solver")
+    check_judged(adjoint, z0, batch_ndim, "adjoint")
     shapes = [jnp.shape(p) for p in jax.tree.leaves(probe)]
     if probe is not None and set(shapes) != {batch_shape}:
         raise ValueError(f"probe must be Probe.zeros({batch_shape}), the batch shape of z0; got shapes {shapes}")
@@ -211,14 +212,15 @@ def _numbers(options: Any, where: str) -> Iterator[tuple[str, Any]]:
         value = getattr(options, name)
         if role in (Role.OBJECT, Role.ANY):
             yield from _numbers(value, f"{where}.{name}")
-        elif role is not Role.STRUCTURE and is_array(value):
+        elif role not in (Role.STRUCTURE, Role.SCALES) and is_array(value):  # for scales see `_scales`
             yield f"{where}.{name}", value
 
 
-def check_stopping(solver: object) -> None:
+def check_stopping(solver: Any) -> None:
     """Raise unless the three numbers that every solver has are in their ranges."""
-    check_number(solver, "rtol", at_least=0)
-    check_number(solver, "atol", at_least=0)
+    if solver.rtol is not None:  # None: the default of the state's dtype
+        check_number(solver, "rtol", at_least=0)
+    check_scales(f"{type(solver).__name__}.atol", solver.atol)
     check_number(solver, "max_steps", at_least=0, at_most=MAX_STEPS, why="evaluations are counted in int32")
 
 
@@ -264,32 +266,5 @@ def check_number(
 
     Traced arrays pass, because their entries are unknown. `why` ends the message.
     """
-    value, where = getattr(owner, name), f"{type(owner).__name__}.{name}"
-    array = is_array(value)
-    if not array and not isinstance(value, float):
-        check_int(where, value)
-    entries: Any = concrete(value) if array else value
-    if entries is None:
-        return
-    # The same code serves a number and an array. Every comparison is false for NaN.
-    is_float = jnp.issubdtype(entries.dtype, jnp.floating) if array else isinstance(value, float)
-    wide = entries.astype(np.float64) if array and is_float else entries
-    valid = (abs(wide) < math.inf) | (not finite)
-    limits = (at_least, operator.ge), (above, operator.gt), (at_most, operator.le), (below, operator.lt)
-    for bound, holds in limits:
-        valid &= bound is None or holds(wide, bound)
-    if not (np.all(valid) if array else valid):
-        index = tuple(np.argwhere(~valid)[0].tolist()) if array else ()
-        got = f"{entries[index]} at index {index}" if index else repr(entries.item() if array else value)
-        bounds = _bounds("finite and " if finite and is_float else "", at_least, above, at_most, below)
-        raise ValueError(f"{where} must be {bounds}, got {got}{why and ': '}{why}")
-
-
-def _bounds(finite: str, at_least, above, at_most, below) -> str:
-    low, high = (at_least if above is None else above), (at_most if below is None else below)
-    if high is None:
-        return f"{finite}{'>=' if above is None else '>'} {low}"
-    if above is not None and below is not None:
-        return f"between {low} and {high}, both excluded"
-    excluded = low if above is not None else high if below is not None else None
-    return f"between {low} and {high}" + ("" if excluded is None else f", {excluded} excluded")
+    bounds: Any = dict(at_least=at_least, above=above, at_most=at_most, below=below, finite=finite, why=why)
+    check_value(f"{type(owner).__name__}.{name}", getattr(owner, name), **bounds)

@@ -33,8 +33,10 @@ T = TypeVar("T")
 if TYPE_CHECKING:  # arrays are welcome, for a sweep; the command line offers numbers
     Number = float | jax.Array | np.ndarray
     Budget = int | jax.Array | np.ndarray
+    Scales = Any
 else:
     Number = float
+    Scales = Annotated[float, "or a pytree of numbers and arrays, as the state is"]
     Budget = Annotated[int, "structure as a Python int, a leaf as an array"]
 STATIC = {"static": True}  # `tx: Any = dataclasses.field(metadata=STATIC)`, as for jax.tree_util.register_dataclass
 MAX_STEPS = 2**31 - 1  # evaluations are counted in int32
@@ -44,6 +46,7 @@ class Role(enum.Enum):
     """What a field is in the pytree of its object, as its annotation says."""
 
     NUMBER = "float"  # a leaf: traced and swept without compiling again
+    SCALES = "Scales"  # a leaf, or a pytree of leaves
     BUDGET = "Budget"  # structure as an int, a leaf as an array
     STRUCTURE = "int, bool, str, an enum, a function, tuples of them, STATIC"  # fixes a shape or a program
     OBJECT = "anything else: an option object, a tuple of them, an array"  # a pytree of its own
@@ -55,10 +58,10 @@ def config(cls: type[T]) -> type[T]:
     """A frozen dataclass of options that is a pytree, compares and hashes by value, and can be exported.
 
     The annotation of a field decides its role. A `float` is a leaf, and a number given for it becomes a Python float.
-    An `int`, a `bool`, a `str`, an enum, a function, and a tuple of these are structure. A `Budget` is structure as an
-    int, and a leaf as an array. An option object, a tuple of them, and an array are pytrees of their own. So is `Any`,
-    unless its value is structure, such as a function. An object that is no pytree is declared with
-    `dataclasses.field(metadata=STATIC)`, and compared by its own `==`.
+    `Scales` may be a pytree of numbers too. An `int`, a `bool`, a `str`, an enum, a function, and a tuple of these are
+    structure. A `Budget` is structure as an int, and a leaf as an array. An option object, a tuple of them, and an
+    array are pytrees of their own. So is `Any`, unless its value is structure, such as a function. An object that is no
+    pytree is declared with `dataclasses.field(metadata=STATIC)`, and compared by its own `==`.
 
     The class checks ranges itself, with `check_number` in its `__post_init__`.
 
@@ -152,8 +155,8 @@ def _annotation(cls: type, field: dataclasses.Field) -> Any:
 def _role(annotation: Any, metadata: Any) -> Role:
     if metadata.get("static"):
         return Role.STRUCTURE
-    if annotation == Budget:
-        return Role.BUDGET
+    if annotation in (Budget, Scales):
+        return Role.BUDGET if annotation == Budget else Role.SCALES
     kinds = _kinds(annotation)
     if float in kinds and kinds <= {float, int, types.NoneType}:
         return Role.NUMBER
@@ -184,7 +187,7 @@ def _is_child(role: Role, value: Any) -> bool:
     """Whether a field with this value is a leaf, or a pytree of leaves."""
     if role is Role.ANY:
         return not _is_structure(value)
-    return role in (Role.NUMBER, Role.OBJECT) or (role is Role.BUDGET and type(value) is not int)
+    return role in (Role.NUMBER, Role.SCALES, Role.OBJECT) or (role is Role.BUDGET and type(value) is not int)
 
 
 def _is_structure(value: Any) -> bool:
@@ -199,11 +202,14 @@ def _is_structure(value: Any) -> bool:
 
 def _converted(where: str, value: Any, kinds: set, role: Role) -> Any:
     """The value that the field keeps, with NumPy's numbers as Python's, or TypeError."""
-    if type(value) is float and role is Role.NUMBER:  # the most common case
+    if type(value) is float and role in (Role.NUMBER, Role.SCALES):  # the most common case
         return value
     if type(value) in kinds & {types.NoneType}:
         return value
-    if role is Role.NUMBER:
+    if role is Role.SCALES and _is_tree(value):
+        leaf = lambda path, leaf: _converted(where + jax.tree_util.keystr(path), leaf, {float}, Role.NUMBER)
+        return jax.tree_util.tree_map_with_path(leaf, value)
+    if role in (Role.NUMBER, Role.SCALES):
         if not is_real(value, jnp.floating, jnp.integer):
             raise TypeError(f"{where} must be a number or an array of numbers, got {describe(value)}")
         return value if is_array(value) else as_float(value)
@@ -219,6 +225,10 @@ def _converted(where: str, value: Any, kinds: set, role: Role) -> Any:
     if kinds <= {bool, types.NoneType} and not isinstance(value, bool):
         raise TypeError(f"{where} must be True or False, got {describe(value)}")
     return value
+
+
+def _is_tree(value: Any) -> bool:
+    return isinstance(value, dict | list | tuple) and len(jax.tree.leaves(value)) > 0
 
 
 # ---- precision -----------------------------------------------------------------------------------------------
@@ -238,8 +248,9 @@ def cast_options(options: T, dtype: Any) -> T:
     if roles is None:
         is_float = lambda leaf: is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
         return jax.tree.map(lambda leaf: _cast(leaf, dtype) if is_float(leaf) else leaf, options)
-    targets = {Role.NUMBER: dtype, Role.BUDGET: jnp.dtype(jnp.int32)}
-    cast = lambda value, role: _cast(value, targets[role]) if role in targets else cast_options(value, dtype)
+    targets = {Role.NUMBER: dtype, Role.SCALES: dtype, Role.BUDGET: jnp.dtype(jnp.int32)}
+    to = lambda value, dtype: jax.tree.map(lambda leaf: _cast(leaf, dtype), value)
+    cast = lambda value, role: to(value, targets[role]) if role in targets else cast_options(value, dtype)
     values = {name: (getattr(options, name), role) for name, role in roles.items() if role is not Role.STRUCTURE}
     return with_options(options, **{name: cast(*value) for name, value in values.items()})
 

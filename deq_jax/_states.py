@@ -56,6 +56,12 @@ class Layout:
         """Reals a problem."""
         return sum(self.sizes)
 
+    @property
+    def entries(self) -> Any:
+        """Entries a problem, a complex number as one; over all devices where a problem is split."""
+        own = sum(math.prod(leaf.shape[self.batch_ndim :]) for leaf in self.leaves)
+        return own * math.prod(map(jax.lax.axis_size, self.over))
+
     def pack(self, tree: PyTree) -> Vec:
         """The state as vectors."""
         reals = [self._to_reals(leaf) for leaf in jax.tree.leaves(tree) if is_float(leaf)]
@@ -66,18 +72,27 @@ class Layout:
 
     def unpack(self, vector: Vec) -> PyTree:
         """The state that vectors stand for, in the structure and the dtypes of the example."""
+        return jax.tree.unflatten(self.treedef, map(self._from_reals, self._values(vector), self.leaves))
+
+    def moduli(self, vector: Vec) -> list[Array]:
+        """|x| of each entry: an array for each leaf, of its shape and in the dtype of the vectors."""
+        sizes = [jnp.hypot(*x) if isinstance(x, list) else jnp.abs(x) for x in self._values(vector)]
+        return [self._shaped(size, leaf) for size, leaf in zip(sizes, self.leaves, strict=True)]
+
+    def _values(self, vector: Vec) -> list:
+        """The part of each leaf, or its two parts if it is complex."""
         values: list = [None] * len(self.leaves)
         if self.flat:
             ends = list(itertools.accumulate(self.sizes, initial=0))
             for i, start, end in zip(self.order, ends, ends[1:], strict=False):
                 values[i] = jax.lax.slice_in_dim(vector, start, end, axis=-1) if self.several else vector
                 if jnp.iscomplexobj(self.leaves[i]):
-                    values[i] = jnp.split(values[i], 2, axis=-1)
+                    values[i] = list(jnp.split(values[i], 2, axis=-1))
         else:
             parts = iter(vector.parts)
             for i, leaf in enumerate(self.leaves):
                 values[i] = [next(parts), next(parts)] if jnp.iscomplexobj(leaf) else next(parts)
-        return jax.tree.unflatten(self.treedef, map(self._from_reals, values, self.leaves))
+        return values
 
     def round(self, vector: Vec) -> Vec:
         """The vectors, rounded to the dtypes of the leaves."""
@@ -118,9 +133,11 @@ class Layout:
     def _from_reals(self, value: Any, like: Array) -> Array:
         if jnp.iscomplexobj(like):
             value = jax.lax.complex(*value)
+        return self._shaped(value, like).astype(like.dtype)
+
+    def _shaped(self, part: Array, like: Array) -> Array:
         own = like.shape[self.batch_ndim :]
-        shaped = value if self.keeps_shapes else value.reshape(*value.shape[: self.batch_ndim], *own)
-        return shaped.astype(like.dtype)
+        return part if self.keeps_shapes else part.reshape(*part.shape[: self.batch_ndim], *own)
 
 
 def ravel(tree: PyTree) -> Float[Array, " dim"]:

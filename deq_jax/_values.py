@@ -1,6 +1,7 @@
 """Values of options: numbers and arrays, traced or not."""
 
 import math
+import operator
 from typing import Any
 
 import jax
@@ -61,6 +62,46 @@ def comparable(value: Any) -> Any:
     if type(value) is tuple:
         return tuple(map(comparable, value))
     if not is_array(value):
-        return type(value), value
+        if not isinstance(value, dict | list | tuple):
+            return type(value), value
+        leaves, treedef = jax.tree.flatten(value)
+        return treedef, tuple(map(comparable, leaves))
     entries = concrete(value)
     return id(value) if entries is None else (str(entries.dtype), entries.shape, entries.tobytes())
+
+
+# ---- ranges ------------------------------------------------------------------------------------------------
+
+
+def check_value(
+    where: str, value: Any, *, at_least=None, above=None, at_most=None, below=None, finite=True, why=""
+) -> None:
+    """Raise as `_checks.check_number` does unless a value, which a user passed as `where`, is in this range."""
+    array = is_array(value)
+    if not array and not isinstance(value, float):
+        check_int(where, value)
+    entries: Any = concrete(value) if array else value
+    if entries is None:
+        return
+    # The same code serves a number and an array. Every comparison is false for NaN.
+    is_float = jnp.issubdtype(entries.dtype, jnp.floating) if array else isinstance(value, float)
+    wide = entries.astype(np.float64) if array and is_float else entries
+    valid = (abs(wide) < math.inf) | (not finite)
+    limits = (at_least, operator.ge), (above, operator.gt), (at_most, operator.le), (below, operator.lt)
+    for bound, holds in limits:
+        valid &= bound is None or holds(wide, bound)
+    if not (np.all(valid) if array else valid):
+        index = tuple(np.argwhere(~valid)[0].tolist()) if array else ()
+        got = f"{entries[index]} at index {index}" if index else repr(entries.item() if array else value)
+        bounds = _bounds("finite and " if finite and is_float else "", at_least, above, at_most, below)
+        raise ValueError(f"{where} must be {bounds}, got {got}{why and ': '}{why}")
+
+
+def _bounds(finite: str, at_least, above, at_most, below) -> str:
+    low, high = (at_least if above is None else above), (at_most if below is None else below)
+    if high is None:
+        return f"{finite}{'>=' if above is None else '>'} {low}"
+    if above is not None and below is not None:
+        return f"between {low} and {high}, both excluded"
+    excluded = low if above is not None else high if below is not None else None
+    return f"between {low} and {high}" + ("" if excluded is None else f", {excluded} excluded")

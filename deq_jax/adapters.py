@@ -237,7 +237,7 @@ class Optax:
     """
 
     tx: Any = dataclasses.field(metadata=STATIC)
-    rtol: Number = 1e-4
+    rtol: Number | None = None  # as for the solvers of this library
     atol: Number = 0.0
     max_steps: Budget = 1000
 

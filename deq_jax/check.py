@@ -9,7 +9,9 @@ import numpy as np
 from jax.core import Tracer
 
 from deq_jax._checks import check_solver
+from deq_jax._states import eps_of, split
 from deq_jax.solvers import Solver, Stats, Status
+from deq_jax.solvers.norms import default_rtol
 
 S = TypeVar("S")
 NAMED = 3  # problems that a message names
@@ -48,13 +50,19 @@ def check(solution: S, solver: Solver | None = None) -> S:
         raise TypeError(f"check takes a result with stats, such as that of fixed_point; got {type(solution).__name__}")
     if solver is not None:
         check_solver(solver, "solver")
-    tolerances = () if solver is None else (solver.rtol, solver.atol)
+    tolerances = () if solver is None else (_rtol(solver, solution, stats), solver.atol)
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves((stats, tolerances))):
         _raise_if_failed(stats, stats.sound, tolerances)
         return solution
     report = functools.partial(jax.debug.callback, _raise_if_failed, stats, stats.sound, tolerances)
     jax.lax.cond(jnp.all(stats.sound), lambda: None, report)
     return solution
+
+
+def _rtol(solver: Solver, solution: Any, stats: Stats) -> Any:
+    """The relative tolerance of the solve, also where the solver leaves it to the dtype of the state."""
+    state = split(getattr(solution, "value", stats.residual))[0]
+    return default_rtol(eps_of(state)) if solver.rtol is None else solver.rtol
 
 
 def _raise_if_failed(stats: Stats, sound: Any, tolerances: tuple) -> None:

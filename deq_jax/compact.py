@@ -25,6 +25,7 @@ from deq_jax.adjoints.backward import backward_cell, solve_backward
 from deq_jax.adjoints.implicit import default_backward
 from deq_jax.fixed_point import Solution
 from deq_jax.solvers import Anderson, Solver
+from deq_jax.solvers.norms import with_rtol
 from deq_jax.solvers.staged import run_loop_in_stages
 
 Z = TypeVar("Z")
@@ -78,6 +79,7 @@ def compact(
     """
     z0 = check_arguments(f, z0, args, solver, Implicit(), 1, probe)
     check_start(z0)
+    solver = with_rtol(solver, z0)
     if backward is not None:
         check_solver(backward, "backward")
     count = jax.tree.leaves(z0)[0].shape[0]

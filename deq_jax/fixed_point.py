@@ -18,6 +18,7 @@ from deq_jax.adjoints.protocol import bound_to, member
 from deq_jax.diagnostics import with_error
 from deq_jax.halves import attach, solve
 from deq_jax.solvers import Anderson, Solver, Stats
+from deq_jax.solvers.norms import with_rtol
 from deq_jax.solvers.protocol import plain_at_runtime
 
 Z = TypeVar("Z")
@@ -93,7 +94,8 @@ def fixed_point(
       z0: where to start, a pytree of float or complex arrays. Its cotangent is zero (but see `Unroll`). Integers,
         booleans and keys in it are carried, see below.
       *args: pytrees of arrays, of any dtype. Other leaves (a module's activation function) go to f as they are.
-      solver: `Picard`, `Anderson`, `Broyden`, `NewtonKrylov` or `Robust`; for hard problems see `Robust`.
+      solver: `Picard`, `Anderson`, `Broyden`, `NewtonKrylov` or `Robust`; for hard problems see `Robust`. Its
+        tolerances, its norm and its budget are those of `deq_jax.solvers.LoopOptions`.
       adjoint: exact, `Implicit` or for forward mode `ImplicitJVP`; cheaper and biased, `Shine`, `Phantom`,
         `Neumann` or `JFB`; through the iterations, `Unroll` or `Reversible`.
       batch_ndim: how many leading axes of every leaf index independent problems, each with its own tolerance
@@ -146,8 +148,10 @@ def fixed_point(
     """
     z0 = check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe)
     check_start(z0)
+    solver = with_rtol(solver, z0)
     over = check_axis_name(axis_name)
-    member(adjoint, "check")(z0, solver)  # here, outside the jit below, its numbers are still numbers
+    # Here, outside the jit below, its numbers are still numbers.
+    adjoint = member(adjoint, "check")(z0, solver) or adjoint
     cell, z0, inputs, other = hoist_cell(f, z0, args, has_aux, gather)
     check_is_split(z0, over)
     adjoint = bound_to(adjoint, z0)

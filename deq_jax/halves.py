@@ -17,6 +17,7 @@ from deq_jax.adjoints.protocol import bound_to, member
 from deq_jax.diagnostics import with_error
 from deq_jax.solvers import Anderson, Fold, Solver, SolveResult, run_loop
 from deq_jax.solvers.carry import vector_type
+from deq_jax.solvers.norms import with_rtol
 from deq_jax.solvers.protocol import check_sees_all
 
 Z = TypeVar("Z")
@@ -59,6 +60,7 @@ def solve(
     """
     start = jax.lax.stop_gradient(check_arguments(f, z0, args, solver, Implicit(), batch_ndim, None))
     check_start(start)
+    solver = with_rtol(solver, start)
     if getattr(fold, "sees_all", False):
         check_sees_all(solver, f"fold={fold!r}")
     over = check_axis_name(axis_name)
@@ -123,6 +125,7 @@ def attach(
     True
     """
     start = jax.lax.stop_gradient(check_arguments(f, z, args, solver, adjoint, batch_ndim, probe))
+    solver = with_rtol(solver, start)
     if isinstance(adjoint, IterationAdjoint):
         raise TypeError(
             f"{type(adjoint).__name__} differentiates the iterations of a solve, and z comes without them; "

@@ -12,6 +12,7 @@ from deq_jax._arrays import may_be_sharded
 from deq_jax._checks import check_arguments, check_start
 from deq_jax._hoisting import hoist_cell, in_types_of
 from deq_jax._programs import run_compiled
+from deq_jax._scales import norm_of
 from deq_jax._states import Layout, add, divide, eps_of, frozen, join, split
 from deq_jax._trace import Bound, flag
 from deq_jax.adjoints import Adjoint, Implicit, ImplicitJVP, IterationAdjoint, Probe, Problem
@@ -21,6 +22,7 @@ from deq_jax.fixed_point import Solution, SolutionWithAux
 from deq_jax.solvers import Newton, NewtonKrylov, Solver, run_loop
 from deq_jax.solvers.carry import layout_for
 from deq_jax.solvers.equation import root_of
+from deq_jax.solvers.norms import with_rtol
 from deq_jax.solvers.protocol import member as solver_member
 
 Z = TypeVar("Z")
@@ -112,7 +114,9 @@ def root(
     dense = few_unknowns(z0, batch_ndim)
     solver = default_solver(z0, dense) if solver is None else solver
     adjoint = with_linear_solver(adjoint, z0, dense)
-    member(adjoint, "check")(z0, solver)
+    check_norm_of_root(solver)
+    solver = with_rtol(solver, z0)
+    adjoint = member(adjoint, "check")(z0, solver) or adjoint
     cell, z0, inputs, other = hoist_cell(F, z0, args, has_aux, name="F")
     probe = Probe.like(z0, batch_ndim) if probe is None else probe
     static = cell, batch_ndim, has_aux
@@ -165,6 +169,14 @@ def as_fixed_point(problem: Problem, sigma: Array) -> Problem:
         return join(add(split(z)[0], divide(floats, -other[1])), carried)
 
     return Problem(Bound(f, like=problem.f), problem.inputs, (problem.other, sigma), problem.batch_ndim)
+
+
+def check_norm_of_root(solver: Solver) -> None:
+    """Raise ValueError for a norm, or scales, that the scale of F is not measured in."""
+    if norm_of(solver) != ("leaf", None):
+        raise ValueError(f"root judges F by leaf, at a scale that it measures: norm must be 'leaf', got {solver!r}")
+    if not jax.tree_util.all_leaves([solver.atol]):
+        raise ValueError(f"root: atol must be one number, or one a problem, in the units of F; got {solver.atol!r}")
 
 
 # ---- what is taken by default ------------------------------------------------------------------------------

@@ -15,17 +15,18 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from deq_jax._arrays import zeros_from
 from deq_jax._checks import check_arguments, check_start
-from deq_jax._config import MAX_STEPS, cast_options
+from deq_jax._config import MAX_STEPS
 from deq_jax._gathers import gathered_once
 from deq_jax._hoisting import hoist_cell, in_types_of
 from deq_jax._programs import run_compiled
 from deq_jax._returned import check_axes, check_is_pytree, check_replaces
-from deq_jax._states import Layout, choose, join, split, wide_dtype
+from deq_jax._states import Layout, choose, join, split
 from deq_jax._trace import Bound, Traced, is_array_like
 from deq_jax._values import concrete, describe, is_real
 from deq_jax.adjoints import Implicit
 from deq_jax.solvers import Anderson, Solver, SolveResult, Status
 from deq_jax.solvers.carry import Carry, finalize, layout_for
+from deq_jax.solvers.norms import for_state, with_rtol
 from deq_jax.solvers.pieces import as_memory, has_stopped, init_pieces, refilled, run_piece, shared_leaves
 from deq_jax.solvers.protocol import check_sees_all
 
@@ -109,6 +110,7 @@ def start(
     """
     z0 = jax.lax.stop_gradient(check_arguments(f, z0, args, solver, Implicit(), batch_ndim, None))
     check_start(z0)
+    solver = with_rtol(solver, z0)
     check_sees_all(solver, "start")
     check_is_pytree("start", "solver", solver)
     axes = (None,) * len(args) if axes is None else axes
@@ -243,7 +245,7 @@ def _result(batch_ndim, value, carry, solver):
 
 
 def _loop_options(solver: Solver, value: PyTree, batch_ndim: int) -> tuple[Solver, Layout]:
-    solver = cast_options(solver, wide_dtype(value))
+    solver = for_state(solver, value, batch_ndim)
     return solver, layout_for(solver, value, batch_ndim)
 
 

@@ -77,7 +77,7 @@ def measure(config: Config, cells: study.Cells) -> dict[str, Any]:
             "step": [line["step"] for line in logged],
             "evaluations": [line["fwd_steps"] for line in logged],
             "products": [line["bwd_steps"] for line in logged],
-            "rtol": float(config.model.solver.rtol),
+            "rtol": config.model.solver.rtol,
             "cap": config.model.solver.max_steps,
         }),
         "by_step": [row for step in steps for row in rows(step, config.model.length)],

@@ -164,6 +164,9 @@ ADDED: dict[str, Any] = {
 ADDED_TO_SOLVERS: dict[str, Any] = {
     "test_every": 1,
     "history_dtype": None,
+    "norm": "leaf",
+    "min_steps": 0,
+    "returns": "best",
     "products": "differences",
     "linear": None,
     "preconditioner": None,

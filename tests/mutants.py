@@ -55,8 +55,8 @@ MUTANTS = [
     Mutant(
         "weights gathered at each evaluation",
         LOOP,
-        "f, solver = gathered_once(f, z0), cast_options(solver, wide_dtype(z0))",
-        "solver = cast_options(solver, wide_dtype(z0))",
+        "f, solver = gathered_once(f, z0), for_state(solver, z0, batch_ndim)",
+        "solver = for_state(solver, z0, batch_ndim)",
         "test_gathers.py -k gathered_once",
     ),
     Mutant(
@@ -153,8 +153,8 @@ MUTANTS = [
     Mutant(
         "evaluations counted off by one",
         CARRY,
-        "stats = Stats(end.steps, whole(",
-        "stats = Stats(end.steps + 1, whole(",
+        "stats = Stats(end.steps, residual_of(",
+        "stats = Stats(end.steps + 1, residual_of(",
         "test_solvers.py -k steps_are_the_evaluations",
     ),
     Mutant(
@@ -349,8 +349,8 @@ MUTANTS = [
     Mutant(
         "compact's norms not scattered",
         "solvers/staged.py",
-        '"best", "best_norms", "steps"',
-        '"best", "steps"',
+        '"best", "best_norms", "last_norms", "steps"',
+        '"best", "last_norms", "steps"',
         "test_compact.py -k residuals_are_those_of_the_values",
     ),
     Mutant(

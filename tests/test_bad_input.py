@@ -280,15 +280,91 @@ CALLS = {
         TypeError,
         ["Unroll", "max_steps", "Python int"],
     ),
-    "Unroll with an array budget": (
-        lambda: deq.fixed_point(cos, z0(), solver=deq.Picard(max_steps=jnp.asarray(5)), adjoint=deq.Unroll()),
-        TypeError,
-        ["Unroll", "max_steps", "Python int"],
+    "Unroll that is not as deep as its budget": (
+        lambda: deq.fixed_point(cos, z0(), solver=deq.Picard(max_steps=jnp.asarray(5)), adjoint=deq.Unroll(depth=4)),
+        ValueError,
+        ["Unroll.depth must be at least max_steps=5, got 4"],
     ),
     "a traced budget names what takes one": (
         lambda: jax.jit(lambda n: deq.fixed_point(cos, z0(), solver=deq.Picard(max_steps=n), adjoint=deq.Unroll()))(5),
         TypeError,
         ["Unroll needs max_steps as a Python int", "Use Implicit, Phantom, Neumann or JFB"],
+    ),
+    "a norm of another name": (
+        lambda: deq.Anderson(norm="linf"),
+        ValueError,
+        ["Anderson.norm must be one of 'leaf', 'l2', 'rms', 'max', 'token', 'entry'", "Weighted", "got 'linf'"],
+    ),
+    "a norm that is no name": (lambda: deq.Picard(norm=2), TypeError, ["Picard.norm must be the name", "got 2"]),
+    "weights of a norm of another name": (
+        lambda: deq.Weighted(1.0, "linf"),
+        ValueError,
+        ["Weighted.norm must be one of 'leaf'", "got 'linf'"],
+    ),
+    "a negative weight": (
+        lambda: deq.Weighted({"a": np.array([1.0, -1.0])}),
+        ValueError,
+        ["Weighted.weights['a'] must be finite and >= 0", "got -1.0 at index (1,)"],
+    ),
+    "weights of another structure": (
+        lambda: deq.fixed_point(both, pair(), solver=deq.Picard(norm=deq.Weighted({"a": 1.0}))),
+        TypeError,
+        ["solver.norm.weights must have the structure of z0", "'b'", "got", "{'a': *}"],
+    ),
+    "weights of another shape": (
+        lambda: deq.fixed_point(cos, z0(), solver=deq.Picard(norm=deq.Weighted(np.ones(4)))),
+        ValueError,
+        ["solver.norm.weights must be a number, or broadcast to (3,)", "got shape (4,)"],
+    ),
+    "tolerances of another shape": (
+        lambda: deq.fixed_point(cos, z0(), solver=deq.Picard(atol=np.ones(4), norm="entry")),
+        ValueError,
+        ["solver.atol must be a number, or broadcast to (3,)", "got shape (4,)"],
+    ),
+    "tolerances of another structure": (
+        lambda: deq.fixed_point(both, pair(), solver=deq.Picard(atol={"b": 1.0})),
+        TypeError,
+        ["solver.atol must have the structure of z0", "'a'", "got", "{'b': *}"],
+    ),
+    "tolerances of entries in a norm that has none": (
+        lambda: deq.fixed_point(cos, z0(), solver=deq.Picard(atol=np.ones(3))),
+        ValueError,
+        ["solver.atol must be a number or shape ()", "got shape (3,)", "norm='entry'"],
+    ),
+    "tolerances of leaves in a norm of the whole": (
+        lambda: deq.fixed_point(both, pair(), solver=deq.Picard(atol={"a": 1.0, "b": 2.0}, norm="l2")),
+        ValueError,
+        ["solver.atol must be a number or shape ()", "got {'a': 1.0, 'b': 2.0}", "norm='entry'"],
+    ),
+    "tolerances of problems or of entries": (
+        lambda: deq.fixed_point(cos, jnp.zeros((3, 3)), solver=deq.Picard(atol=np.ones(3), norm="entry"), batch_ndim=1),
+        ValueError,
+        ["solver.atol of shape (3,) may be a number for each problem or for each entry", "(3, 1) or (1, 3)"],
+    ),
+    "tolerances of a backward solver": (
+        lambda: deq.fixed_point(cos, z0(), adjoint=deq.Implicit(deq.Picard(atol=np.ones(4), norm="entry"))),
+        ValueError,
+        ["adjoint.solver.atol must be a number, or broadcast to (3,)", "got shape (4,)"],
+    ),
+    "more steps than the budget has": (
+        lambda: deq.Anderson(max_steps=np.array([20, 5]), min_steps=6),
+        ValueError,
+        ["Anderson.min_steps must be at most max_steps=5, got 6"],
+    ),
+    "a number of least steps below zero": (
+        lambda: deq.Anderson(min_steps=-1),
+        ValueError,
+        ["Anderson.min_steps must be >= 0, got -1"],
+    ),
+    "an iterate of another name": (
+        lambda: deq.Picard(returns="first"),
+        ValueError,
+        ["Picard.returns must be 'best' or 'last', got 'first'"],
+    ),
+    "the last iterate of a solver whose steps are trials": (
+        lambda: deq.NewtonKrylov(returns="last"),
+        ValueError,
+        ["NewtonKrylov.returns must be 'best', got 'last'", "trials"],
     ),
     "Unroll with a solver that sees few iterates": (
         lambda: deq.fixed_point(cos, z0(), solver=deq.Anderson(test_every=3), adjoint=deq.Unroll()),
@@ -561,10 +637,11 @@ def test_message(name):
         ("rtol", -1e-3, ValueError),
         ("rtol", float("nan"), ValueError),
         ("rtol", "1e-3", TypeError),
-        ("rtol", None, TypeError),
         ("rtol", True, TypeError),
         ("atol", -1e-9, ValueError),
         ("atol", float("nan"), ValueError),
+        ("atol", None, TypeError),
+        ("atol", {}, TypeError),
         ("max_steps", -1, ValueError),
         ("max_steps", 10.0, TypeError),
         ("max_steps", "10", TypeError),
@@ -676,7 +753,11 @@ def test_rarer_tests_are_refused_by_solvers_that_learn_from_each_step(solver):
 def test_every_solver_has_the_options_of_the_loop_first():
     for solver in (deq.Picard, deq.Anderson, deq.Broyden, deq.NewtonKrylov, deq.Robust):
         names = [field.name for field in dataclasses.fields(solver)]
-        assert names[:4] == ["rtol", "atol", "max_steps", "test_every"]
+        assert names[:4] == ["rtol", "atol", "max_steps", "test_every"] and names[4:7] == [
+            "norm",
+            "min_steps",
+            "returns",
+        ]
 
 
 def test_another_way_to_gather_is_refused():

@@ -22,7 +22,7 @@ ROOMS = (
     ("adjoints/",),
     ("solvers/",),
     ("_checks.py", "_gathers.py", "_krylov.py", "_low_rank.py", "_programs.py", "_returned.py"),
-    ("_config.py", "_gram.py", "_rows.py", "_states.py", "_trace.py"),
+    ("_config.py", "_gram.py", "_rows.py", "_scales.py", "_states.py", "_trace.py"),
     ("_arrays.py", "_export.py", "_jaxprs.py", "_reverse_only.py", "_values.py", "_vectors.py"),
 )
 

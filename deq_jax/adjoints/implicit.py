@@ -19,6 +19,7 @@ from deq_jax.adjoints.linear import check_call, check_fits, check_linear, is_pla
 from deq_jax.adjoints.preconditioner import bound, check_is_linear, check_preconditioner, with_transposed
 from deq_jax.adjoints.protocol import ForwardResult, Probe, Problem
 from deq_jax.solvers import Anderson, Solver, Stats
+from deq_jax.solvers.norms import for_state, is_default, relative_atol, with_rtol
 from deq_jax.solvers.stopping import by_leaf, over_leaves
 
 LOOSEST = 0.1  # relative tolerance that an absolute one may ask for, of a state near zero
@@ -127,6 +128,7 @@ def with_backward_solver(adjoint: Any, problem: Problem, forward: ForwardResult)
     solver = adjoint.solver
     if solver is None:
         solver = default_backward(forward.solver, forward.z, problem.batch_ndim, problem.over)
+    solver = with_rtol(solver, forward.z)
     return forward._replace(memory=None, solver=solver)
 
 
@@ -149,14 +151,19 @@ def _twice(max_steps: Any) -> Any:
 
 
 def _relative_tolerance(solver: Solver, z: PyTree, batch_ndim: int, over: tuple) -> Any:
-    """‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ as a relative tolerance: the strictest of the leaves' that are not zero."""
+    """‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ as a relative tolerance: the strictest of the pieces' that are not zero."""
+    solver = for_state(solver, z, batch_ndim)
     if isinstance(solver.atol, int | float) and solver.atol == 0:
         return float(solver.rtol) if isinstance(solver.rtol, int | float) else solver.rtol
     layout = Layout(z, batch_ndim, over=over)
     sizes = layout.norms(layout.pack(z))
     cast = lambda number: jnp.asarray(number).astype(sizes.dtype)
-    asked = jnp.where(sizes > 0, ratio(by_leaf(cast(solver.atol), layout), sizes), jnp.inf)
-    return cast(solver.rtol) + jnp.minimum(over_leaves(jnp.min, asked, layout), LOOSEST)
+    if not is_default(solver, layout):
+        asked = relative_atol(layout.pack(z), sizes, solver, layout)
+    else:
+        of_leaves = jnp.where(sizes > 0, ratio(by_leaf(cast(solver.atol), layout), sizes), jnp.inf)
+        asked = over_leaves(jnp.min, of_leaves, layout)
+    return cast(solver.rtol) + jnp.minimum(asked, LOOSEST)
 
 
 def check_exact(adjoint: Any) -> None:

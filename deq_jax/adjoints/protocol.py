@@ -153,8 +153,11 @@ class Defaults:
         return forward._replace(memory=None, solver=None)
 
     @staticmethod
-    def check(z0: PyTree, solver: Solver) -> None:
-        """Called before tracing, when options are still Python numbers, to raise or warn about what does not fit."""
+    def check(z0: PyTree, solver: Solver) -> Any:
+        """Called before tracing, when options are still numbers, to raise or warn about what does not fit.
+
+        It may return another adjoint to take in place of this one, which knows what only numbers can say.
+        """
 
     bind: Any = None
     """`(z0) -> adjoint`, called before tracing: the adjoint with all arrays that its functions capture as leaves."""

@@ -28,6 +28,8 @@ from deq_jax._vectors import Vec, divided, scaled, zero_of
 from deq_jax.adjoints.backward import over_shards
 from deq_jax.adjoints.protocol import Problem
 from deq_jax.solvers import Picard, Solver, Stats, Status
+from deq_jax.solvers.norms import for_state
+from deq_jax.solvers.protocol import member
 from deq_jax.solvers.stopping import assess, has_converged, norms_at
 
 SPOILED = 1e-2  # relative error of a state walked back to z0 from which on we warn
@@ -81,8 +83,10 @@ class Reversible:
             )
 
     def run(self, problem: Problem, z0: PyTree, solver: Solver) -> tuple[PyTree, Stats]:
-        stopping = Picard(solver.rtol, solver.atol, solver.max_steps)  # the part of the solver that counts
-        rules = cast_options(frozen((self.damping, stopping)), _working_dtype(z0))
+        options: Any = dict(norm=member(solver, "norm"), min_steps=member(solver, "min_steps"))
+        stopping = Picard(solver.rtol, solver.atol, solver.max_steps, **options)  # the part of the solver that counts
+        rules = self.damping, for_state(stopping, z0, problem.batch_ndim)
+        rules = cast_options(frozen(rules), _working_dtype(z0))
         z0, inputs = reverse_mode_only((z0, problem.inputs))
         return _solve(rules, z0, dataclasses.replace(problem, inputs=inputs))
 
@@ -112,23 +116,27 @@ def _walk(rules: tuple, z0: PyTree, problem: Problem) -> tuple[Walk, Stats]:
     call = lambda z: layout.pack(problem(layout.unpack(z))).astype(start.dtype)
 
     # At the z that f sees, which is rounded to the dtypes of z0.
-    norms = lambda z, fz: norms_at(layout.pack(layout.unpack(z)).astype(fz.dtype), fz, layout)
+    norms = lambda z, fz: norms_at(layout.pack(layout.unpack(z)).astype(fz.dtype), fz, layout, solver)
+
+    def converged(z, fz, steps):
+        met = has_converged(norms(z, fz), solver, layout)
+        return met & (2 * steps + 1 >= solver.min_steps) if solver.min_steps else met
 
     def body(walk):
         relaxed = lambda old, f_other: choose(walk.running, scaled(1 - damping, old) + scaled(damping, f_other), old)
         y = relaxed(walk.y, walk.fz)  # (1)
         z = relaxed(walk.z, call(y))  # (2)
         fz, steps = call(z), walk.steps + walk.running.astype(jnp.int32)
-        running = walk.running & ~has_converged(norms(z, fz), solver, layout) & (2 * steps + 3 <= solver.max_steps)
+        running = walk.running & ~converged(z, fz, steps) & (2 * steps + 3 <= solver.max_steps)
         return Walk(y, z, fz, running, steps)
 
     fz = call(start)
-    running = ~has_converged(norms(start, fz), solver, layout) & (solver.max_steps >= 3)
+    running = ~converged(start, fz, 0) & (solver.max_steps >= 3)
     walk = Walk(start, start, fz, running, zero_of(start).astype(jnp.int32))
     walk = jax.lax.while_loop(lambda walk: jnp.any(walk.running), body, walk)
     stats = assess(norms(walk.z, walk.fz), solver, 2 * walk.steps + 1, layout)
-    nothing = Stats(0, jnp.inf, jnp.inf, Status.MAX_STEPS)  # what is known where no evaluation was allowed
-    return walk, jax.tree.map(lambda known, none: jnp.where(solver.max_steps > 0, known, none), stats, nothing)
+    nothing: Any = (0, jnp.inf, jnp.inf, Status.MAX_STEPS)  # what is known where no evaluation was allowed
+    return walk, jax.tree.map(lambda known, none: jnp.where(solver.max_steps > 0, known, none), stats, Stats(*nothing))
 
 
 def _value(rules, z0, problem):

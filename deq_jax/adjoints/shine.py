@@ -1,6 +1,7 @@
 """SHINE: the forward solve's inverse Jacobian, used again in the backward pass."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import PyTree
@@ -17,6 +18,7 @@ from deq_jax.adjoints.protocol import ForwardResult, Probe, Problem
 from deq_jax.solvers import Broyden, Solver, run_loop
 from deq_jax.solvers.broyden import BroydenState
 from deq_jax.solvers.carry import vector_type
+from deq_jax.solvers.norms import for_state
 
 
 @config
@@ -65,7 +67,10 @@ class Shine:
     def pullback(self, problem: Problem, forward: ForwardResult, z_bar: PyTree) -> tuple[list, Probe]:
         products = self.refine + 2
         memory = _transposed(forward.memory, room=products + 1)
-        options = dict(rtol=0.01 * forward.solver.rtol, max_steps=products, damping=1.0)
+        known = for_state(forward.solver, forward.z, problem.batch_ndim)
+        options: Any = dict(rtol=0.01 * known.rtol, norm="leaf", min_steps=0, returns="best")
+        options |= dict(atol=0.0 if isinstance(known.atol, tuple) else forward.solver.atol)
+        options |= dict(max_steps=products, damping=1.0)
         solver = dataclasses.replace(forward.solver, **options)
 
         def solve(unit):

@@ -9,16 +9,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from deq_jax._checks import check_number
-from deq_jax._config import cast_options, config
+from deq_jax._config import config, with_options
 from deq_jax._states import Layout, choose, join, split
+from deq_jax._values import concrete
 from deq_jax._vectors import Vec, zero_of
 from deq_jax.adjoints.backward import over_shards
 from deq_jax.adjoints.protocol import Problem
 from deq_jax.solvers import Solver, Stats
 from deq_jax.solvers.carry import layout_for
 from deq_jax.solvers.loop import evaluated
+from deq_jax.solvers.norms import for_state, holds, pieces_of, relative_to, sizes_of
 from deq_jax.solvers.protocol import check_sees_all, member
-from deq_jax.solvers.stopping import Norms, comparable, has_converged, over_leaves, relative_to, tolerances, whole
+from deq_jax.solvers.stopping import Norms, comparable, has_converged, over_leaves, tolerances, whole, with_score
 
 ROUNDING = 8  # a relative residual of so many eps, of the solver's dtype, tells an acceleration nothing more
 
@@ -27,13 +29,14 @@ ROUNDING = 8  # a relative residual of so many eps, of the solver's dtype, tells
 class Unroll:
     """Backpropagation through the iterations of the solver: for `Picard`, the weight-tied network of that depth.
 
-    All `max_steps` iterations are run, and the last iterate is the value. With `stop=True` a problem keeps the first
-    iterate that meets the tolerances, and f is not called once all problems have stopped. A value that has converged
-    says nothing about its derivative, so the residual must also meet the tolerance relative to the distance from z0: a
-    problem that starts near the solution goes on, and one that starts at the solution runs to the end of the budget. A
-    start at zero changes nothing. A solver with a memory stands still once the residual is rounding, and the derivative
-    is that of the steps before: in a direction along which the solve never moved it may be far from that of the fixed
-    point.
+    All `max_steps` iterations are run, and the last iterate is the value. Where `max_steps` is an array, each problem
+    has its own number of them, and the program is as deep as the largest, or as `depth` if the array is traced. With
+    `stop=True` a problem keeps the first iterate that meets the tolerances, and f is not called once all problems have
+    stopped. A value that has converged says nothing about its derivative, so the residual must also meet the tolerance
+    relative to the distance from z0: a problem that starts near the solution goes on, and one that starts at the
+    solution runs to the end of the budget. A start at zero changes nothing. A solver with a memory stands still once
+    the residual is rounding, and the derivative is that of the steps before: in a direction along which the solve never
+    moved it may be far from that of the fixed point.
 
     For a solver that may take a step back (`Broyden` with its line search, `NewtonKrylov`, `Robust`) the value is the
     best iterate it has seen. Which steps it took, and how far a trust region let them go, are constants. `Stats.steps`
@@ -56,37 +59,50 @@ class Unroll:
 
     checkpoint: int | bool | None = None
     stop: bool = False
+    depth: int | None = None
 
     def __post_init__(self):
+        if self.depth is not None:
+            check_number(self, "depth", at_least=0)
         if self.checkpoint is not None and self.checkpoint is not True:
             check_number(self, "checkpoint", at_least=1)
 
-    def check(self, z0: PyTree, solver: Solver) -> None:
-        if not isinstance(solver.max_steps, int):
+    def check(self, z0: PyTree, solver: Solver) -> "Unroll | None":
+        """This adjoint, with the depth of the program where the budgets of the problems say it."""
+        if isinstance(solver.max_steps, int):
+            return None
+        budgets = concrete(solver.max_steps)
+        if budgets is None and self.depth is None:
             raise TypeError(
-                "Unroll needs max_steps as a Python int, because it fixes the depth of the program; got "
-                f"{solver.max_steps}. Use Implicit, Phantom, Neumann or JFB to sweep a traced step budget."
+                "Unroll needs max_steps as a Python int, or as an array whose entries are known, because it fixes the "
+                f"depth of the program; got {solver.max_steps}. Unroll(depth=...) fixes it too. Use Implicit, Phantom, "
+                "Neumann or JFB to sweep a traced step budget."
             )
+        if budgets is not None and self.depth is not None and budgets.max() > self.depth:
+            raise ValueError(f"Unroll.depth must be at least max_steps={budgets.max()}, got {self.depth}")
+        return self if budgets is None else with_options(self, depth=int(budgets.max()))
 
     def run(self, problem: Problem, z0: PyTree, solver: Solver) -> tuple[PyTree, Stats]:
         layout = layout_for(solver, z0, problem.batch_ndim, problem.over)
-        solver = cast_options(solver, layout.dtype)
+        given_solver, solver = solver, for_state(solver, z0, problem.batch_ndim)
         iterate, start = self._iteration(problem, layout, solver, z0)
         if self.stop:
             running = lambda carry: over_shards(jnp.any(carry.running).astype(jnp.int32), problem.inputs) > 0
             body = lambda carry: jax.lax.cond(running(carry), iterate, lambda carry: carry, carry)
         else:
             body = iterate
-        end = self._scanned(body, start, solver.max_steps)
+        depth: Any = solver.max_steps if isinstance(solver.max_steps, int) else self.depth
+        end = self._scanned(body, start, depth)
         z, given = (end.best, end.best_carried) if member(solver, "recovers") else (end.z, end.carried)
         z = layout.unpack(z)
-        return join(z, end.returned), problem.stats_at(join(z, given), solver, end.steps)
+        return join(z, end.returned), problem.stats_at(join(z, given), given_solver, end.steps)
 
     def _iteration(self, problem, layout, solver, z0) -> "tuple[Callable[[Iterate], Iterate], Iterate]":
         """The map from iterate to iterate, and the first one."""
         z0, carried = layout.pack(z0), split(z0)[1]
         state, frozen_z0 = solver.init(z0), jax.lax.stop_gradient(z0)
         accelerated, recovers = bool(jax.tree.leaves(state)), member(solver, "recovers")
+        budgets = None if isinstance(solver.max_steps, int) else solver.max_steps
         if accelerated:  # without memory, rarer tests change no iterate
             check_sees_all(solver, "Unroll")
 
@@ -98,6 +114,7 @@ class Unroll:
             carry = carry._replace(steps=carry.steps + running.astype(jnp.int32), carried=returned, returned=returned)
             frozen_g, fz = jax.lax.stop_gradient((g, g + z))
             norms = Norms(layout.norms(frozen_g), layout.norms(fz))  # XLA drops what nothing below reads
+            norms = with_score(norms, frozen_g, fz, layout, solver)
             residual = whole(norms.residuals, layout)
             if recovers:
                 better = running & (residual < carry.least)
@@ -105,18 +122,22 @@ class Unroll:
                 best_carried = choose(better, given, carry.best_carried)
                 carry = carry._replace(best=best, least=least, best_carried=best_carried)
             if self.stop:
-                running = running & ~_has_ended(norms, layout.norms(fz - frozen_z0), solver, layout)
+                ended = _has_ended(norms, frozen_g, fz, frozen_z0, solver, layout)
+                least = member(solver, "min_steps")
+                running = running & ~(ended & (carry.steps >= least) if least else ended)
                 carry = carry._replace(running=running, carried=choose(running, returned, given))
-            elif not accelerated:
+            elif not accelerated and budgets is None:
                 return carry._replace(z=layout.round(z + solver.update(g, carry.state, z)[0]))
             eps = float(jnp.finfo(z.dtype).eps)
             rounding = (residual <= ROUNDING * eps * whole(norms.scales, layout)) & accelerated
-            held = rounding | ~running if self.stop else rounding
+            held = rounding if budgets is None and not self.stop else rounding | ~running
             new_z, state = _step(solver, layout, carry, g, held, products)
-            return carry._replace(z=new_z, state=state)
+            running = carry.running if budgets is None else running & (carry.steps < budgets)
+            return carry._replace(z=new_z, state=state, running=running)
 
         zero = zero_of(frozen_z0)
-        start = Iterate(z0, state, zero == 0, zero.astype(jnp.int32), z0, zero + jnp.inf, carried, carried, carried)
+        running = zero == 0 if budgets is None else (zero == 0) & (budgets > 0)
+        start = Iterate(z0, state, running, zero.astype(jnp.int32), z0, zero + jnp.inf, carried, carried, carried)
         return iterate, start
 
     def _scanned(self, body: Callable, carry: "Iterate", length: int) -> "Iterate":
@@ -156,11 +177,23 @@ def _step(
     return choose(held, (carry.z, carry.state), (z, state))
 
 
-def _has_ended(norms: Norms, traveled: Float[Array, "*norms"], solver: Solver, layout: Layout) -> Bool[Array, "*batch"]:
+def _has_ended(norms: Norms, residual: Vec, fz: Vec, z0: Vec, solver: Solver, layout: Layout) -> Bool[Array, "*batch"]:
     """Within the tolerance of the value, and of the distance from the start: that many times smaller is Jᵏ too."""
+    traveled = layout.norms(fz - z0)
+    if norms.score is not None:
+        pieces, traveled = (
+            pieces_of(residual, fz, norms[:2], solver, layout),
+            sizes_of(fz - z0, traveled, solver, layout),
+        )
+        contracted = [_has_contracted(*piece, t, layout) for piece, t in zip(pieces, traveled, strict=True)]
+        return has_converged(norms, solver, layout) & holds(contracted, solver, layout)
     sizes = comparable(norms, layout)
     tolerance = tolerances(sizes, solver, layout)
-    # What rounding hides is no contraction.
-    residuals = jnp.maximum(norms.residuals, jnp.minimum(layout.eps * sizes, tolerance))
-    contracted = over_leaves(jnp.all, residuals <= tolerance * relative_to(traveled, sizes), layout)
+    contracted = over_leaves(jnp.all, _has_contracted(norms.residuals, sizes, tolerance, traveled, layout), layout)
     return has_converged(norms, solver, layout) & contracted
+
+
+def _has_contracted(residuals: Array, sizes: Array, tolerance: Array, traveled: Array, layout: Layout) -> Array:
+    # What rounding hides is no contraction.
+    residuals = jnp.maximum(residuals, jnp.minimum(layout.eps * sizes, tolerance))
+    return residuals <= tolerance * relative_to(traveled, sizes)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import core
 from jaxtyping import PyTree
 
 from deq_jax._states import frozen, subtract
@@ -96,7 +97,7 @@ def custom_root(
             bound.apply_defaults()
             found = solver_fun(*frozen(bound.args), **frozen(bound.kwargs))
             sol, aux = found if has_aux else (found, None)
-            if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
+            if any(isinstance(leaf, core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
                 known = reference.bind(*bound.args, **bound.kwargs)
                 if known.kwargs:
                     raise TypeError(f"arguments {list(known.kwargs)} have no position in the signature {reference}")

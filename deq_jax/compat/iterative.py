@@ -66,7 +66,7 @@ class IterativeSolver:
 
     @property
     def loop_options(self) -> dict[str, Any]:
-        return dict(rtol=0.0, atol=self.tol * abs(self.unit), max_steps=self.maxiter)
+        return dict(rtol=0.0, atol=self.tol * abs(self.unit), norm="l2", max_steps=self.maxiter)
 
     def cell(self, params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """(f(params), aux), for the f whose fixed point is found."""

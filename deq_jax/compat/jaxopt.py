@@ -76,7 +76,7 @@ class AndersonAcceleration(IterativeSolver):
 
     @property
     def solver_of_ours(self) -> solvers.Anderson:
-        options = self.loop_options | dict(history=self.history_size, damping=self.beta, ridge=self.ridge)
+        options: Any = self.loop_options | dict(history=self.history_size, damping=self.beta, ridge=self.ridge)
         return solvers.Anderson(**options, test_every=self.mixing_frequency)
 
 
@@ -162,11 +162,11 @@ class Broyden(IterativeSolver):
 
     @property
     def solver_of_ours(self) -> solvers.Broyden:
-        rank = self.history_size or min(self.maxiter, 40)
-        options = self.loop_options | dict(max_steps=2 * self.maxiter)
+        options: Any = self.loop_options | dict(rank=self.history_size or min(self.maxiter, 40))
         if self.stepsize > 0:
-            return solvers.Broyden(**self.loop_options, rank=rank, damping=self.stepsize, line_search=0)
-        return solvers.Broyden(**options, rank=rank)
+            return solvers.Broyden(**options, damping=self.stepsize, line_search=0)
+        # An iteration of jaxopt's may evaluate several times.
+        return solvers.Broyden(**(options | dict(max_steps=2 * self.maxiter)))
 
     def cell(self, params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         value, aux = with_aux(self, params, *args, **kwargs)

@@ -7,7 +7,7 @@ from deq_jax.solvers.loop import run_loop
 from deq_jax.solvers.newton import Newton
 from deq_jax.solvers.newton_krylov import NewtonKrylov
 from deq_jax.solvers.picard import Picard
-from deq_jax.solvers.protocol import Evaluation, Fold, Solver, SolveResult, Stats, Status
+from deq_jax.solvers.protocol import Evaluation, Fold, LoopOptions, Solver, SolveResult, Stats, Status
 from deq_jax.solvers.robust import Robust
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Broyden",
     "Evaluation",
     "Fold",
+    "LoopOptions",
     "Newton",
     "NewtonKrylov",
     "Picard",

@@ -27,7 +27,8 @@ from deq_jax._config import STATIC, Number, config
 from deq_jax._rows import combine, count_rows, products, repeated, rolled, row, rows_one_by_one, write_row
 from deq_jax._states import choose, zeros_like
 from deq_jax._vectors import Rows, Vec, dot, norm, product, rounded, scaled, squares, sums, zero_of
-from deq_jax.solvers.protocol import LoopOptions, check_history_dtype, history_dtype
+from deq_jax.solvers.history_dtype import check_history_dtype, history_dtype
+from deq_jax.solvers.protocol import LoopOptions
 
 # After WINDOW·history evaluations in which the residual has not fallen below FALLEN times its mark, steps are plain
 # until it is below RESTED times the mark, or grows. Without this 473 of 14,000 kinked contractions in one and two

@@ -10,16 +10,18 @@ from deq_jax._checks import check_flat
 from deq_jax._states import Layout, choose, join, split
 from deq_jax._vectors import Vec, zero_of
 from deq_jax.solvers.equation import FIXED_POINT, Equation
+from deq_jax.solvers.norms import Score, is_default
 from deq_jax.solvers.protocol import Fold, Solver, SolveResult, Stats, Status, member
-from deq_jax.solvers.stopping import RUNNING, Growth, Norms, relative_residual, whole
+from deq_jax.solvers.stopping import RUNNING, Growth, Norms, relative_residual, residual_of
 
 
 class Carry(NamedTuple):
     """What the loop carries from evaluation to evaluation."""
 
     z: Vec  # where f is evaluated next
-    best: Vec
+    best: Vec  # what is returned: with `returns="last"`, the last z
     best_norms: Norms  # of the residual and of f(z) at the best z
+    last_norms: Norms | None  # at the last z, where that is what is returned
     first_scale: Float[Array, "*batch"]  # max(‖f(z0)‖, ‖f(z0) − z0‖)
     growth: Growth
     stale: Int[Array, "*batch"]  # evaluations since the best residual last fell
@@ -39,12 +41,13 @@ class Verdict(NamedTuple):
     """What an evaluation says of each problem."""
 
     best_norms: Norms  # and the others, as in the carry
+    last_norms: Norms | None
     first_scale: Float[Array, "*batch"]
     growth: Growth
     stale: Int[Array, "*batch"]
     steps: Int[Array, "*batch"]
     status: Int[Array, "*batch"]
-    better: Bool[Array, "*batch"]  # whether this z is the best one so far
+    better: Bool[Array, "*batch"]  # whether this z is the one to return so far
     unit: Float[Array, "*batch"]  # by which the vectors are divided that a `scale_free` solver is shown
     per_unit: Float[Array, "*batch"]
 
@@ -66,10 +69,15 @@ def init_carry(
     start = equation.start(z, layout)
     status = jnp.where(jnp.asarray(solver.max_steps) > 0, RUNNING, Status.MAX_STEPS).astype(jnp.int32) + count
     carried = split(z0)[1]
+    best_norms = Norms(norms + jnp.inf, norms)
+    if not is_default(solver, layout):
+        unknown, no = zero + jnp.inf, zero != 0
+        best_norms = best_norms._replace(score=Score(unknown, unknown, unknown, no, no))
     return Carry(
         z=z,
         best=z,
-        best_norms=Norms(norms + jnp.inf, norms),
+        best_norms=best_norms,
+        last_norms=best_norms if member(solver, "returns") == "last" else None,
         first_scale=zero,
         growth=Growth(scale=norms, worst=norms, before=norms + jnp.inf, start=start),
         stale=count,
@@ -106,6 +114,7 @@ def noted(carry: Carry, verdict: Verdict, running: Bool[Array, "*batch"], return
         best_carried=choose(better, carry.carried, carry.best_carried),
         returned=choose(running, returned, carry.returned),
         best_norms=verdict.best_norms,
+        last_norms=verdict.last_norms,
         first_scale=verdict.first_scale,
         growth=verdict.growth,
         stale=verdict.stale,
@@ -116,7 +125,8 @@ def noted(carry: Carry, verdict: Verdict, running: Bool[Array, "*batch"], return
 
 def finalize(end: Carry, layout: Layout) -> SolveResult:
     """The result of a loop, with values in the structure of z0."""
-    relative = relative_residual(end.best_norms, layout)
-    stats = Stats(end.steps, whole(end.best_norms.residuals, layout), relative, end.status)
+    norms = end.best_norms if end.last_norms is None else end.last_norms
+    relative = relative_residual(norms, layout)
+    stats = Stats(end.steps, residual_of(norms, layout), relative, end.status)
     value = join(layout.unpack(end.best), end.returned)
     return SolveResult(value, stats, end.solver, end.folded, end.best_carried)

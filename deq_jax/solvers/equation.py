@@ -58,9 +58,9 @@ class FixedPoint:
         # Where z0 is a constant, XLA would fold its norm when it compiles: 10 s for zeros of 4096 × 1024.
         return layout.norms(jax.lax.optimization_barrier(z))
 
-    def measured(self, carry: Any, fz: Vec, layout: Layout) -> tuple[Norms, Vec, Any]:
+    def measured(self, carry: Any, fz: Vec, layout: Layout, solver: Solver) -> tuple[Norms, Vec, Any]:
         """(the norms for the tests, the residual for the solver, what the next evaluation is to know of this one)."""
-        return norms_at(carry.z, fz, layout), fz - carry.z, carry.seen
+        return norms_at(carry.z, fz, layout, solver), fz - carry.z, carry.seen
 
     def at_floor(self, at_floor: Bool[Array, "*batch"], seen: Any) -> Bool[Array, "*batch"]:
         """Where rounding may hide all progress, from what the residuals say and from what has been seen."""
@@ -111,7 +111,7 @@ class Root(NamedTuple):
     def start(self, z: Vec, layout: Layout) -> Float[Array, "*norms"]:
         return zeros_from(self.units)
 
-    def measured(self, carry: Any, fz: Vec, layout: Layout) -> tuple[Norms, Vec, Seen]:
+    def measured(self, carry: Any, fz: Vec, layout: Layout, solver: Solver) -> tuple[Norms, Vec, Seen]:
         z, seen, sizes = carry.z, carry.seen, layout.norms(fz)
         z_norms = layout.norms(z)
         moved = lambda past: relative_residual(Norms(layout.norms(z - past), z_norms), layout)

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from deq_jax._arrays import half_power, settled
-from deq_jax._config import cast_options, with_options
+from deq_jax._config import MAX_STEPS, with_options
 from deq_jax._gathers import gathered_once
-from deq_jax._states import Layout, choose, join, split, wide_dtype
+from deq_jax._states import Layout, choose, join, split
 from deq_jax._trace import axes_of
 from deq_jax._vectors import Vec, scaled, shape_of
 from deq_jax.solvers.carry import Carry, Verdict, finalize, init_carry, layout_for, noted
 from deq_jax.solvers.equation import FIXED_POINT, Equation
+from deq_jax.solvers.norms import for_state, without_tolerances
 from deq_jax.solvers.protocol import Evaluation, Fold, Solver, SolveResult, Stats, member
 from deq_jax.solvers.stopping import (
     RUNNING,
@@ -31,6 +32,8 @@ from deq_jax.solvers.stopping import (
     norms_at,
     progress,
     relative_residual,
+    residual_of,
+    where_better,
     whole,
 )
 
@@ -54,7 +57,7 @@ def run_loop(
     with the same solver and shapes. If f communicates along named axes (`f.axes`, see `_trace.Bound`), the problems
     along them are one coupled problem, and stop together. Over the named axes `over` each problem is split.
     """
-    f, solver = gathered_once(f, z0), cast_options(solver, wide_dtype(z0))
+    f, solver = gathered_once(f, z0), for_state(solver, z0, batch_ndim)
     layout = layout_for(solver, z0, batch_ndim, over)
     carry = init_carry(z0, solver, layout, memory, fold, equation)
     # Not one after the other where problems are evaluated together: by an f that communicates, or for a fold, which
@@ -111,7 +114,7 @@ def with_next_point(
     """The carry with the solver's state changed, and with its next point in the problems of `where`."""
     unit: Any = half_power(equation.in_z(carry.first_scale)) if member(solver, "scale_free") else 1.0
     solver = equation.asked(solver, carry.best_norms, layout)
-    state = member(in_units(solver, unit), change)(carry.solver)
+    state = member(in_units(solver, unit, layout), change)(carry.solver)
     z = scaled(unit, member(solver, "next_point")(state, scaled(1 / unit, carry.z)))
     return carry._replace(z=choose(where, layout.round(z), carry.z), solver=state)
 
@@ -140,7 +143,7 @@ def make_evaluation(
         z_tree = join(layout.unpack(carry.z), carry.carried)
         with jax.named_scope("f"):
             fz, fz_tree, products = evaluated(f, solver, layout, carry.solver, carry.z, carry.carried, equation)
-        norms, residual, seen = equation.measured(carry, fz, layout)
+        norms, residual, seen = equation.measured(carry, fz, layout, solver)
         verdict = judged(carry, norms, seen)
         if member(solver, "scale_free"):
             # The verdict is computed once, and not again by each kernel that works on vectors: they read its results.
@@ -148,7 +151,7 @@ def make_evaluation(
         after = noted(carry, verdict, is_on(carry, solver), split(fz_tree)[1])
         with jax.named_scope(type(solver).__name__):
             asked = equation.asked(solver, norms, layout)
-            z, state = advance(asked, carry.solver, residual, carry.z, verdict, products)
+            z, state = advance(asked, carry.solver, residual, carry.z, verdict, products, layout)
         after = after._replace(solver=state, seen=seen)
         # A problem that has stopped is given its best z again, with what it was given there; so is one that waits.
         then, stay = (layout.round(z), after.returned), (after.best, after.best_carried)
@@ -192,17 +195,21 @@ def make_verdict(
 ) -> Callable[[Carry, Norms, Any], Verdict]:
     """The function that judges the evaluation of f at the carry's z."""
     patience, recovers = max(STALE_EVALUATIONS, member(solver, "patience")), member(solver, "recovers")
-    coupled = coupling(axes)
+    if member(solver, "returns") == "last":
+        patience = MAX_STEPS  # never STALLED: the last z may be far above the floor
+    coupled, least = coupling(axes), member(solver, "min_steps")
 
     def judged(carry: Carry, norms: Norms, seen: Any) -> Verdict:
         running, first = is_on(carry, solver), carry.steps == 0
-        residual, scale = (whole(x, layout) for x in norms)
+        residual, scale = (whole(x, layout) for x in norms[:2])
         steps = carry.steps + running.astype(jnp.int32)
+        accepted = lambda ended: ended & (steps >= least) if least else ended
         first_scale = jnp.where(first, jnp.maximum(residual, scale), carry.first_scale)
         finite = coupled.everywhere(jnp.isfinite(residual) & jnp.isfinite(scale))
         growth = grown(carry.growth, norms, by_leaf(finite, layout))
         lost, reduced = guards(growth, norms, layout, coupled)
         converged = coupled.everywhere(has_converged(norms, solver, layout)) & finite & ~lost & reduced
+        converged = accepted(converged)
         made = progress(norms, carry.best_norms, growth, layout, coupled)
         stale = jnp.where(finite & made.enough, 0, carry.stale + running.astype(jnp.int32))
 
@@ -212,35 +219,41 @@ def make_verdict(
             converged=converged,
             finite=finite | (member(solver, "can_backtrack")(carry.solver) & ~first),
             diverged=(lost | out_of_scale) & (not recovers),
-            stalled=equation.at_floor(made.at_floor, seen) & (stale >= patience),
+            stalled=accepted(equation.at_floor(made.at_floor, seen) & (stale >= patience)),
             spent=spent,
         )
         status = jnp.where(running, status, carry.status).astype(jnp.int32)
         # An iterate so far out that its residual is all rounding is not a better one.
         better = running & finite & ~lost & (converged | made.improved)
-        pick = lambda new, old: jnp.where(by_leaf(better, layout), new, old)
-        best_norms, unit = Norms(*map(pick, norms, carry.best_norms)), half_power(equation.in_z(first_scale))
-        return Verdict(best_norms, first_scale, growth, stale, steps, status, better, unit, 1 / unit)
+        best_norms, unit = where_better(better, norms, carry.best_norms, layout), half_power(equation.in_z(first_scale))
+        last_norms = None
+        if carry.last_norms is not None:
+            better = running & finite
+            last_norms = where_better(better, norms, carry.last_norms, layout)
+        return Verdict(best_norms, last_norms, first_scale, growth, stale, steps, status, better, unit, 1 / unit)
 
     return judged
 
 
 def shown(carry: Carry, z: PyTree, fz: PyTree, norms: Norms, layout: Layout) -> Evaluation:
     """This evaluation, as a fold sees it."""
-    residual, relative = whole(norms.residuals, layout), relative_residual(norms, layout)
+    residual, relative = residual_of(norms, layout), relative_residual(norms, layout)
     return Evaluation(carry.evaluation, z, fz, residual, relative, carry.status == RUNNING)
 
 
-def in_units(solver: Solver, unit: Array) -> Solver:
+def in_units(solver: Solver, unit: Array, layout: Layout) -> Solver:
     """The solver for vectors that are divided by `unit`."""
+    solver = without_tolerances(solver, layout)
     return with_options(solver, atol=solver.atol / unit)
 
 
-def advance(solver: Solver, state: Any, residual: Vec, z: Vec, verdict: Verdict, products: tuple) -> tuple[Vec, Any]:
+def advance(
+    solver: Solver, state: Any, residual: Vec, z: Vec, verdict: Verdict, products: tuple, layout: Layout
+) -> tuple[Vec, Any]:
     """The next iterate, and the solver's state."""
     if member(solver, "scale_free"):
         residual, z = scaled(verdict.per_unit, residual), scaled(verdict.per_unit, z)
-        z, state = _next_point(in_units(solver, verdict.unit), state, residual, z, products)
+        z, state = _next_point(in_units(solver, verdict.unit, layout), state, residual, z, products)
         return scaled(verdict.unit, z), state
     return _next_point(solver, state, residual, z, products)
 
@@ -282,5 +295,6 @@ def make_plain_steps(f: Callable, layout: Layout, solver: Solver, equation: Equa
 def stats_at(f: Callable, z: PyTree, solver: Solver, steps: Any, batch_ndim: int, over: tuple = ()) -> Stats:
     """The stats of a z that is returned as it is, after `steps` evaluations and the one that is made here."""
     layout = Layout(z, batch_ndim, over=over)
-    norms = norms_at(layout.pack(z), layout.pack(f(z)), layout)
-    return assess(norms, cast_options(solver, layout.dtype), steps + 1, layout)
+    solver = for_state(solver, z, batch_ndim)
+    norms = norms_at(layout.pack(z), layout.pack(f(z)), layout, solver)
+    return assess(norms, solver, steps + 1, layout)

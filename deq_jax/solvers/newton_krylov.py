@@ -27,6 +27,7 @@ from deq_jax._config import Number, config
 from deq_jax._rows import combine
 from deq_jax._states import choose, zeros_like
 from deq_jax._vectors import Rows, Vec, divided, norms, scaled, zero_of
+from deq_jax.solvers.norms import default_rtol
 from deq_jax.solvers.protocol import LoopOptions, check_sees_all
 from deq_jax.solvers.trust_region import FAILED, LOST, NEW, PRODUCT, START, STUCK, TRIAL, USED, Trial, assess_trial
 
@@ -194,7 +195,8 @@ class NewtonKrylov(LoopOptions):
 
     def _forcing(self, sizes: "Sizes", state: NewtonKrylovState) -> Float[Array, "*batch"]:
         """The forcing term (2) of a new iterate."""
-        tolerance: Any = self.atol + self.rtol * sizes.f
+        rtol = default_rtol(float(jnp.finfo(sizes.f.dtype).eps)) if self.rtol is None else self.rtol
+        tolerance: Any = self.atol + rtol * sizes.f
         target = 0.5 * ratio(tolerance, sizes.g)
         fallen = jnp.where(state.purpose == START, jnp.inf, ratio(sizes.g, state.krylov.beta))
         # Where the last step brought little, small components of the step are what is missing.

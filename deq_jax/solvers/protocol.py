@@ -2,14 +2,17 @@
 
 import dataclasses
 import enum
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from deq_jax._checks import check_number, check_stopping
-from deq_jax._config import Budget, Number
+from deq_jax._config import Budget, Number, Scales
+from deq_jax._scales import check_norm
+from deq_jax._values import concrete
 from deq_jax._vectors import Vec
 
 T = TypeVar("T")
@@ -19,7 +22,7 @@ Z = TypeVar("Z")
 class Status(enum.IntEnum):
     """Why the solve of one problem ended."""
 
-    CONVERGED = 0  # ‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ in each leaf of z, and all of it is finite
+    CONVERGED = 0  # ‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ in each leaf of z (see `LoopOptions.norm`), and all of it is finite
     MAX_STEPS = 1  # the budget of evaluations is spent
     STALLED = 2  # the dtype's floor is reached: more evaluations find nothing better
     DIVERGED = 3  # the residual grew without bound, or z grew until its rounding exceeded all residuals
@@ -30,6 +33,7 @@ class Stats(NamedTuple):
     """What a solve reports, one entry a problem. No gradient flows through it."""
 
     steps: Int[Array, "*batch"]  # evaluations of f
+    # With a `norm` of the solver that is not the default, the two are the largest of a piece in that norm.
     residual: Float[Array, "*batch"]  # ‖f(z) − z‖₂ at the z that is returned; inf if f was never finite there
     relative_residual: Float[Array, "*batch"]  # ‖f(z) − z‖₂ / ‖f(z)‖₂, the largest of the leaves'
     status: Int[Array, "*batch"]  # a Status
@@ -96,6 +100,12 @@ class Defaults:
 
     test_every = 1
     """Of `test_every` evaluations only the last is tested for convergence and shown to `update`."""
+    norm = "leaf"
+    """The norm that judges, see `LoopOptions`."""
+    min_steps = 0
+    """Evaluations before a solve may end as CONVERGED or STALLED."""
+    returns = "best"
+    """Whether the value is the best iterate, or the "last" one."""
     damping = 1.0
     """With `test_every` above 1, each evaluation that is not tested is followed by a step of damping · (f(z) − z)."""
     patience = 0
@@ -188,16 +198,37 @@ def member(solver: Solver, name: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
-    """What the loop, rather than the method, reads from a solver. All solvers of this library have these fields."""
+    """What the loop, rather than the method, reads from a solver. All solvers of this library have these fields.
 
-    rtol: Number = 1e-4
-    atol: Number = 0.0
+    rtol, atol: a problem has converged where ‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ for each piece of its state. Either may be
+      an array `[*batch]`, with a number for each problem. By default rtol is 1e-4, or 1e-6 where all of z is float64.
+    norm: what a piece is. A leaf ("leaf"), each at its own scale; the whole state, in the 2-norm ("l2"), the root mean
+      square ("rms", which differs from "l2" in what atol means) or by its largest entry ("max"); the vectors along the
+      last axis ("token"), so that no token hides behind the others; each entry ("entry"), as ODE solvers judge. Or
+      `Weighted(weights, norm)`. With "leaf", "token" and "entry", atol may be a pytree like z, of numbers or of arrays
+      that broadcast to the pieces of each leaf; for a z that is one array, such an array. `Stats` reports the largest
+      residual of a piece. The guards against growth and overflow are those of the leaves in every norm, and what is
+      zero to the rounding of the whole state is judged by the whole, but in "entry": there it takes an atol.
+    max_steps, min_steps: the budget of evaluations, which may be an array `[*batch]` too, and how many there must be
+      before a solve may end as CONVERGED or STALLED.
+    returns: "best", the iterate with the smallest residual, or "last", the last one at which f was evaluated (and was
+      finite), as a model with a fixed number of loops means it. Its residual is known, so `Picard(max_steps=n + 1,
+      returns="last")` gives f applied n times, as `Unroll` does with max_steps=n. "last" never ends as STALLED.
+    """
+
+    rtol: Number | None = None
+    atol: Scales = 0.0
     max_steps: Budget = 100
     test_every: int = dataclasses.field(default=1, kw_only=True)
+    norm: Any = dataclasses.field(default="leaf", kw_only=True)
+    min_steps: int = dataclasses.field(default=0, kw_only=True)
+    returns: Literal["best", "last"] = dataclasses.field(default="best", kw_only=True)
 
     def __post_init__(self):
         check_stopping(self)
         check_number(self, "test_every", at_least=1)
+        check_norm(self)
+        check_steps(self)
 
 
 def check_sees_all(solver: Solver, who: str) -> None:
@@ -212,33 +243,17 @@ def check_differentiates_nothing(solver: Solver, who: str) -> None:
         raise ValueError(f"{who} has no derivatives of f to show to a solver, and {solver} asks for them")
 
 
-# ---- the dtype of a history --------------------------------------------------------------------------------
-
-HISTORY_DTYPES = "bfloat16", "float32", "float64"  # the range of float16 is too small for residuals that fall
-
-
-def check_history_dtype(solver: Any) -> None:
-    """Make `history_dtype` the name of a dtype, or raise TypeError or ValueError."""
-    name, value = f"{type(solver).__name__}.history_dtype", solver.history_dtype
-    if value is None:
-        return
-    try:
-        dtype = jnp.dtype(value).name
-    except TypeError:
-        raise TypeError(f"{name} must be a dtype of floats or None, got {value!r}") from None
-    if dtype not in HISTORY_DTYPES:
-        raise ValueError(f"{name} must be one of {', '.join(HISTORY_DTYPES)}, or None; got {dtype}")
-    object.__setattr__(solver, "history_dtype", dtype)
-
-
-def history_dtype(solver: Any, dtype: Any) -> Any:
-    """The dtype of the history of a solver that computes in `dtype`."""
-    narrow = jnp.dtype(solver.history_dtype or dtype)
-    if narrow.itemsize > dtype.itemsize:
-        raise ValueError(
-            f"{type(solver).__name__}.history_dtype is {narrow}, wider than the {dtype} in which this state is solved"
-        )
-    return narrow
+def check_steps(solver: Any) -> None:
+    """Raise ValueError unless `min_steps` and `returns` fit the solver."""
+    check_number(solver, "min_steps", at_least=0)
+    name, budgets = type(solver).__name__, solver.max_steps
+    budgets = budgets if isinstance(budgets, int) else concrete(budgets)
+    if budgets is not None and solver.min_steps > (least := np.min(budgets)):
+        raise ValueError(f"{name}.min_steps must be at most max_steps={least}, got {solver.min_steps}")
+    if solver.returns not in ("best", "last"):
+        raise ValueError(f"{name}.returns must be 'best' or 'last', got {solver.returns!r}")
+    if solver.returns == "last" and member(solver, "recovers"):
+        raise ValueError(f"{name}.returns must be 'best', got 'last': some of its evaluations are trials")
 
 
 # ---- folds -------------------------------------------------------------------------------------------------

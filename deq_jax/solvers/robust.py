@@ -191,6 +191,7 @@ class Part(Renewing):
     def __init__(self, whole: Robust, index: int):
         self.whole, self.index = whole, index
         self.rtol, self.atol, self.max_steps = whole.rtol, whole.atol, whole.max_steps
+        self.norm, self.min_steps = whole.norm, whole.min_steps
         self.stages, self.patience, self.flat = whole.stages, whole.patience, whole.flat
         self.init, self.can_backtrack, self.next_point = whole.init, whole.can_backtrack, whole.next_point
 

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
-from deq_jax._config import cast_options
-from deq_jax._states import wide_dtype
 from deq_jax.solvers.carry import Carry, finalize, init_carry, layout_for
 from deq_jax.solvers.loop import make_body, run_while
+from deq_jax.solvers.norms import for_state
 from deq_jax.solvers.protocol import Solver, SolveResult
 from deq_jax.solvers.stopping import RUNNING
 
@@ -33,7 +32,7 @@ def run_loop_in_stages(
         part = run(_gather(carry, who), _gather_options(solver, who, count), tuple(some), sizes[1:])
         return _scatter(carry, part, who)
 
-    solver = cast_options(solver, wide_dtype(z0))
+    solver = for_state(solver, z0, 1)
     layout = layout_for(solver, z0, 1)
     end = run(init_carry(z0, solver, layout), solver, args, sizes)
     return finalize(end, layout)._replace(memory=None)
@@ -59,6 +58,6 @@ def _gather_options(solver: Solver, who: Int[Array, "left"], count: int) -> Solv
 def _scatter(carry: Carry, part: Carry, who: Int[Array, "left"]) -> Carry:
     """The carry with the results of some of its problems. Their memory is not copied back: nothing reads it."""
     put = lambda whole, part: whole.at[who].set(part)
-    names = "best", "best_norms", "steps", "status", "best_carried", "returned"
+    names = "best", "best_norms", "last_norms", "steps", "status", "best_carried", "returned"
     results = {name: getattr(carry, name) for name in names}
     return carry._replace(**jax.tree.map(put, results, {name: getattr(part, name) for name in names}))

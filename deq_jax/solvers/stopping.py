@@ -13,7 +13,8 @@ inf in the first stretch:
     (3)  reduced   ‖f(z) − z‖ ≤ worst / OUTGROWN: z may have grown, but its residual fell by itself
 
 and (1) counts only for a residual that is reduced and not lost. `*norms` is the shape of `Layout.norms`: that is
-`*batch leaves`, or `*batch` for a state of one leaf.
+`*batch leaves`, or `*batch` for a state of one leaf. With another `norm` of the solver, (1) and the progress of a solve
+are judged by its pieces, see `norms`; the guards remain those of the leaves.
 """
 
 from collections.abc import Callable
@@ -23,9 +24,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deq_jax._arrays import ratio, zeros_from
+from deq_jax._arrays import zeros_from
 from deq_jax._states import Layout
 from deq_jax._vectors import Vec, norm
+from deq_jax.solvers.norms import Score, relative_to, score_at
 from deq_jax.solvers.protocol import Solver, Stats, Status
 
 RUNNING = -1  # the status of a problem whose solve goes on
@@ -43,14 +45,30 @@ class Norms(NamedTuple):
 
     residuals: Float[Array, "*norms"]
     scales: Float[Array, "*norms"]
+    score: Score | None = None  # in the norm of the solver, if that is not the default
 
 
-def norms_at(z: Vec, fz: Vec, layout: Layout) -> Norms:
-    return Norms(*layout.norms_of(fz - z, fz))
+def norms_at(z: Vec, fz: Vec, layout: Layout, solver: Solver) -> Norms:
+    residual = fz - z
+    residuals, scales = layout.norms_of(residual, fz)
+    return with_score(Norms(residuals, scales), residual, fz, layout, solver)
+
+
+def with_score(norms: Norms, residual: Vec, fz: Vec, layout: Layout, solver: Solver) -> Norms:
+    return norms._replace(score=score_at(residual, fz, norms[:2], solver, layout))
+
+
+def where_better(better: Bool[Array, "*batch"], new: Norms, old: Norms, layout: Layout) -> Norms:
+    """The norms of some problems in place of the old ones."""
+    pick = lambda new, old: jnp.where(by_leaf(better, layout), new, old)
+    score = jax.tree.map(lambda new, old: jnp.where(better, new, old), new.score, old.score)
+    return Norms(pick(new.residuals, old.residuals), pick(new.scales, old.scales), score)
 
 
 def has_converged(norms: Norms, solver: Solver, layout: Layout) -> Bool[Array, "*batch"]:
     """The stopping test (1). The norms must be finite too, because inf ≤ rtol · inf is true."""
+    if norms.score is not None:
+        return norms.score.converged
     finite = jnp.isfinite(norms.residuals) & jnp.isfinite(norms.scales)
     tolerance = tolerances(comparable(norms, layout), solver, layout)
     return over_leaves(jnp.all, finite & (norms.residuals <= tolerance), layout)
@@ -66,7 +84,7 @@ def comparable(norms: Norms, layout: Layout) -> Float[Array, "*norms"]:
 
     A leaf that is zero up to the rounding of the whole state must not hold the solve up: it is compared with the whole.
     """
-    residuals, scales = norms
+    residuals, scales, _ = norms
     if not layout.several:
         return scales
     total = whole(scales, layout)[..., None]
@@ -74,14 +92,18 @@ def comparable(norms: Norms, layout: Layout) -> Float[Array, "*norms"]:
     return jnp.where(negligible, total, scales)
 
 
+def residual_of(norms: Norms, layout: Layout) -> Float[Array, "*batch"]:
+    """The residual that is reported: ‖f(z) − z‖, or the largest of a piece in the solver's norm."""
+    return whole(norms.residuals, layout) if norms.score is None else norms.score.residual
+
+
 def relative_residual(norms: Norms, layout: Layout) -> Float[Array, "*batch"]:
-    """The largest ‖f(z) − z‖ / ‖f(z)‖ of a leaf."""
+    """The largest ‖f(z) − z‖ / ‖f(z)‖ of a leaf, or of a piece in the solver's norm."""
+    return _relative_by_leaf(norms, layout) if norms.score is None else norms.score.relative
+
+
+def _relative_by_leaf(norms: Norms, layout: Layout) -> Float[Array, "*batch"]:
     return over_leaves(jnp.max, relative_to(norms.residuals, comparable(norms, layout)), layout)
-
-
-def relative_to(x: Float[Array, "*norms"], sizes: Float[Array, "*norms"]) -> Float[Array, "*norms"]:
-    """x over sizes: 0 where both are zero, and inf where the size alone is."""
-    return jnp.where((sizes == 0) & (x != 0), jnp.inf, ratio(x, sizes))
 
 
 def whole(norms: Float[Array, "*norms"], layout: Layout) -> Float[Array, "*batch"]:
@@ -113,7 +135,7 @@ class Growth(NamedTuple):
 
 def grown(growth: Growth, norms: Norms, finite: Bool[Array, "*norms"]) -> Growth:
     """The growth after one more evaluation; one that is not finite changes nothing."""
-    residuals, scales = norms
+    residuals, scales, _ = norms
     first = growth.scale == 0
     opens = first | (scales > OUTGROWN * growth.scale)
     new = Growth(
@@ -168,14 +190,20 @@ def progress(now: Norms, best: Norms, growth: Growth, layout: Layout, coupled: C
         if not layout.several:
             return coupled.most(norms.residuals)
         units = jnp.maximum(jnp.maximum(now.scales, best.scales), start)
-        return coupled.most(relative_residual(norms._replace(scales=units), layout))
+        return coupled.most(_relative_by_leaf(norms._replace(scales=units), layout))
 
     def rounded(norms: Norms) -> Bool[Array, "*batch"]:
         # Next to where the solve began it is zero: from here on z and its residual may fall together for ever.
         return coupled.everywhere(over_leaves(jnp.all, norms.residuals <= eps * start, layout))
 
-    relative = lambda norms: coupled.most(relative_residual(norms, layout))
+    relative = lambda norms: coupled.most(_relative_by_leaf(norms, layout))
     error_now, error_best = error(now), error(best)
+    if now.score is not None and best.score is not None:
+        excess_now, excess_best = coupled.most(now.score.excess), coupled.most(best.score.excess)
+        # Where a piece falls with its residual for ever, the leaves tell whether z is nearer.
+        nearer = (excess_now <= (1 + 8 * eps) * excess_best) & (error_now < error_best)
+        at_floor = coupled.everywhere(best.score.resolved) | rounded(best)
+        return Progress((excess_now < excess_best) | nearer, excess_now < 0.99 * excess_best, at_floor)
     enough = (error_now < 0.99 * error_best) & (~rounded(now) | (relative(now) < 0.99 * relative(best)))
     floor = min(64 * eps, 0.05)  # relative residual at which rounding in f may hide all progress
     resolved = coupled.everywhere(whole(best.residuals, layout) <= floor * whole(best.scales, layout))
@@ -211,7 +239,7 @@ def is_out_of_scale(
 
 def assess(norms: Norms, solver: Solver, steps: Any, layout: Layout) -> Stats:
     """The stats of a z that is returned as it is, known after `steps` evaluations."""
-    residual, relative = whole(norms.residuals, layout), relative_residual(norms, layout)
+    residual, relative = residual_of(norms, layout), relative_residual(norms, layout)
     finite = jnp.isfinite(residual) & jnp.isfinite(whole(norms.scales, layout))
     count = zeros_from(residual).astype(jnp.int32)
     converged = has_converged(norms, solver, layout)

@@ -28,7 +28,7 @@ def ours(
 ):  # fmt: skip
     import deq_jax as deq
 
-    options = dict(rtol=rtol, max_steps=STEPS)
+    options: Any = dict(rtol=rtol, max_steps=STEPS)
     match name:
         case "Picard":
             solver = deq.Picard(test_every=test_every, **options)
@@ -36,7 +36,7 @@ def ours(
             solver = deq.Anderson(history=history, test_every=test_every, **options)
         case _:
             solver = deq.Broyden(rank=history, **options)
-    options = dict(rtol=backward, max_steps=STEPS)
+    options: Any = dict(rtol=backward, max_steps=STEPS)
     if back:  # as `Implicit()`
         linear = deq.Anderson(history=back, growth=10.0, test_every=test_every, **options)
     else:
