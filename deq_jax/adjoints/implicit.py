@@ -108,7 +108,7 @@ def solve_linear(
     """
     pure, inputs, other = hoist(product, unit)
     cell = Bound(lambda u, inputs, other: add(inputs[0], pure(u, inputs[1], other)), like=pure)
-    linear, solver = Problem(cell, (unit, inputs), other, problem.batch_ndim, problem.over), forward.solver
+    linear, solver = Problem(cell, [unit, inputs], other, problem.batch_ndim, problem.over), forward.solver
     probe = Probe.like(unit, problem.batch_ndim, problem.over)
     if is_plain(adjoint):
         u, stats, _ = solve_differentiably(adjoint, linear, unit, solver, probe)
