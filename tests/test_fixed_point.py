@@ -41,7 +41,7 @@ def test_states_of_any_structure(x64, solver):
 def test_shapes_of_stats(shape, batch_ndim):
     z, stats = deq.fixed_point(jnp.cos, jnp.zeros(shape), solver=QUICK, batch_ndim=batch_ndim)
     assert z.shape == shape
-    assert {leaf.shape for leaf in stats} == {shape[:batch_ndim]}
+    assert {leaf.shape for leaf in jax.tree.leaves(stats)} == {shape[:batch_ndim]}
     assert stats.steps.dtype == jnp.int32 and stats.residual.dtype == jnp.float32
     assert jnp.issubdtype(stats.status.dtype, jnp.integer) and stats.converged.dtype == bool
 
