@@ -23,6 +23,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(100_000, 20, 20)
 
 
+LARGE = 2 * 1024**3  # bytes of a process above which its compiled programs are forgotten between two modules
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_forgotten():
+    """Two workers that keep every program take most of the memory of a small machine, and the compiler then dies."""
+    yield
+    statm = pathlib.Path("/proc/self/statm")
+    if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > LARGE:
+        import deq_jax  # not above: what checks annotations has to be there before
+
+        deq_jax.clear_caches()
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture
 def x64():
     """float64 for one test."""
