@@ -93,7 +93,7 @@ def _pull(adjoint, forward, problem, z_bar):
         raise TypeError(f"{who} must return the cotangents of problem.inputs and a Probe or None; got {result!r}")
     inputs_bar, probe_bar = result
     check_like(inputs_bar, problem.inputs, who, "inputs_bar")
-    return inputs_bar, Probe.unmeasured(0, z_bar, problem) if probe_bar is None else probe_bar
+    return inputs_bar, Probe.unmeasured(0, z_bar, problem.batch_ndim, problem.over) if probe_bar is None else probe_bar
 
 
 def _reverse_only(problem: Problem) -> Problem:

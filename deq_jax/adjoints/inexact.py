@@ -36,7 +36,7 @@ class Neumann:
         # u_{k+1} = z̄ + Jᵀuₖ from u₁ = z̄
         u = jax.lax.fori_loop(1, self.terms, lambda k, u: add(z_bar, vjp(u)[0]), z_bar)
         inputs_bar = pull_scaled(lambda u: vjp(u)[1], problem.inputs, u, scale)
-        return inputs_bar, Probe.unmeasured(self.terms - 1, z_bar, problem)
+        return inputs_bar, Probe.unmeasured(self.terms - 1, z_bar, problem.batch_ndim, problem.over)
 
     def pushforward(self, problem: Problem, forward: ForwardResult, inputs_dot: list) -> PyTree:
         _, b = jax.jvp(lambda inputs: problem(forward.z, inputs), (problem.inputs,), (inputs_dot,))
@@ -86,7 +86,7 @@ class Phantom:
         z_bar, scale = unit_in_float16(z_bar, problem)
         _, vjp = jax.vjp(lambda inputs: self._unroll(problem, forward.z, inputs), problem.inputs)
         inputs_bar = pull_scaled(lambda u: vjp(u)[0], problem.inputs, z_bar, scale)
-        return inputs_bar, Probe.unmeasured(self.steps, z_bar, problem)
+        return inputs_bar, Probe.unmeasured(self.steps, z_bar, problem.batch_ndim, problem.over)
 
     def pushforward(self, problem: Problem, forward: ForwardResult, inputs_dot: list) -> PyTree:
         return jax.jvp(lambda inputs: self._unroll(problem, forward.z, inputs), (problem.inputs,), (inputs_dot,))[1]

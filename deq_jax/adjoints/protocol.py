@@ -112,9 +112,9 @@ class Probe(NamedTuple):
         return jax.tree.map(lambda x: x.astype(jnp.float32), cls(stats.steps, stats.relative_residual, stats.status))
 
     @classmethod
-    def unmeasured(cls, products: int, z: PyTree, problem: "Problem") -> "Probe":
+    def unmeasured(cls, products: int, z: PyTree, batch_ndim: int, over: tuple = ()) -> "Probe":
         """The report of a pullback that solves no equation and takes so many vector-Jacobian products."""
-        zero = cls.like(z, problem.batch_ndim, problem.over)
+        zero = cls.like(z, batch_ndim, over)
         return cls(zero.steps + products, zero.residual + jnp.inf, zero.status + Status.MAX_STEPS)
 
 
