@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import ADJOINTS
 from jax.sharding import PartitionSpec as P
 
 import deq_jax as deq
@@ -20,17 +21,6 @@ SOLVERS = {
     "broyden": deq.Broyden(rank=6),
     "newton_krylov": deq.NewtonKrylov(krylov=6),
     "robust": deq.Robust(stages=(deq.Picard(), deq.Broyden(rank=12)), stall=(4,)),
-}
-ADJOINTS = {
-    "implicit": deq.Implicit(),
-    "implicit_jvp": deq.ImplicitJVP(),
-    "shine": deq.Shine(),
-    "phantom": deq.Phantom(),
-    "neumann": deq.Neumann(),
-    "jfb": deq.JFB(),
-    "unroll": deq.Unroll(),
-    "unroll_stop": deq.Unroll(stop=True),
-    "reversible": deq.Reversible(),
 }
 BATCH, DIM = 4, 16
 BOTH = P("data", "model")

@@ -37,7 +37,7 @@ def cell(z, w, x):
 
 
 def inverse_near(w):
-    """P v = (I − J)⁻¹ v for J = v ↦ v w, which is cell's but for the slope of tanh; it captures the matrix."""
+    """P v = (I − J)⁻¹ v, with the Jacobian that the cell would have if tanh had slope 1. P captures the factors."""
     factors = jax.scipy.linalg.lu_factor(jnp.eye(DIM) - w.T)
     return lambda v: jax.scipy.linalg.lu_solve(factors, v.T).T
 

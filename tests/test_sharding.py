@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import ADJOINTS
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,17 +23,6 @@ SOLVERS = {
     "broyden": deq.Broyden(rank=4),
     "newton_krylov": deq.NewtonKrylov(krylov=6),
     "robust": deq.Robust(stages=(deq.Broyden(rank=4), deq.NewtonKrylov(krylov=4)), stall=(8,)),
-}
-ADJOINTS = {
-    "implicit": deq.Implicit(),
-    "implicit_jvp": deq.ImplicitJVP(),
-    "shine": deq.Shine(),
-    "phantom": deq.Phantom(),
-    "neumann": deq.Neumann(),
-    "jfb": deq.JFB(),
-    "unroll": deq.Unroll(),
-    "unroll_stop": deq.Unroll(stop=True, checkpoint=4),
-    "reversible": deq.Reversible(),
 }
 FEATURES, SEQUENCE = P("data", None, "model"), P("data", "model", None)
 KINDS = ("Auto", "Explicit")

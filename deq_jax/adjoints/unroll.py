@@ -181,11 +181,9 @@ def _has_ended(norms: Norms, residual: Vec, fz: Vec, z0: Vec, solver: Solver, la
     """Within the tolerance of the value, and of the distance from the start: that many times smaller is Jᵏ too."""
     traveled = layout.norms(fz - z0)
     if norms.score is not None:
-        pieces, traveled = (
-            pieces_of(residual, fz, norms[:2], solver, layout),
-            sizes_of(fz - z0, traveled, solver, layout),
-        )
-        contracted = [_has_contracted(*piece, t, layout) for piece, t in zip(pieces, traveled, strict=True)]
+        pieces = pieces_of(residual, fz, norms[:2], solver, layout)
+        distances = sizes_of(fz - z0, traveled, solver, layout)
+        contracted = [_has_contracted(*piece, d, layout) for piece, d in zip(pieces, distances, strict=True)]
         return has_converged(norms, solver, layout) & holds(contracted, solver, layout)
     sizes = comparable(norms, layout)
     tolerance = tolerances(sizes, solver, layout)

@@ -18,7 +18,7 @@ How far rounding in F lets a solve come is not known beforehand. It has come the
 
     (3)  a move of TINY eps ‖z‖ or less from the best z has made F no smaller,  and  ‖F‖ ≤ √eps S
 
-or if z has become zero but for the rounding of z0.
+or if z is so small that it is only the rounding error of z0.
 """
 
 import math
