@@ -151,3 +151,13 @@ def test_how_often_the_devices_wait_for_each_other():
     found = [what for what, _ in programs.collectives(loop)]
     assert found.count("all-reduce") <= 3
     assert set(found) == {"all-reduce", "reduce-scatter"}  # the second is f's own
+
+
+def test_a_preconditioner_of_a_split_problem():
+    w, x, probe = problem()
+    solver = deq.Anderson(history=4, rtol=1e-9, max_steps=300)
+    run = lambda cell, **options: pull(cell, solver, deq.Implicit(preconditioner=lambda v: 0.8 * v), **options)
+    args = 0.4 * w, x, probe
+    want, got = jax.jit(run(on_one_device))(*args), split(run(on_each, axis_name="model"), **OF_PULL)(*args)
+    for a, b in zip((got[0], *got[2:]), (want[0], *want[2:]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)

@@ -16,10 +16,10 @@ from jaxtyping import Array, Int, PyTree
 from deq_jax._arrays import ratio, zeros_from
 from deq_jax._checks import check_like
 from deq_jax._config import STATIC, config, with_options
-from deq_jax._states import Layout, add, choose, corner, eps_of, frozen, split, subtract, wide_dtype
+from deq_jax._states import Layout, add, choose, eps_of, frozen, split, subtract
 from deq_jax._trace import Bound, Traced, hoist, is_staged
 from deq_jax._values import concrete
-from deq_jax._vectors import norm
+from deq_jax._vectors import norm, zero_of
 from deq_jax.adjoints.protocol import Problem
 from deq_jax.solvers import Solver, Stats, Status, run_loop
 from deq_jax.solvers.stopping import coupling
@@ -104,7 +104,7 @@ def solve_preconditioned(
     def again(carry):
         count, u, products, share, on = carry
         options = dict(rtol=solver.rtol * share, atol=solver.atol * share)
-        found = run_loop(cell, u, with_options(solver, **options), problem.batch_ndim)
+        found = run_loop(cell, u, with_options(solver, **options), problem.batch_ndim, over=problem.over)
         stats = measured(problem, found.value, solver, products + found.stats.steps)
         # A loop that has converged where the equation is not met gets a tolerance as much smaller as its residual is.
         size = ratio(stats.residual, stats.relative_residual)
@@ -113,7 +113,7 @@ def solve_preconditioned(
         u, products, share = choose(on, new, (u, products, share))
         return count + 1, u, products, share, on & found.stats.converged & (stats.status == Status.MAX_STEPS)
 
-    one = zeros_from(corner(unit, problem.batch_ndim).real.astype(wide_dtype(unit))) + 1
+    one = zero_of(Layout(unit, problem.batch_ndim, over=problem.over).pack(unit)) + 1
     carry = 0, M(unit), one.astype(jnp.int32) - 1, one, one > 0
     goes_on = lambda carry: coupled.anywhere(jnp.any(carry[-1])) & (carry[0] < ROUNDS)
     _, u, products, *_ = jax.lax.while_loop(goes_on, again, carry)
