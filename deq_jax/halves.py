@@ -71,7 +71,7 @@ def solve(
     if flag("jax_disable_jit"):
         typed = lambda z: in_types_of(z, f(z, *args))
         result = run_loop(typed, start, solver, batch_ndim, memory=memory, fold=fold, over=over)
-        return _frozen(result, Problem(cell, inputs, other, batch_ndim, over), estimate_error)
+        return _reported(result, Problem(cell, inputs, other, batch_ndim, over), estimate_error)
     hoisted, fold_reads = hoist_fold(fold, start, batch_ndim)
     reads = jax.lax.stop_gradient((inputs, other, fold_reads))
     static = cell, batch_ndim, over, estimate_error, *hoisted
@@ -82,10 +82,10 @@ def _solve(cell, batch_ndim, over, estimate_error, fold_init, fold_update, z0, r
     inputs, other, fold_reads = reads
     fold = with_fold(fold_init, fold_update, fold_reads)
     result = run_loop(Bound(cell, inputs, other), z0, solver, batch_ndim, memory=memory, fold=fold, over=over)
-    return _frozen(result, Problem(cell, inputs, other, batch_ndim, over), estimate_error)
+    return _reported(result, Problem(cell, inputs, other, batch_ndim, over), estimate_error)
 
 
-def _frozen(result, problem, estimate_error):
+def _reported(result, problem, estimate_error):
     if estimate_error:
         result = result._replace(stats=with_error(result.stats, problem, result.value, result.given))
     return jax.lax.stop_gradient(result)

@@ -198,7 +198,7 @@ def check_fits(adjoint: Any, problem: Problem, z: PyTree) -> None:
             f"{type(linear).__name__} solves on one: take solver=, or a callable that sums over these axes"
         )
     if isinstance(linear, Dense):
-        unknowns = sum(Layout(z, problem.batch_ndim, flat=True).sizes)
+        unknowns = Layout(z, problem.batch_ndim, flat=True).size
         if unknowns > linear.max_unknowns:
             raise ValueError(
                 f"{who}: Dense would factor a matrix of {unknowns} x {unknowns} for each problem, and "
