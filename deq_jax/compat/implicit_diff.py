@@ -20,6 +20,7 @@ def normal_cg(matvec: Callable, rmatvec: Callable, b: PyTree) -> tuple[PyTree, N
     return jax.scipy.sparse.linalg.cg(lambda v: rmatvec(matvec(v)), rmatvec(b), tol=1e-6)[0], None
 
 
+@functools.lru_cache(64)  # programs are compared by it: a new one at each call would be compiled again
 def linear_adjoint(solve: Callable | None) -> Implicit:
     """The adjoint whose system jaxopt's `solve(matvec, b)` solves; normal_cg without one."""
     given: Any = solve
