@@ -87,12 +87,16 @@ def test_pieces_of_any_size_are_the_solve_bit_for_bit(solver, sizes):
 @by_solver
 @pytest.mark.parametrize("n", [3, 7])
 def test_each_problem_of_a_stream_has_the_bits_it_has_alone(solver, n):
+    """Alone in the program of the stream: the test above compares that with the one of a solve."""
     found, history = stream(solver, n)
     assert len(found) == COUNT
     late = 0
     for round_ in range(max(map(len, history))):  # the problems that each slot had first, second, ...
         which = np.array([own[min(round_, len(own) - 1)] for own in history])
-        alone = deq.solve(cell, begin(which), *arguments(which), solver=solver, batch_ndim=1)
+        state = start(which, solver)
+        while not deq.finished(state).all():
+            state = deq.advance(state, n)
+        alone = deq.result(state)
         for slot, own in enumerate(history):
             if round_ < len(own):
                 problem = lambda leaf, slot=slot: leaf[slot]
