@@ -29,7 +29,7 @@ def check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe) -> Any:
     for where, leaf in named_leaves("args", args):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(f"{where} must be an array, got {leaf!r}")
-    batch_shape = _check_state(z0, batch_ndim)
+    batch_shape = check_state(z0, batch_ndim)
     _check_meshes(z0)
     check_options(solver, batch_shape, "solver")
     check_options(adjoint, batch_shape, "adjoint")
@@ -48,11 +48,11 @@ def _as_array(leaf: Any) -> jax.Array:
     return array.astype(array.dtype) if is_weak_count else array
 
 
-def _check_state(z0: PyTree, batch_ndim: int) -> tuple[int, ...]:
-    """The batch shape that all leaves of z0 share, or TypeError or ValueError."""
-    leaves = named_leaves("z0", z0)
+def check_state(z0: PyTree, batch_ndim: int, name: str = "z0") -> tuple[int, ...]:
+    """The batch shape that all leaves of a state share, or TypeError or ValueError."""
+    leaves = named_leaves(name, z0)
     if not leaves:
-        raise ValueError(f"z0 has no arrays: expected a pytree with at least one, got {z0!r}")
+        raise ValueError(f"{name} has no arrays: expected a pytree with at least one, got {z0!r}")
     batch_shape: Any = None
     for where, leaf in leaves:
         if not is_array_like(leaf):
@@ -68,12 +68,12 @@ def _check_state(z0: PyTree, batch_ndim: int) -> tuple[int, ...]:
         batch_shape = shape[:batch_ndim] if batch_shape is None else batch_shape
         if shape[:batch_ndim] != batch_shape:
             raise ValueError(
-                f"all leaves of z0 must agree in their {batch_ndim} batch axes: {where} has shape {shape}, "
+                f"all leaves of {name} must agree in their {batch_ndim} batch axes: {where} has shape {shape}, "
                 f"expected it to begin with {batch_shape}"
             )
     if not any(is_float(leaf) for _, leaf in leaves):
         why = "since integers, booleans and keys are only carried"
-        raise TypeError(f"z0 must have at least one array of floats, {why}; got {describe(z0)}")
+        raise TypeError(f"{name} must have at least one array of floats, {why}; got {describe(z0)}")
     return batch_shape
 
 

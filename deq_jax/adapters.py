@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
+from deq_jax._as_optimizer import GradientTransformation, as_optimizer
 from deq_jax._checks import check_stopping
 from deq_jax._config import STATIC, Budget, Number, config
 from deq_jax._states import Layout, check_no_carried, frozen
@@ -23,7 +24,8 @@ from deq_jax.fixed_point import Solution
 from deq_jax.halves import attach
 from deq_jax.solvers import Anderson, Picard, Solver
 from deq_jax.solvers.loop import stats_at
-from deq_jax.solvers.protocol import check_differentiates_nothing, check_sees_all
+
+__all__ = ["GradientTransformation", "Optax", "as_optimizer", "implicit", "scipy_root"]
 
 
 def implicit(
@@ -253,47 +255,3 @@ class Optax:
         self, residual: Float[Array, "*batch dim"], state: Any, z: Float[Array, "*batch dim"]
     ) -> tuple[Float[Array, "*batch dim"], Any]:
         return self.tx.update(-residual, state, z)
-
-
-class GradientTransformation(NamedTuple):
-    """Optax's tuple of this name."""
-
-    init: Callable
-    update: Callable
-
-
-def as_optimizer(solver: Solver) -> GradientTransformation:
-    """One of our solvers as an optax optimizer, for `optax.chain` and `apply_updates`.
-
-    Anderson on gradient descent is `optax.chain(optax.scale(lr), as_optimizer(Anderson()))`: the residual is the
-    negative scaled gradient. Use full-batch gradients, because differences of noisy ones are no secants.
-
-    Raises:
-      ValueError: for a solver with `test_every` above 1, or if `update` is called without params.
-      TypeError: for params that are not of floats.
-
-    >>> import jax, jax.numpy as jnp, optax, deq_jax as deq
-    >>> loss = lambda p: 0.5 * jnp.sum(jnp.arange(1.0, 6) * (p - 1) ** 2)
-    >>> tx, p = optax.chain(optax.scale(0.2), deq.adapters.as_optimizer(deq.Anderson())), jnp.zeros(5)
-    >>> state = tx.init(p)
-    >>> for _ in range(7):
-    ...     step, state = tx.update(jax.grad(loss)(p), state, p)
-    ...     p = optax.apply_updates(p, step)
-    >>> bool(loss(p) < 1e-8)
-    True
-    """
-    check_sees_all(solver, "as_optimizer")
-    check_differentiates_nothing(solver, "as_optimizer")
-
-    def init(params):
-        check_no_carried(params, "params", "as_optimizer needs parameters of floats: see optax.masked")
-        return solver.init(Layout(params, 0, flat=True).pack(params))
-
-    def update(updates, state, params=None):
-        if params is None:
-            raise ValueError("as_optimizer needs params: tx.update(grads, state, params)")
-        layout = Layout(params, 0, flat=True)
-        step, state = solver.update(-layout.pack(updates), state, layout.pack(params))
-        return layout.unpack(step), state
-
-    return GradientTransformation(init, update)

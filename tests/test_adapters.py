@@ -1,5 +1,8 @@
 """Other people's solvers with our derivative, and the other way round."""
 
+import dataclasses
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -370,3 +373,26 @@ def test_a_solver_is_an_optimizer(solver):
     assert accelerated < 1e-6 < 1e-2 < train(optax.sgd(0.1), 15)
     with pytest.raises(ValueError, match="needs params"):
         as_optimizer(solver).update(jnp.ones(2), solver.init(jnp.ones(2)))
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [deq.Anderson(history=2), deq.Anderson(history=2, test_every=3), deq.Broyden(rank=4, line_search=0)],
+    ids=["anderson", "test_every=3", "broyden"],
+)
+def test_an_optimizer_of_a_batch_takes_the_steps_of_a_solve(solver):
+    gains, widths, count = jnp.array([0.2, 0.7]), jnp.array([[1.0, 2.0, 3.0]]), 7
+    of_b = lambda b: gains[:, None] * jnp.cosh((b - 2) / widths)
+    loss = lambda p: 0.5 * jnp.sum(gains * (p["a"] - 1) ** 2) + jnp.sum(of_b(p["b"]))
+    p = start = {"a": jnp.zeros(2), "b": jnp.ones((2, 3))}
+    tx = as_optimizer(solver, batch_ndim=1)
+    state, step = tx.init(p), jax.jit(tx.update)
+    for _ in range(count - 1):
+        updates, state = step(jax.grad(loss)(p), state, p)
+        p = optax.apply_updates(p, updates)
+    f = lambda z: jax.tree.map(jnp.subtract, z, jax.grad(loss)(z))
+    solver = dataclasses.replace(solver, rtol=0.0, max_steps=count, returns="last")
+    want = deq.solve(f, start, solver=solver, batch_ndim=1).value  # the last of its evaluations is at the step before
+    chex.assert_trees_all_close(p, want, rtol=1e-4)
+    together = deq.solve(f, start, solver=solver).value
+    assert jnp.abs(p["a"] - together["a"]).max() > 1e-3

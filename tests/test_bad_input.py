@@ -371,10 +371,10 @@ CALLS = {
         ValueError,
         ["Unroll looks at each iterate", "test_every=3", "take test_every=1"],
     ),
-    "an optimizer that sees few iterates": (
-        lambda: deq.adapters.as_optimizer(deq.Anderson(test_every=3)),
+    "an optimizer of a batch whose leaves do not agree": (
+        lambda: deq.adapters.as_optimizer(deq.Anderson(), 1).init({"a": jnp.zeros((2, 3)), "b": jnp.zeros(3)}),
         ValueError,
-        ["as_optimizer looks at each iterate", "test_every=3"],
+        ["all leaves of params must agree in their 1 batch axes", "params['b'] has shape (3,)", "(2,)"],
     ),
     "a stage that sees few iterates": (
         lambda: deq.Robust(stages=(deq.Anderson(test_every=3), deq.NewtonKrylov())),

@@ -17,7 +17,16 @@ TREES = {name: ast.parse(text) for name, text in FILES.items()}
 ROOMS = (
     ("compat/", "models/", "nn.py"),
     ("__init__.py", "__main__.py", "_doctor.py"),
-    ("adapters.py", "check.py", "compact.py", "diagnostics.py", "fixed_point.py", "halves.py", "regularizers.py")
+    (
+        "_as_optimizer.py",
+        "adapters.py",
+        "check.py",
+        "compact.py",
+        "diagnostics.py",
+        "fixed_point.py",
+        "halves.py",
+        "regularizers.py",
+    )
     + ("root.py", "stability.py", "stepwise.py", "trajectory.py", "warm_start.py", "_hoisting.py"),
     ("adjoints/",),
     ("solvers/",),

@@ -5,18 +5,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import PyTree
 
 from deq_jax._arrays import half_power, settled
-from deq_jax._config import MAX_STEPS, with_options
+from deq_jax._config import MAX_STEPS
 from deq_jax._gathers import gathered_once
 from deq_jax._states import Layout, choose, join, split
 from deq_jax._trace import axes_of
 from deq_jax._vectors import Vec, scaled, shape_of
 from deq_jax.solvers.carry import Carry, Verdict, finalize, init_carry, layout_for, noted
 from deq_jax.solvers.equation import FIXED_POINT, Equation
-from deq_jax.solvers.norms import for_state, without_tolerances
+from deq_jax.solvers.norms import for_state
 from deq_jax.solvers.protocol import Evaluation, Fold, Solver, SolveResult, Stats, member
+from deq_jax.solvers.renewal import begun, in_units, is_on, run_while
 from deq_jax.solvers.stopping import (
     RUNNING,
     STALE_EVALUATIONS,
@@ -68,55 +69,6 @@ def run_loop(
         carry = begun(carry, part, layout, equation) if i else carry
         carry = run_while(lambda carry, part=part: jnp.any(is_on(carry, part)), body, carry, part, layout, equation)
     return finalize(carry, layout)
-
-
-def run_while(
-    goes_on: Callable[[Carry], Array],
-    body: Callable[[Carry], Carry],
-    carry: Carry,
-    solver: Solver,
-    layout: Layout,
-    equation: Equation = FIXED_POINT,
-) -> Carry:
-    """The carry once `goes_on` is false. What the solver does seldom to its memory is done between inner loops."""
-    full = lambda carry: member(solver, "is_full")(carry.solver)
-    if full(carry) is False:
-        return jax.lax.while_loop(goes_on, body, carry)
-    where = lambda carry: is_on(carry, solver) & full(carry)
-    renew = lambda carry: with_next_point(carry, solver, "renewed", where(carry), layout, equation)
-
-    def until_full(carry: Carry) -> Carry:
-        carry = jax.lax.while_loop(lambda carry: goes_on(carry) & ~jnp.any(full(carry)), body, carry)
-        return jax.lax.cond(jnp.any(full(carry)), renew, lambda carry: carry, carry)
-
-    return jax.lax.while_loop(goes_on, until_full, carry)
-
-
-def begun(carry: Carry, part: Solver, layout: Layout, equation: Equation) -> Carry:
-    """The carry when a part of a solver takes over: its problems go on from where it wants to begin."""
-    on = is_on(carry, part)
-
-    def begin(carry: Carry) -> Carry:
-        carry = with_next_point(carry, part, "begun", on, layout, equation)
-        return carry._replace(carried=choose(on, carry.returned, carry.carried))
-
-    return jax.lax.cond(jnp.any(on), begin, lambda carry: carry, carry)
-
-
-def is_on(carry: Carry, solver: Solver) -> Bool[Array, "*batch"]:
-    """Which problems the present loop goes on with."""
-    return (carry.status == RUNNING) & member(solver, "takes")(carry.solver)
-
-
-def with_next_point(
-    carry: Carry, solver: Solver, change: str, where: Array, layout: Layout, equation: Equation
-) -> Carry:
-    """The carry with the solver's state changed, and with its next point in the problems of `where`."""
-    unit: Any = half_power(equation.in_z(carry.first_scale)) if member(solver, "scale_free") else 1.0
-    solver = equation.asked(solver, carry.best_norms, layout)
-    state = member(in_units(solver, unit, layout), change)(carry.solver)
-    z = scaled(unit, member(solver, "next_point")(state, scaled(1 / unit, carry.z)))
-    return carry._replace(z=choose(where, layout.round(z), carry.z), solver=state)
 
 
 def make_body(
@@ -239,12 +191,6 @@ def shown(carry: Carry, z: PyTree, fz: PyTree, norms: Norms, layout: Layout) -> 
     """This evaluation, as a fold sees it."""
     residual, relative = residual_of(norms, layout), relative_residual(norms, layout)
     return Evaluation(carry.evaluation, z, fz, residual, relative, carry.status == RUNNING)
-
-
-def in_units(solver: Solver, unit: Array, layout: Layout) -> Solver:
-    """The solver for vectors that are divided by `unit`."""
-    solver = without_tolerances(solver, layout)
-    return with_options(solver, atol=solver.atol / unit)
 
 
 def advance(

@@ -16,8 +16,9 @@ from deq_jax._config import MAX_STEPS
 from deq_jax._states import Layout, choose
 from deq_jax.solvers.carry import Carry, init_carry
 from deq_jax.solvers.equation import FIXED_POINT
-from deq_jax.solvers.loop import begun, coupled_axes, is_on, make_body, run_while
+from deq_jax.solvers.loop import coupled_axes, make_body
 from deq_jax.solvers.protocol import Solver, member
+from deq_jax.solvers.renewal import begun, is_on, run_while
 from deq_jax.solvers.stopping import RUNNING
 
 

@@ -183,6 +183,7 @@ def updated(solver: Solver, update: Callable, g: Vec, state: Any, z: Vec) -> tup
     return member(solver, "next_point")(state, z + step), state
 
 
+@jax.tree_util.register_pytree_node_class
 class Part(Renewing):
     """One stage of a `Robust`, for a loop of its own. Its state is that of the whole."""
 
@@ -194,6 +195,13 @@ class Part(Renewing):
         self.norm, self.min_steps = whole.norm, whole.min_steps
         self.stages, self.patience, self.flat = whole.stages, whole.patience, whole.flat
         self.init, self.can_backtrack, self.next_point = whole.init, whole.can_backtrack, whole.next_point
+
+    def tree_flatten(self) -> tuple[tuple[Robust], int]:
+        return (self.whole,), self.index
+
+    @classmethod
+    def tree_unflatten(cls, index: int, whole: tuple[Robust]) -> "Part":
+        return cls(*whole, index)
 
     @property
     def solver(self) -> Solver:

@@ -4,13 +4,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from deq_jax.solvers.carry import Carry, finalize, init_carry, layout_for
-from deq_jax.solvers.loop import make_body, run_while
+from deq_jax.solvers.loop import make_body
 from deq_jax.solvers.norms import for_state
 from deq_jax.solvers.protocol import Solver, SolveResult
+from deq_jax.solvers.renewal import run_while
 from deq_jax.solvers.stopping import RUNNING
+from deq_jax.solvers.subset import first, gather, gather_options
 
 
 def run_loop_in_stages(
@@ -27,32 +29,15 @@ def run_loop_in_stages(
         carry = run_while(lambda carry: jnp.sum(carry.status == RUNNING) > left, body, carry, solver, layout)
         if not sizes:
             return carry
-        who = _first(carry.status == RUNNING, left)
-        some = [arg if axis is None else _gather(arg, who) for arg, axis in zip(args, axes, strict=True)]
-        part = run(_gather(carry, who), _gather_options(solver, who, count), tuple(some), sizes[1:])
+        who = first(carry.status == RUNNING, left)
+        some = [arg if axis is None else gather(arg, who) for arg, axis in zip(args, axes, strict=True)]
+        part = run(gather(carry, who), gather_options(solver, who, count), tuple(some), sizes[1:])
         return _scatter(carry, part, who)
 
     solver = for_state(solver, z0, 1)
     layout = layout_for(solver, z0, 1)
     end = run(init_carry(z0, solver, layout), solver, args, sizes)
     return finalize(end, layout)._replace(memory=None)
-
-
-def _first(running: Bool[Array, "batch"], left: int) -> Int[Array, "left"]:
-    """Indices of `left` problems: of those that run, then of others. By counting: a sort takes eight times as long."""
-    place = jnp.where(running, jnp.cumsum(running) - 1, jnp.sum(running) + jnp.cumsum(~running) - 1)
-    return jnp.zeros_like(place).at[place].set(jnp.arange(running.size), unique_indices=True)[:left]
-
-
-def _gather(tree: PyTree, who: Int[Array, "left"]) -> PyTree:
-    """The part of some of the problems; a scalar, which all problems share, stays."""
-    return jax.tree.map(lambda leaf: leaf[who] if leaf.ndim else leaf, tree)
-
-
-def _gather_options(solver: Solver, who: Int[Array, "left"], count: int) -> Solver:
-    """The solver of some of `count` problems: options that are arrays with an entry for each of them are gathered."""
-    pick = lambda leaf: jnp.asarray(leaf)[who] if jnp.shape(leaf)[:1] == (count,) else leaf
-    return jax.tree.map(pick, solver)
 
 
 def _scatter(carry: Carry, part: Carry, who: Int[Array, "left"]) -> Carry:
