@@ -111,7 +111,8 @@ def fixed_point(
 
     Returns:
       Solution(value, stats), and aux third with `has_aux`. A solve that failed says so in `stats.status` and
-      returns its best iterate: nothing is raised once tracing is over.
+      returns its best iterate: nothing is raised once tracing is over. To follow a solve (its progress, its residuals)
+      take `solve` with a `fold`, and `attach` for the derivative.
 
     Raises:
       TypeError, ValueError: before anything is solved, naming the leaf, what was expected and what came.
