@@ -98,14 +98,16 @@ def check_flat(solver: Any, z0: PyTree, batch_ndim: int, over: tuple = ()) -> No
     if over:
         raise TypeError(
             f"{type(solver).__name__} works on flat vectors (`flat`), which have to lie on one device, and each "
-            f"problem is split over axis_name={over}: split the batch alone, or take a solver of this library"
+            f"problem is split over axis_name={over}: split the batch alone, or take another solver of this library, "
+            "such as NewtonKrylov()"
         )
     for where, leaf in named_leaves("z0", z0):
         spec = getattr(jax.typeof(leaf).sharding, "spec", ())[batch_ndim:]
         if axes := [axis for axis in spec if axis is not None]:
             raise TypeError(
                 f"{type(solver).__name__} works on flat vectors (`flat`), which have to lie on one device, and {where} "
-                f"is sharded over {', '.join(map(str, axes))}: shard the batch alone, or take a solver of this library"
+                f"is sharded over {', '.join(map(str, axes))}: shard the batch alone, or take another solver of this "
+                "library, such as NewtonKrylov()"
             )
 
 

@@ -797,3 +797,11 @@ def test_an_axis_over_which_nothing_is_split_is_refused():
 def test_a_flat_solver_refuses_a_problem_that_is_split():
     with pytest.raises(TypeError, match=r"Flat works on flat vectors.*is split over axis_name=\('model',\)"):
         on_four_devices("model", "model", solver=Flat())
+
+
+def test_newton_refuses_a_root_that_is_split():
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    solve = lambda x: deq.root(lambda z: z**3 - x, x, solver=deq.Newton(), axis_name="model").value
+    over = jax.sharding.PartitionSpec("model")
+    with pytest.raises(TypeError, match=r"Newton works on flat vectors.*over axis_name=\('model',\).*NewtonKrylov\(\)"):
+        jax.shard_map(solve, mesh=mesh, in_specs=over, out_specs=over)(jnp.ones(4))

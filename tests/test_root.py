@@ -336,3 +336,78 @@ def test_classical_systems(x64, promotes, number, n, factor):
     F = functools.partial(classical, number, xp=jnp)
     z, stats = deq.root(F, jnp.asarray(start(number, n, factor)), solver=deq.Newton(rtol=0.0, atol=1e-8, max_steps=500))
     assert names(stats) == ["CONVERGED"] and np.linalg.norm(classical(number, np.asarray(z))) <= 1e-8
+
+
+# ---- the backward system, given to others ------------------------------------------------------------------
+
+
+def gmres(matvec, rmatvec, b):
+    return jax.scipy.sparse.linalg.gmres(matvec, b, tol=1e-14, atol=0.0)
+
+
+def inverse_near(F, n):
+    """(∂F)⁻¹ at another point than the root, which P(v) applies to each problem of a batch."""
+    factors = jax.scipy.linalg.lu_factor(jax.jacobian(F)(jnp.full(n, 0.1)))
+    return lambda v: jax.scipy.linalg.lu_solve(factors, v.T).T
+
+
+WAYS = {
+    "dense": lambda P: dict(linear=deq.Dense()),
+    "a callable": lambda P: dict(linear=gmres),
+    "preconditioner": lambda P: dict(preconditioner=P),
+    "dense, preconditioner": lambda P: dict(linear=deq.Dense(), preconditioner=P),
+    "a callable, preconditioner": lambda P: dict(linear=gmres, preconditioner=P),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("adjoint", [deq.Implicit, deq.ImplicitJVP])
+def test_derivatives_by_other_linear_solvers(affine, adjoint, way):
+    F, b, jacobian = affine
+    b, weights = jnp.stack([b, 3 * b[::-1]]), jnp.cos(jnp.arange(20.0))
+
+    @jax.jit
+    def derivatives(b, scale):  # P is made from traced arrays
+        options = dict(adjoint=adjoint(**WAYS[way](inverse_near(lambda z: F(z, b[0], scale), 20))), batch_ndim=1)
+        rows = lambda z, b: jax.vmap(lambda z, b: F(z, b, scale))(z, b)
+        solve = lambda b, probe: deq.root(rows, jnp.zeros_like(b), b, probe=probe, **options).value
+        loss = lambda b, probe: jnp.sum(solve(b, probe) @ weights)
+        forward = jax.jvp(lambda b: solve(b, None), (b,), (jnp.ones_like(b),)) if adjoint is deq.ImplicitJVP else ()
+        return solve(b, None), jax.grad(loss, (0, 1))(b, deq.Probe.zeros((2,))), forward
+
+    for scale in SCALES:
+        z, (grad, probe), forward = derivatives(b, scale)
+        exact = np.stack([np.linalg.solve(jacobian(row).T, weights) for row in np.asarray(z)])
+        assert np.abs(grad - exact).max() <= 1e-11 * np.abs(exact).max()
+        assert not probe.status.any() and probe.residual.max() <= 1e-11
+        if forward:
+            exact = np.stack([np.linalg.solve(jacobian(row), np.ones(20)) for row in np.asarray(z)])
+            assert np.abs(forward[1] - exact).max() <= 1e-11 * np.abs(exact).max()
+
+
+def test_a_preconditioner_of_the_backward_solve_is_at_the_scale_of_F(x64):
+    n = 300  # which no default solver factors
+    A, b = jnp.asarray(matrix(np.geomspace(1.0, 1e4, n))), jnp.ones(n)
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def gradient(b, scale, inverse, good):
+        adjoint = deq.Implicit(preconditioner=(lambda v: inverse @ v) if good else None)
+        solve = lambda b, probe: deq.root(lambda z, b: scale * (A @ z - b), b, b, adjoint=adjoint, probe=probe)
+        return jax.grad(lambda b, probe: jnp.sum(solve(b, probe).value), (0, 1))(b, deq.Probe.zeros())
+
+    plain = gradient(b, 1.0, A, False)[1].steps
+    for scale in SCALES:
+        for share in (1.0, 3.0):
+            grad, probe = gradient(b, scale, share * jnp.linalg.inv(scale * A), True)
+            assert probe.status == deq.Status.CONVERGED and probe.steps <= 8 < plain / 20
+            assert np.allclose(grad, np.linalg.solve(A.T, np.ones(n)), rtol=1e-8, atol=1e-10)
+
+
+def test_what_another_linear_solver_claims_is_judged_in_the_units_of_the_cotangent(x64):
+    """Not by an `atol` that is in the units of F."""
+    solver = deq.Newton(rtol=0.0, atol=1e3)
+    adjoint = deq.Implicit(linear=lambda matvec, rmatvec, b: (0.95 * gmres(matvec, rmatvec, b)[0], "solved"))
+    F = lambda z, a: 1e6 * cubic(z, a)
+    loss = lambda a, probe: deq.root(F, 0.0, a, solver=solver, adjoint=adjoint, probe=probe).value
+    probe = jax.grad(loss, (0, 1))(2.0, deq.Probe.zeros())[1]
+    assert probe.status == deq.Status.MAX_STEPS and 0.05 < probe.residual < 0.1

@@ -29,7 +29,7 @@ def solve_differentiably(
 ) -> tuple[PyTree, Stats, PyTree]:
     """(z, stats, given): the fixed point, with the derivative of this adjoint; `given` are its carried leaves for f.
 
-    `find(z0, solver)` returns (problem, result) where the result is not that of the loop on the problem.
+    `find(z0, solver)` returns (adjoint, problem, result) where the result is not that of the loop on the problem.
     """
     if isinstance(adjoint, IterationAdjoint):
         z, stats = adjoint.run(problem, z0, solver)
@@ -40,7 +40,7 @@ def solve_differentiably(
     if find is None:
         result = run_loop(problem.frozen, z0, solver, problem.batch_ndim, over=problem.over)
     else:
-        problem, result = find(z0, solver)
+        adjoint, problem, result = find(z0, solver)
     floats, carried = split(result.value)
     forward = ForwardResult(floats, result.stats, result.memory, solver)
     z = at_equilibrium(adjoint, problem.with_carried(result.given), forward, probe)

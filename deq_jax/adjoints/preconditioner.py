@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from deq_jax._arrays import ratio, zeros_from
 from deq_jax._checks import check_like
 from deq_jax._config import STATIC, config, with_options
-from deq_jax._states import Layout, add, choose, eps_of, frozen, split, subtract
+from deq_jax._states import Layout, add, choose, eps_of, frozen, multiply, split, subtract
 from deq_jax._trace import Bound, Traced, hoist, is_staged
 from deq_jax._values import concrete
 from deq_jax._vectors import norm, zero_of
@@ -79,6 +79,23 @@ def bound(adjoint: Any, z: PyTree) -> Any:
         return adjoint
     traced, *reads = hoist(adjoint.preconditioner, frozen(split(z)[0]))
     return with_options(adjoint, preconditioner=Hoisted(frozen(reads), _Program(traced)))
+
+
+@config
+class Scaled:
+    """v ↦ scale · P v, with a scale for each problem."""
+
+    of: Any
+    scale: Array
+
+    def __call__(self, v: PyTree) -> PyTree:
+        return multiply(self.of(v), self.scale)
+
+
+def scaled_by(adjoint: Any, scale: Float[Array, "*batch"]) -> Any:
+    """The adjoint for the equation f(z) = z − F(z) / scale, if its preconditioner is one for F."""
+    P = getattr(adjoint, "preconditioner", None)
+    return adjoint if P is None else with_options(adjoint, preconditioner=Scaled(P, scale))
 
 
 # ---- a solve -----------------------------------------------------------------------------------------------
