@@ -253,6 +253,15 @@ def check_adjoint(value: Any, where: str) -> None:
         )
 
 
+def check_preconditioner(options: Any) -> None:
+    """Raise TypeError unless the preconditioner is None or a callable."""
+    P = options.preconditioner
+    if P is not None and (isinstance(P, type) or not callable(P)):
+        raise TypeError(
+            f"{type(options).__name__}.preconditioner must be a linear function of a state like z, got {P!r}"
+        )
+
+
 def check_number(
     owner: object,
     name: str,

@@ -17,7 +17,7 @@ from deq_jax._states import Layout, add, divide, eps_of, frozen, join, split
 from deq_jax._trace import Bound, flag
 from deq_jax.adjoints import Adjoint, Implicit, ImplicitJVP, IterationAdjoint, Probe, Problem
 from deq_jax.adjoints.equilibrium import solve_differentiably
-from deq_jax.adjoints.preconditioner import scaled_by
+from deq_jax.adjoints.preconditioner import scaled_by, solver_bound
 from deq_jax.adjoints.protocol import bound_to, member
 from deq_jax.fixed_point import Solution, SolutionWithAux
 from deq_jax.solvers import Newton, NewtonKrylov, Solver, run_loop
@@ -120,7 +120,7 @@ def root(
     solver = default_solver(z0, dense) if solver is None else solver
     adjoint = with_linear_solver(adjoint, z0, dense)
     check_norm_of_root(solver)
-    solver = with_rtol(solver, z0)
+    solver = with_rtol(solver_bound(solver, z0), z0)
     adjoint = member(adjoint, "check")(z0, solver) or adjoint
     cell, z0, inputs, other = hoist_cell(F, z0, args, has_aux, name="F")
     check_is_split(z0, over)
@@ -143,15 +143,15 @@ def _root(cell, batch_ndim, over, has_aux, z0, inputs, other, solver, adjoint, p
     def find(z0, solver):
         equation, evaluations = scale_at(z0)
         check_forward_mode(solver, evaluations)
-        result = run_loop(evaluate, z0, solver, batch_ndim, over=over, equation=equation)
+        result = run_loop(evaluate, z0, at_scale(solver, equation.sigma), batch_ndim, over=over, equation=equation)
         stats = result.stats._replace(steps=result.stats.steps + evaluations)
         # XLA drops this evaluation where no derivative is taken.
-        at_root, _ = scale_at(join(split(result.value)[0], result.given))
-        at_scale = as_fixed_point(problem, at_root.sigma)
-        return scaled_by(adjoint, at_root.sigma), at_scale, result._replace(stats=stats)
+        sigma = scale_at(join(split(result.value)[0], result.given))[0].sigma
+        return at_scale(adjoint, sigma), as_fixed_point(problem, sigma), result._replace(stats=stats)
 
     if isinstance(adjoint, IterationAdjoint):
-        problem = as_fixed_point(problem, scale_at(z0)[0].sigma)
+        sigma = scale_at(z0)[0].sigma
+        problem, solver = as_fixed_point(problem, sigma), at_scale(solver, sigma)
     z, stats, given = solve_differentiably(adjoint, problem, z0, solver, probe, find)
     stats = jax.lax.stop_gradient(stats)
     if not has_aux:
@@ -177,6 +177,11 @@ def as_fixed_point(problem: Problem, sigma: Array) -> Problem:
         return join(add(split(z)[0], divide(floats, -other[1])), carried)
 
     return Problem(Bound(f, like=problem.f), problem.inputs, (problem.other, sigma), problem.batch_ndim, problem.over)
+
+
+def at_scale(options: Any, sigma: Array) -> Any:
+    """The solver or adjoint for that equation, if it has a preconditioner, which is one for F."""
+    return scaled_by(options, sigma) if isinstance(options, NewtonKrylov | Implicit | ImplicitJVP) else options
 
 
 def check_norm_of_root(solver: Solver) -> None:
