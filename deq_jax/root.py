@@ -94,8 +94,9 @@ def root(
         an F without, pass `NewtonKrylov()` or `Broyden()`. Solvers are shown f(z) − z = −F(z) / σ, with σ the measured
         gain of F at z0, as a power of two.
       adjoint: as for `fixed_point`. `Implicit()` and `ImplicitJVP()` without a solver take the same two for the
-        backward solve, to eps^(3/4) of the cotangent's scale; its status is in `Probe`, as always. `Unroll` and
-        `Reversible` iterate on f, and test it as `fixed_point` does.
+        backward solve, to eps^(3/4) of the cotangent's scale; its status is in `Probe`, as always. Their `linear` is
+        given products with ∂Fᵀ / σ, or ∂F / σ. `Unroll` and `Reversible` iterate on f, and test it as `fixed_point`
+        does. The `preconditioner` of an adjoint, and that of `NewtonKrylov`, is here a P ≈ (∂F)⁻¹ at F's own scale.
 
     Returns:
       Solution(value, stats), and aux third with `has_aux`. `stats.steps` has the evaluation that measures σ, too.

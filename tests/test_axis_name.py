@@ -225,3 +225,17 @@ def test_the_scale_of_a_root_sees_differences_between_devices():
     sigma = lambda z: root_of(lambda z: z - mean(z), z, Layout(z, 1, over=("model",)))[0].sigma
     got = split(sigma, in_specs=BOTH, out_specs=P("data"))(problem()[1])
     assert ((0.5 <= got) & (got <= 1)).all()
+
+
+def test_a_preconditioner_of_a_root_that_is_split():
+    def solve(z_sum, x, **options):
+        F = lambda z: 100 * z + z**3 + z_sum(z) - x
+        solver = deq.NewtonKrylov(products="jvp", rtol=1e-9, preconditioner=lambda v: v / 100)
+        return tuple(deq.root(F, jnp.zeros_like(x), solver=solver, batch_ndim=1, **options))
+
+    whole = lambda z: jnp.sum(z, 1, keepdims=True)
+    want, x = solve(whole, problem()[1]), problem()[1]
+    run = lambda x: solve(lambda z: jax.lax.psum(whole(z), "model"), x, axis_name="model")
+    got = split(run, in_specs=BOTH, out_specs=(BOTH, P("data")))(x)
+    np.testing.assert_array_equal(got[1].steps, want[1].steps)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-9)

@@ -505,6 +505,26 @@ CALLS = {
         TypeError,
         ["Implicit.preconditioner must be a linear function", "got"],
     ),
+    "a preconditioner of a solver that is an array": (
+        lambda: deq.NewtonKrylov(products="jvp", preconditioner=jnp.eye(3)),
+        TypeError,
+        ["NewtonKrylov.preconditioner must be a linear function", "got"],
+    ),
+    "a preconditioner of differences": (
+        lambda: deq.NewtonKrylov(preconditioner=lambda v: v),
+        ValueError,
+        ["NewtonKrylov.preconditioner needs products='jvp'", "got 'differences'"],
+    ),
+    "a preconditioner of a solver that is not linear": (
+        lambda: deq.root(cos, z0(), solver=deq.NewtonKrylov(products="jvp", preconditioner=lambda v: v + 1)),
+        ValueError,
+        ["NewtonKrylov.preconditioner must be linear", "P(x - 2 y) differs from P(x) - 2 P(y) by"],
+    ),
+    "a preconditioner of a solver of another shape": (
+        lambda: deq.fixed_point(cos, z0(), solver=deq.NewtonKrylov(products="jvp", preconditioner=lambda v: v[:2])),
+        ValueError,
+        ["NewtonKrylov.preconditioner must return P(v) as float32[3]", "got float32[2]"],
+    ),
     "a preconditioner that is not linear": (
         lambda: deq.fixed_point(cos, z0(), adjoint=deq.Implicit(preconditioner=lambda v: v + 1)),
         ValueError,

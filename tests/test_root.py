@@ -1,6 +1,8 @@
 """`root`: F(z) = 0 at the scale of F, its statuses and derivatives, and the solvers that differentiate F."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -411,3 +413,64 @@ def test_what_another_linear_solver_claims_is_judged_in_the_units_of_the_cotange
     loss = lambda a, probe: deq.root(F, 0.0, a, solver=solver, adjoint=adjoint, probe=probe).value
     probe = jax.grad(loss, (0, 1))(2.0, deq.Probe.zeros())[1]
     assert probe.status == deq.Status.MAX_STEPS and 0.05 < probe.residual < 0.1
+
+
+# ---- a preconditioner of the forward solve -----------------------------------------------------------------
+
+
+def boundary_value_problem(n):
+    """(F, P): −u″ + u³ = s x on n inner points, and the inverse of its linear part by the sine transform."""
+    h, k = 1 / (n + 1), jnp.arange(1.0, n + 1)
+    sines = jnp.sqrt(2 * h) * jnp.sin(jnp.pi * h * jnp.outer(k, k))
+    second = lambda u: (2 * u - jnp.pad(u[1:], (0, 1)) - jnp.pad(u[:-1], (1, 0))) / h**2
+    F = lambda u, s, scale: scale * (second(u) + u**3 - 30 * jnp.sin(s * k * h))
+    return F, lambda v, scale: sines @ (sines @ v / (scale * (2 - 2 * jnp.cos(jnp.pi * h * k)) / h**2))
+
+
+def test_a_preconditioner_saves_products(x64):
+    F, P = boundary_value_problem(63)
+    solver = deq.NewtonKrylov(rtol=1e-10, max_steps=1000, krylov=50, products="jvp")
+
+    @jax.jit
+    def solve(scale):  # P reads a traced array
+        right = dataclasses.replace(solver, preconditioner=lambda v: P(v, scale))
+        adjoint = deq.Implicit(preconditioner=lambda v: P(v, scale))
+        of = lambda s, solver: deq.root(F, jnp.zeros(63), s, scale, solver=solver, adjoint=adjoint)
+        return of(3.0, solver), of(3.0, right), jax.grad(lambda s: of(s, right).value.sum())(3.0)
+
+    for scale in SCALES:
+        plain, preconditioned, slope = solve(scale)
+        assert names(plain.stats) == names(preconditioned.stats) == ["CONVERGED"]
+        assert np.allclose(preconditioned.value, plain.value, rtol=1e-8)
+        assert preconditioned.stats.steps < 25 < 250 < plain.stats.steps
+        J, F_s = (jax.jacobian(F, i)(preconditioned.value, 3.0, scale) for i in (0, 1))
+        assert np.isclose(slope, -np.linalg.solve(J, F_s).sum(), rtol=1e-9)
+
+
+def test_a_preconditioner_of_states_in_a_batch(x64):
+    A = jnp.asarray(matrix(np.geomspace(1.0, 1e4, 40)))
+    inverse = jnp.linalg.inv(A + 0.1 * jnp.eye(40))
+    F = lambda z, a: {"x": z["x"] @ A + 0.1 * jnp.tanh(z["x"]) - a, "y": 1e3 * (z["y"] - z["x"][..., :3])}
+    P = lambda v: {"x": v["x"] @ inverse, "y": v["x"] @ inverse[:, :3] + v["y"] / 1e3}
+    start = lambda a: {"x": jnp.zeros_like(a), "y": jnp.zeros((*a.shape[:-1], 3))}
+    options: dict[str, Any] = dict(solver=deq.NewtonKrylov(rtol=1e-9, products="jvp", preconditioner=P))
+    a = jnp.stack([size * jnp.linspace(1.0, 2.0, 40) for size in (1.0, 30.0, 1e-3)])
+    z, stats = deq.root(F, start(a), a, batch_ndim=1, **options)
+    assert stats.converged.all() and (stats.steps < 20).all()
+    f = lambda z, a: jax.tree.map(jnp.subtract, z, F(z, a))  # P is (I − J)⁻¹
+    fixed = deq.fixed_point(f, start(a), a, batch_ndim=1, **options)
+    assert fixed.stats.converged.all() and (fixed.stats.steps < 20).all()
+    for i in range(3):
+        alone = deq.root(F, start(a[i]), a[i], **options)
+        assert alone.stats.steps == stats.steps[i]
+        assert np.allclose(alone.value["x"], z["x"][i], rtol=1e-12)
+        assert np.allclose(fixed.value["x"][i], z["x"][i], rtol=1e-6)
+
+
+def test_a_poor_preconditioner_costs_steps_and_no_truth(x64):
+    F = lambda z: jnp.stack([z[0] ** 2 + z[1] - 3, jnp.exp(z[0]) - 2 * z[1]])
+    solver = deq.NewtonKrylov(rtol=1e-9, products="jvp", preconditioner=lambda v: jnp.stack([1e3 * v[1], -v[0]]))
+    z, stats = deq.root(F, jnp.ones(2), solver=solver)
+    assert names(stats) == ["CONVERGED"] and np.abs(F(z)).max() <= 1e-8
+    solver = dataclasses.replace(solver, preconditioner=lambda v: 0 * v)  # a step is none
+    assert names(deq.root(F, jnp.ones(2), solver=solver).stats) != ["CONVERGED"]
