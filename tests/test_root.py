@@ -163,6 +163,12 @@ def test_leaves_have_units_of_their_own(x64):
             assert np.abs(leaf).max() <= 1e-10 * unit
 
 
+def test_an_equation_that_holds_exactly_is_no_overflow(x64):
+    F = lambda z, a: {"x": z["x"] ** 3 - a, "y": 1e3 * (z["y"] - z["x"][:3])}
+    z, stats = deq.root(F, {"x": jnp.ones(40), "y": jnp.ones(3)}, jnp.full(40, 8.0), solver=deq.NewtonKrylov(rtol=1e-9))
+    assert names(stats) == ["CONVERGED"] and np.allclose(z["y"], 2.0)
+
+
 # ---- transforms and kinds of states ------------------------------------------------------------------------
 
 
