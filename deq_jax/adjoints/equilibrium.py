@@ -40,7 +40,8 @@ def solve_differentiably(
     if find is None:
         result = run_loop(problem.frozen, z0, solver, problem.batch_ndim, over=problem.over)
     else:
-        adjoint, problem, result = find(z0, solver)
+        found: Any = find(z0, solver)
+        adjoint, problem, result = found
     floats, carried = split(result.value)
     forward = ForwardResult(floats, result.stats, result.memory, solver)
     z = at_equilibrium(adjoint, problem.with_carried(result.given), forward, probe)
