@@ -37,14 +37,14 @@ def solve_differentiably(
         return z, stats, split(z)[1]
     # The derivative is that of the rule at the equilibrium alone, so the loop must not be differentiated.
     z0, solver = frozen((z0, solver))
+    rule: Any = adjoint
     if find is None:
         result = run_loop(problem.frozen, z0, solver, problem.batch_ndim, over=problem.over)
     else:
-        found: Any = find(z0, solver)
-        adjoint, problem, result = found
+        rule, problem, result = find(z0, solver)
     floats, carried = split(result.value)
     forward = ForwardResult(floats, result.stats, result.memory, solver)
-    z = at_equilibrium(adjoint, problem.with_carried(result.given), forward, probe)
+    z = at_equilibrium(rule, problem.with_carried(result.given), forward, probe)
     return join(z, carried), result.stats, result.given
 
 
