@@ -98,14 +98,16 @@ def check_flat(solver: Any, z0: PyTree, batch_ndim: int, over: tuple = ()) -> No
     if over:
         raise TypeError(
             f"{type(solver).__name__} works on flat vectors (`flat`), which have to lie on one device, and each "
-            f"problem is split over axis_name={over}: split the batch alone, or take a solver of this library"
+            f"problem is split over axis_name={over}: split the batch alone, or take another solver of this library, "
+            "such as NewtonKrylov()"
         )
     for where, leaf in named_leaves("z0", z0):
         spec = getattr(jax.typeof(leaf).sharding, "spec", ())[batch_ndim:]
         if axes := [axis for axis in spec if axis is not None]:
             raise TypeError(
                 f"{type(solver).__name__} works on flat vectors (`flat`), which have to lie on one device, and {where} "
-                f"is sharded over {', '.join(map(str, axes))}: shard the batch alone, or take a solver of this library"
+                f"is sharded over {', '.join(map(str, axes))}: shard the batch alone, or take another solver of this "
+                "library, such as NewtonKrylov()"
             )
 
 
@@ -248,6 +250,15 @@ def check_adjoint(value: Any, where: str) -> None:
         raise TypeError(
             f"{where} must be an adjoint such as Implicit(), got {value!r}; an adjoint has "
             "pullback(problem, forward, z_bar), or run(problem, z0, solver)"
+        )
+
+
+def check_preconditioner(options: Any) -> None:
+    """Raise TypeError unless the preconditioner is None or a callable."""
+    P = options.preconditioner
+    if P is not None and (isinstance(P, type) or not callable(P)):
+        raise TypeError(
+            f"{type(options).__name__}.preconditioner must be a linear function of a state like z, got {P!r}"
         )
 
 

@@ -196,7 +196,9 @@ def _norms_in_two_passes(*xs: Vec) -> tuple[Float[Array, "*batch"], ...]:
     """x is scaled by a power of two, which changes no bit where no scaling was needed."""
 
     def of_one(x: Vec) -> Array:
-        scale = leading_power(largest(x))
+        top = largest(x)
+        # Not the smallest power where x is zero: XLA would multiply its reciprocal with a factor of x, 1e3 say, to inf.
+        scale = leading_power(jnp.where(top == 0, 1, top))
         unit = each(lambda part: part * per_entry(1 / scale, part), x)
         return scale * safe_sqrt(dot(unit, unit))
 

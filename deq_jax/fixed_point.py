@@ -14,6 +14,7 @@ from deq_jax._states import join, split
 from deq_jax._trace import Bound, flag
 from deq_jax.adjoints import Adjoint, Implicit, IterationAdjoint, Probe, Problem
 from deq_jax.adjoints.equilibrium import solve_differentiably
+from deq_jax.adjoints.preconditioner import solver_bound
 from deq_jax.adjoints.protocol import bound_to, member
 from deq_jax.diagnostics import with_error
 from deq_jax.halves import attach, solve
@@ -149,7 +150,7 @@ def fixed_point(
     """
     z0 = check_arguments(f, z0, args, solver, adjoint, batch_ndim, probe)
     check_start(z0)
-    solver = with_rtol(solver, z0)
+    solver = with_rtol(solver_bound(solver, z0), z0)
     over = check_axis_name(axis_name)
     # Here, outside the jit below, its numbers are still numbers.
     adjoint = member(adjoint, "check")(z0, solver) or adjoint

@@ -13,6 +13,7 @@ from deq_jax._states import join, split
 from deq_jax._trace import Bound, flag
 from deq_jax.adjoints import Adjoint, ForwardResult, Implicit, IterationAdjoint, Probe, Problem
 from deq_jax.adjoints.equilibrium import at_equilibrium
+from deq_jax.adjoints.preconditioner import solver_bound
 from deq_jax.adjoints.protocol import bound_to, member
 from deq_jax.diagnostics import with_error
 from deq_jax.solvers import Anderson, Fold, Solver, SolveResult, run_loop
@@ -60,7 +61,7 @@ def solve(
     """
     start = jax.lax.stop_gradient(check_arguments(f, z0, args, solver, Implicit(), batch_ndim, None))
     check_start(start)
-    solver = with_rtol(solver, start)
+    solver = with_rtol(solver_bound(solver, start), start)
     if getattr(fold, "sees_all", False):
         check_sees_all(solver, f"fold={fold!r}")
     over = check_axis_name(axis_name)

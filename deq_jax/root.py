@@ -1,7 +1,7 @@
 """`root`: find z with F(z, *args) = 0, at F's own scale, and differentiate it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from deq_jax._arrays import may_be_sharded
-from deq_jax._checks import check_arguments, check_start
+from deq_jax._checks import check_arguments, check_axis_name, check_is_split, check_start
 from deq_jax._hoisting import hoist_cell, in_types_of
 from deq_jax._programs import run_compiled
 from deq_jax._scales import norm_of
@@ -17,11 +17,13 @@ from deq_jax._states import Layout, add, divide, eps_of, frozen, join, split
 from deq_jax._trace import Bound, flag
 from deq_jax.adjoints import Adjoint, Implicit, ImplicitJVP, IterationAdjoint, Probe, Problem
 from deq_jax.adjoints.equilibrium import solve_differentiably
-from deq_jax.adjoints.protocol import member
+from deq_jax.adjoints.preconditioner import scaled_by, solver_bound
+from deq_jax.adjoints.protocol import bound_to, member
 from deq_jax.fixed_point import Solution, SolutionWithAux
 from deq_jax.solvers import Newton, NewtonKrylov, Solver, run_loop
 from deq_jax.solvers.carry import layout_for
 from deq_jax.solvers.equation import root_of
+from deq_jax.solvers.loop import coupled_axes
 from deq_jax.solvers.norms import with_rtol
 from deq_jax.solvers.protocol import member as solver_member
 
@@ -39,6 +41,7 @@ class Options(TypedDict, total=False):
     solver: Solver | None
     adjoint: Adjoint
     batch_ndim: int
+    axis_name: Hashable | tuple[Hashable, ...] | None
     probe: Probe | None
 
 
@@ -68,6 +71,7 @@ def root(
     adjoint: Adjoint = Implicit(),  # noqa: B008  frozen
     batch_ndim: int = 0,
     has_aux: bool = False,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
     probe: Probe | None = None,
 ) -> Any:
     """The root z* with F(z*, *args) = 0, differentiable in args and in all that F captures.
@@ -84,14 +88,15 @@ def root(
     Args:
       F: returns z's structure, shapes and dtypes; with `has_aux`, a pair (F(z), aux). Must be pure.
       z0: as for `fixed_point`, carried leaves too.
-      *args, batch_ndim, has_aux, probe: as for `fixed_point`.
+      *args, batch_ndim, has_aux, axis_name, probe: as for `fixed_point`.
       solver: any solver. None takes `Newton` up to 256 unknowns a problem, and `NewtonKrylov(products="jvp")` above
         and where the state may be sharded, both with rtol = eps^(2/3). These take derivatives of F in forward mode: for
         an F without, pass `NewtonKrylov()` or `Broyden()`. Solvers are shown f(z) − z = −F(z) / σ, with σ the measured
         gain of F at z0, as a power of two.
       adjoint: as for `fixed_point`. `Implicit()` and `ImplicitJVP()` without a solver take the same two for the
-        backward solve, to eps^(3/4) of the cotangent's scale; its status is in `Probe`, as always. `Unroll` and
-        `Reversible` iterate on f, and test it as `fixed_point` does.
+        backward solve, to eps^(3/4) of the cotangent's scale; its status is in `Probe`, as always. Their `linear` is
+        given products with ∂Fᵀ / σ, or ∂F / σ. `Unroll` and `Reversible` iterate on f, and test it as `fixed_point`
+        does. The `preconditioner` of an adjoint, and that of `NewtonKrylov`, is here a P ≈ (∂F)⁻¹ at F's own scale.
 
     Returns:
       Solution(value, stats), and aux third with `has_aux`. `stats.steps` has the evaluation that measures σ, too.
@@ -111,39 +116,43 @@ def root(
         raise TypeError(f"F must be callable as F(z, *args), got {type(F).__name__}")
     z0 = check_arguments(F, z0, args, Newton() if solver is None else solver, adjoint, batch_ndim, probe)
     check_start(z0)
-    dense = few_unknowns(z0, batch_ndim)
+    over = check_axis_name(axis_name)
+    dense = few_unknowns(z0, batch_ndim, over)
     solver = default_solver(z0, dense) if solver is None else solver
     adjoint = with_linear_solver(adjoint, z0, dense)
     check_norm_of_root(solver)
-    solver = with_rtol(solver, z0)
+    solver = with_rtol(solver_bound(solver, z0), z0)
     adjoint = member(adjoint, "check")(z0, solver) or adjoint
     cell, z0, inputs, other = hoist_cell(F, z0, args, has_aux, name="F")
-    probe = Probe.like(z0, batch_ndim) if probe is None else probe
-    static = cell, batch_ndim, has_aux
+    check_is_split(z0, over)
+    adjoint = bound_to(adjoint, z0)
+    probe = Probe.like(z0, batch_ndim, over) if probe is None else probe
+    static = cell, batch_ndim, over, has_aux
     if flag("jax_disable_jit"):  # F itself is called at each evaluation: a print or a breakpoint in it sees numbers
         first = (lambda z: F(z, *args)[0]) if has_aux else (lambda z: F(z, *args))
         return _root(*static, z0, inputs, other, solver, adjoint, probe, lambda z: in_types_of(z, first(z)))
     return run_compiled(_root, static, z0, inputs, other, solver, adjoint, probe)
 
 
-def _root(cell, batch_ndim, has_aux, z0, inputs, other, solver, adjoint, probe, direct=None):
+def _root(cell, batch_ndim, over, has_aux, z0, inputs, other, solver, adjoint, probe, direct=None):
     F = Bound(lambda *reads: cell(*reads)[0], like=cell) if has_aux else cell
-    problem = Problem(F, inputs, other, batch_ndim)
+    problem = Problem(F, inputs, other, batch_ndim, over)
     evaluate = problem.frozen if direct is None else direct
-    layout = layout_for(solver, z0, batch_ndim)
-    scale_at = lambda z: root_of(evaluate, frozen(z), layout, problem.axes)
+    layout = layout_for(solver, z0, batch_ndim, over)
+    scale_at = lambda z: root_of(evaluate, frozen(z), layout, coupled_axes(problem.f, layout))
 
     def find(z0, solver):
         equation, evaluations = scale_at(z0)
         check_forward_mode(solver, evaluations)
-        result = run_loop(evaluate, z0, solver, batch_ndim, equation=equation)
+        result = run_loop(evaluate, z0, at_scale(solver, equation.sigma), batch_ndim, over=over, equation=equation)
         stats = result.stats._replace(steps=result.stats.steps + evaluations)
         # XLA drops this evaluation where no derivative is taken.
-        at_root, _ = scale_at(join(split(result.value)[0], result.given))
-        return as_fixed_point(problem, at_root.sigma), result._replace(stats=stats)
+        sigma = scale_at(join(split(result.value)[0], result.given))[0].sigma
+        return at_scale(adjoint, sigma), as_fixed_point(problem, sigma), result._replace(stats=stats)
 
     if isinstance(adjoint, IterationAdjoint):
-        problem = as_fixed_point(problem, scale_at(z0)[0].sigma)
+        sigma = scale_at(z0)[0].sigma
+        problem, solver = as_fixed_point(problem, sigma), at_scale(solver, sigma)
     z, stats, given = solve_differentiably(adjoint, problem, z0, solver, probe, find)
     stats = jax.lax.stop_gradient(stats)
     if not has_aux:
@@ -168,7 +177,12 @@ def as_fixed_point(problem: Problem, sigma: Array) -> Problem:
         floats, carried = split(problem.f(z, inputs, other[0]))
         return join(add(split(z)[0], divide(floats, -other[1])), carried)
 
-    return Problem(Bound(f, like=problem.f), problem.inputs, (problem.other, sigma), problem.batch_ndim)
+    return Problem(Bound(f, like=problem.f), problem.inputs, (problem.other, sigma), problem.batch_ndim, problem.over)
+
+
+def at_scale(options: Any, sigma: Array) -> Any:
+    """The solver or adjoint for that equation, if it has a preconditioner, which is one for F."""
+    return scaled_by(options, sigma) if isinstance(options, NewtonKrylov | Implicit | ImplicitJVP) else options
 
 
 def check_norm_of_root(solver: Solver) -> None:
@@ -182,11 +196,12 @@ def check_norm_of_root(solver: Solver) -> None:
 # ---- what is taken by default ------------------------------------------------------------------------------
 
 
-def few_unknowns(z0: PyTree, batch_ndim: int) -> bool:
+def few_unknowns(z0: PyTree, batch_ndim: int, over: tuple) -> bool:
     """Whether the Jacobian of each problem is small, and on one device."""
     floats = split(z0)[0]
     count = Layout(floats, batch_ndim, flat=True).size
-    return isinstance(count, int) and count <= DENSE and not any(map(may_be_sharded, jax.tree.leaves(floats)))
+    on_one = not over and not any(map(may_be_sharded, jax.tree.leaves(floats)))
+    return on_one and isinstance(count, int) and count <= DENSE
 
 
 def default_solver(z0: PyTree, dense: bool) -> Solver:
@@ -194,8 +209,11 @@ def default_solver(z0: PyTree, dense: bool) -> Solver:
 
 
 def with_linear_solver(adjoint: Adjoint, z0: PyTree, dense: bool) -> Adjoint:
-    """The adjoint; one that would derive its solver from a fixed point's gets one for any matrix."""
-    if not isinstance(adjoint, Implicit | ImplicitJVP) or adjoint.solver is not None or adjoint.linear is not None:
+    """The adjoint; one that would derive its solver, or the tolerance of `linear`, from a fixed point's gets a solver.
+
+    It is one for any matrix.
+    """
+    if not isinstance(adjoint, Implicit | ImplicitJVP) or adjoint.solver is not None:
         return adjoint
     # For a linear equation, Newton's method is elimination, and with forcing=0 Newton–Krylov is restarted GMRES.
     return dataclasses.replace(adjoint, solver=few_or_many(dense, eps_of(split(z0)[0]) ** 0.75, 0.0))

@@ -11,6 +11,8 @@ from families import ADJOINTS
 from jax.sharding import PartitionSpec as P
 
 import deq_jax as deq
+from deq_jax._states import Layout
+from deq_jax.solvers.equation import root_of
 from experiments import programs
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compile")
@@ -161,3 +163,79 @@ def test_a_preconditioner_of_a_split_problem():
     want, got = jax.jit(run(on_one_device))(*args), split(run(on_each, axis_name="model"), **OF_PULL)(*args)
     for a, b in zip((got[0], *got[2:]), (want[0], *want[2:]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
+
+
+# ---- roots -------------------------------------------------------------------------------------------------
+
+ROOT_SOLVERS = {"newton_krylov": deq.NewtonKrylov(products="jvp"), "broyden": deq.Broyden(rank=30)}
+
+
+def root_on(mixed):
+    """Two leaves, each equation in a unit of its own; `mixed` is the product of a leaf with w."""
+
+    def F(z, w, x):
+        a, b = z["a"], z["b"]
+        return {"a": 1e6 * (a**3 + 4 * a + mixed(b, w) - x), "b": 1e5 * (b + 0.5 * jnp.sin(a) - mixed(x, w))}
+
+    return F
+
+
+def pull_root(F, solver, **options):
+    def loss(w, x, probe):
+        adjoint = deq.Implicit(dataclasses.replace(ROOT_SOLVERS["newton_krylov"], rtol=1e-10, max_steps=500))
+        z0 = {"a": jnp.zeros_like(x), "b": 0.1 * x}
+        z, stats = deq.root(F, z0, w, x, solver=solver, adjoint=adjoint, batch_ndim=1, probe=probe, **options)
+        return jnp.sum(jnp.cos(z["a"]) + z["b"] ** 2), (z, stats)
+
+    def run(w, x, probe):
+        (w_bar, x_bar, probe_bar), (z, stats) = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(w, x, probe)
+        return z, stats, probe_bar, w_bar, x_bar
+
+    return run
+
+
+@pytest.mark.parametrize("name", ROOT_SOLVERS)
+def test_a_root_that_is_split_is_found_as_on_one_device(name):
+    scatter = functools.partial(jax.lax.psum_scatter, axis_name="model", scatter_dimension=1, tiled=True)
+    whole, pieces = root_on(lambda x, w: x @ w), root_on(lambda x, w: scatter(x @ w))
+    solver, args = dataclasses.replace(ROOT_SOLVERS[name], rtol=1e-9, max_steps=300), problem()
+    want = jax.jit(pull_root(whole, solver))(*args)
+    got = split(pull_root(pieces, solver, axis_name="model"), **OF_PULL)(*args)
+    assert want[1].converged.all() and not want[2].status.any()
+    counts = lambda run: (run[1].steps, run[1].status, run[2].steps, run[2].status)
+    jax.tree.map(np.testing.assert_array_equal, counts(got), counts(want))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-9)
+    jax.tree.map(close, (got[0], *got[3:]), (want[0], *want[3:]))
+    # How many times F changes is measured over the whole of each problem.
+    changes = [stats.residual / stats.relative_residual for stats in (got[1], want[1])]
+    np.testing.assert_allclose(*changes, rtol=0.1)
+
+
+def test_no_default_holds_the_jacobian_of_a_root_that_is_split():
+    F = lambda z, x: z**3 + z + jax.lax.psum(jnp.sum(z, 1, keepdims=True), "model") - x
+    solve = lambda x: tuple(deq.root(F, jnp.zeros_like(x), x, batch_ndim=1, axis_name="model"))
+    z, stats = split(solve, in_specs=BOTH, out_specs=(BOTH, P("data")))(problem()[1])
+    assert stats.converged.all()
+    np.testing.assert_allclose(z**3 + z + jnp.sum(z, 1, keepdims=True), problem()[1], atol=1e-8)
+
+
+def test_the_scale_of_a_root_sees_differences_between_devices():
+    """F is zero in every direction that repeats on all devices."""
+    mean = lambda z: jax.lax.pmean(z, "model")
+    sigma = lambda z: root_of(lambda z: z - mean(z), z, Layout(z, 1, over=("model",)))[0].sigma
+    got = split(sigma, in_specs=BOTH, out_specs=P("data"))(problem()[1])
+    assert ((0.5 <= got) & (got <= 1)).all()
+
+
+def test_a_preconditioner_of_a_root_that_is_split():
+    def solve(z_sum, x, **options):
+        F = lambda z: 100 * z + z**3 + z_sum(z) - x
+        solver = deq.NewtonKrylov(products="jvp", rtol=1e-9, preconditioner=lambda v: v / 100)
+        return tuple(deq.root(F, jnp.zeros_like(x), solver=solver, batch_ndim=1, **options))
+
+    whole = lambda z: jnp.sum(z, 1, keepdims=True)
+    want, x = solve(whole, problem()[1]), problem()[1]
+    run = lambda x: solve(lambda z: jax.lax.psum(whole(z), "model"), x, axis_name="model")
+    got = split(run, in_specs=BOTH, out_specs=(BOTH, P("data")))(x)
+    np.testing.assert_array_equal(got[1].steps, want[1].steps)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-9)

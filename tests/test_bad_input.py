@@ -505,6 +505,26 @@ CALLS = {
         TypeError,
         ["Implicit.preconditioner must be a linear function", "got"],
     ),
+    "a preconditioner of a solver that is an array": (
+        lambda: deq.NewtonKrylov(products="jvp", preconditioner=jnp.eye(3)),
+        TypeError,
+        ["NewtonKrylov.preconditioner must be a linear function", "got"],
+    ),
+    "a preconditioner of differences": (
+        lambda: deq.NewtonKrylov(preconditioner=lambda v: v),
+        ValueError,
+        ["NewtonKrylov.preconditioner needs products='jvp'", "got 'differences'"],
+    ),
+    "a preconditioner of a solver that is not linear": (
+        lambda: deq.root(cos, z0(), solver=deq.NewtonKrylov(products="jvp", preconditioner=lambda v: v + 1)),
+        ValueError,
+        ["NewtonKrylov.preconditioner must be linear", "P(x - 2 y) differs from P(x) - 2 P(y) by"],
+    ),
+    "a preconditioner of a solver of another shape": (
+        lambda: deq.fixed_point(cos, z0(), solver=deq.NewtonKrylov(products="jvp", preconditioner=lambda v: v[:2])),
+        ValueError,
+        ["NewtonKrylov.preconditioner must return P(v) as float32[3]", "got float32[2]"],
+    ),
     "a preconditioner that is not linear": (
         lambda: deq.fixed_point(cos, z0(), adjoint=deq.Implicit(preconditioner=lambda v: v + 1)),
         ValueError,
@@ -797,3 +817,11 @@ def test_an_axis_over_which_nothing_is_split_is_refused():
 def test_a_flat_solver_refuses_a_problem_that_is_split():
     with pytest.raises(TypeError, match=r"Flat works on flat vectors.*is split over axis_name=\('model',\)"):
         on_four_devices("model", "model", solver=Flat())
+
+
+def test_newton_refuses_a_root_that_is_split():
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    solve = lambda x: deq.root(lambda z: z**3 - x, x, solver=deq.Newton(), axis_name="model").value
+    over = jax.sharding.PartitionSpec("model")
+    with pytest.raises(TypeError, match=r"Newton works on flat vectors.*over axis_name=\('model',\).*NewtonKrylov\(\)"):
+        jax.shard_map(solve, mesh=mesh, in_specs=over, out_specs=over)(jnp.ones(4))

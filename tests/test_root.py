@@ -1,6 +1,8 @@
 """`root`: F(z) = 0 at the scale of F, its statuses and derivatives, and the solvers that differentiate F."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +161,12 @@ def test_leaves_have_units_of_their_own(x64):
         assert names(stats) == ["CONVERGED"]
         for leaf, unit in zip(jax.tree.leaves(F(z, jnp.array(units))), units[2:], strict=True):
             assert np.abs(leaf).max() <= 1e-10 * unit
+
+
+def test_an_equation_that_holds_exactly_is_no_overflow(x64):
+    F = lambda z, a: {"x": z["x"] ** 3 - a, "y": 1e3 * (z["y"] - z["x"][:3])}
+    z, stats = deq.root(F, {"x": jnp.ones(40), "y": jnp.ones(3)}, jnp.full(40, 8.0), solver=deq.NewtonKrylov(rtol=1e-9))
+    assert names(stats) == ["CONVERGED"] and np.allclose(z["y"], 2.0)
 
 
 # ---- transforms and kinds of states ------------------------------------------------------------------------
@@ -336,3 +344,139 @@ def test_classical_systems(x64, promotes, number, n, factor):
     F = functools.partial(classical, number, xp=jnp)
     z, stats = deq.root(F, jnp.asarray(start(number, n, factor)), solver=deq.Newton(rtol=0.0, atol=1e-8, max_steps=500))
     assert names(stats) == ["CONVERGED"] and np.linalg.norm(classical(number, np.asarray(z))) <= 1e-8
+
+
+# ---- the backward system, given to others ------------------------------------------------------------------
+
+
+def gmres(matvec, rmatvec, b):
+    return jax.scipy.sparse.linalg.gmres(matvec, b, tol=1e-14, atol=0.0)
+
+
+def inverse_near(F, n):
+    """(∂F)⁻¹ at another point than the root, which P(v) applies to each problem of a batch."""
+    factors = jax.scipy.linalg.lu_factor(jax.jacobian(F)(jnp.full(n, 0.1)))
+    return lambda v: jax.scipy.linalg.lu_solve(factors, v.T).T
+
+
+WAYS = {
+    "dense": lambda P: dict(linear=deq.Dense()),
+    "a callable": lambda P: dict(linear=gmres),
+    "preconditioner": lambda P: dict(preconditioner=P),
+    "dense, preconditioner": lambda P: dict(linear=deq.Dense(), preconditioner=P),
+    "a callable, preconditioner": lambda P: dict(linear=gmres, preconditioner=P),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("adjoint", [deq.Implicit, deq.ImplicitJVP])
+def test_derivatives_by_other_linear_solvers(affine, adjoint, way):
+    F, b, jacobian = affine
+    b, weights = jnp.stack([b, 3 * b[::-1]]), jnp.cos(jnp.arange(20.0))
+
+    @jax.jit
+    def derivatives(b, scale):  # P is made from traced arrays
+        options = dict(adjoint=adjoint(**WAYS[way](inverse_near(lambda z: F(z, b[0], scale), 20))), batch_ndim=1)
+        rows = lambda z, b: jax.vmap(lambda z, b: F(z, b, scale))(z, b)
+        solve = lambda b, probe: deq.root(rows, jnp.zeros_like(b), b, probe=probe, **options).value
+        loss = lambda b, probe: jnp.sum(solve(b, probe) @ weights)
+        forward = jax.jvp(lambda b: solve(b, None), (b,), (jnp.ones_like(b),)) if adjoint is deq.ImplicitJVP else ()
+        return solve(b, None), jax.grad(loss, (0, 1))(b, deq.Probe.zeros((2,))), forward
+
+    for scale in SCALES:
+        z, (grad, probe), forward = derivatives(b, scale)
+        exact = np.stack([np.linalg.solve(jacobian(row).T, weights) for row in np.asarray(z)])
+        assert np.abs(grad - exact).max() <= 1e-11 * np.abs(exact).max()
+        assert not probe.status.any() and probe.residual.max() <= 1e-11
+        if forward:
+            exact = np.stack([np.linalg.solve(jacobian(row), np.ones(20)) for row in np.asarray(z)])
+            assert np.abs(forward[1] - exact).max() <= 1e-11 * np.abs(exact).max()
+
+
+def test_a_preconditioner_of_the_backward_solve_is_at_the_scale_of_F(x64):
+    n = 300  # which no default solver factors
+    A, b = jnp.asarray(matrix(np.geomspace(1.0, 1e4, n))), jnp.ones(n)
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def gradient(b, scale, inverse, good):
+        adjoint = deq.Implicit(preconditioner=(lambda v: inverse @ v) if good else None)
+        solve = lambda b, probe: deq.root(lambda z, b: scale * (A @ z - b), b, b, adjoint=adjoint, probe=probe)
+        return jax.grad(lambda b, probe: jnp.sum(solve(b, probe).value), (0, 1))(b, deq.Probe.zeros())
+
+    plain = gradient(b, 1.0, A, False)[1].steps
+    for scale in SCALES:
+        for share in (1.0, 3.0):
+            grad, probe = gradient(b, scale, share * jnp.linalg.inv(scale * A), True)
+            assert probe.status == deq.Status.CONVERGED and probe.steps <= 8 < plain / 20
+            assert np.allclose(grad, np.linalg.solve(A.T, np.ones(n)), rtol=1e-8, atol=1e-10)
+
+
+def test_what_another_linear_solver_claims_is_judged_in_the_units_of_the_cotangent(x64):
+    """Not by an `atol` that is in the units of F."""
+    solver = deq.Newton(rtol=0.0, atol=1e3)
+    adjoint = deq.Implicit(linear=lambda matvec, rmatvec, b: (0.95 * gmres(matvec, rmatvec, b)[0], "solved"))
+    F = lambda z, a: 1e6 * cubic(z, a)
+    loss = lambda a, probe: deq.root(F, 0.0, a, solver=solver, adjoint=adjoint, probe=probe).value
+    probe = jax.grad(loss, (0, 1))(2.0, deq.Probe.zeros())[1]
+    assert probe.status == deq.Status.MAX_STEPS and 0.05 < probe.residual < 0.1
+
+
+# ---- a preconditioner of the forward solve -----------------------------------------------------------------
+
+
+def boundary_value_problem(n):
+    """(F, P): −u″ + u³ = s x on n inner points, and the inverse of its linear part by the sine transform."""
+    h, k = 1 / (n + 1), jnp.arange(1.0, n + 1)
+    sines = jnp.sqrt(2 * h) * jnp.sin(jnp.pi * h * jnp.outer(k, k))
+    second = lambda u: (2 * u - jnp.pad(u[1:], (0, 1)) - jnp.pad(u[:-1], (1, 0))) / h**2
+    F = lambda u, s, scale: scale * (second(u) + u**3 - 30 * jnp.sin(s * k * h))
+    return F, lambda v, scale: sines @ (sines @ v / (scale * (2 - 2 * jnp.cos(jnp.pi * h * k)) / h**2))
+
+
+def test_a_preconditioner_saves_products(x64):
+    F, P = boundary_value_problem(63)
+    solver = deq.NewtonKrylov(rtol=1e-10, max_steps=1000, krylov=50, products="jvp")
+
+    @jax.jit
+    def solve(scale):  # P reads a traced array
+        right = dataclasses.replace(solver, preconditioner=lambda v: P(v, scale))
+        adjoint = deq.Implicit(preconditioner=lambda v: P(v, scale))
+        of = lambda s, solver: deq.root(F, jnp.zeros(63), s, scale, solver=solver, adjoint=adjoint)
+        return of(3.0, solver), of(3.0, right), jax.grad(lambda s: of(s, right).value.sum())(3.0)
+
+    for scale in SCALES:
+        plain, preconditioned, slope = solve(scale)
+        assert names(plain.stats) == names(preconditioned.stats) == ["CONVERGED"]
+        assert np.allclose(preconditioned.value, plain.value, rtol=1e-8)
+        assert preconditioned.stats.steps < 25 < 250 < plain.stats.steps
+        J, F_s = (jax.jacobian(F, i)(preconditioned.value, 3.0, scale) for i in (0, 1))
+        assert np.isclose(slope, -np.linalg.solve(J, F_s).sum(), rtol=1e-9)
+
+
+def test_a_preconditioner_of_states_in_a_batch(x64):
+    A = jnp.asarray(matrix(np.geomspace(1.0, 1e4, 40)))
+    inverse = jnp.linalg.inv(A + 0.1 * jnp.eye(40))
+    F = lambda z, a: {"x": z["x"] @ A + 0.1 * jnp.tanh(z["x"]) - a, "y": 1e3 * (z["y"] - z["x"][..., :3])}
+    P = lambda v: {"x": v["x"] @ inverse, "y": v["x"] @ inverse[:, :3] + v["y"] / 1e3}
+    start = lambda a: {"x": jnp.zeros_like(a), "y": jnp.zeros((*a.shape[:-1], 3))}
+    options: dict[str, Any] = dict(solver=deq.NewtonKrylov(rtol=1e-9, products="jvp", preconditioner=P))
+    a = jnp.stack([size * jnp.linspace(1.0, 2.0, 40) for size in (1.0, 30.0, 1e-3)])
+    z, stats = deq.root(F, start(a), a, batch_ndim=1, **options)
+    assert stats.converged.all() and (stats.steps < 20).all()
+    f = lambda z, a: jax.tree.map(jnp.subtract, z, F(z, a))  # P is (I − J)⁻¹
+    fixed = deq.fixed_point(f, start(a), a, batch_ndim=1, **options)
+    assert fixed.stats.converged.all() and (fixed.stats.steps < 20).all()
+    for i in range(3):
+        alone = deq.root(F, start(a[i]), a[i], **options)
+        assert alone.stats.steps == stats.steps[i]
+        assert np.allclose(alone.value["x"], z["x"][i], rtol=1e-12)
+        assert np.allclose(fixed.value["x"][i], z["x"][i], rtol=1e-6)
+
+
+def test_a_poor_preconditioner_costs_steps_and_no_truth(x64):
+    F = lambda z: jnp.stack([z[0] ** 2 + z[1] - 3, jnp.exp(z[0]) - 2 * z[1]])
+    solver = deq.NewtonKrylov(rtol=1e-9, products="jvp", preconditioner=lambda v: jnp.stack([1e3 * v[1], -v[0]]))
+    z, stats = deq.root(F, jnp.ones(2), solver=solver)
+    assert names(stats) == ["CONVERGED"] and np.abs(F(z)).max() <= 1e-8
+    solver = dataclasses.replace(solver, preconditioner=lambda v: 0 * v)  # a step is none
+    assert names(deq.root(F, jnp.ones(2), solver=solver).stats) != ["CONVERGED"]

@@ -47,9 +47,12 @@ def put(kind: str, tree, specs):
     return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh(kind), spec)), tree, specs)
 
 
-def cell(z, x):
-    # Not affine, and not diagonal: the neighbor along an axis that no mesh shards.
-    neighbor = lambda z: jnp.flip(z, axis=1) if z.ndim == 2 else z
+def neighbor(z):
+    """Along an axis that no mesh shards, if there is one."""
+    return jnp.flip(z, axis=1) if z.ndim == 2 else z
+
+
+def cell(z, x):  # not affine, and not diagonal
     return jax.tree.map(lambda z, x: 0.6 * jnp.sin(1.3 * neighbor(z)) + x, z, x)
 
 
@@ -261,3 +264,53 @@ def test_the_memory_of_a_device_falls_with_its_shard():
     temporaries = lambda x: run.lower(x).compile().memory_analysis().temp_size_in_bytes
     on_batch, on_both = (temporaries(put("Auto", x, spec)) for spec in (P("data"), FEATURES))
     assert on_both < 0.3 * on_batch
+
+
+# ---- roots -------------------------------------------------------------------------------------------------
+
+ROOT_SOLVERS = {
+    "default": None,
+    "newton_krylov": deq.NewtonKrylov(krylov=10, products="jvp", max_steps=300),
+    "broyden": deq.Broyden(rank=8, max_steps=300),
+}
+
+
+def root_and_pull(name):
+    """As `solve_and_pull`, of z³ + 4 z less a neighbor's and x, in units of its own."""
+    solver = ROOT_SOLVERS[name]
+    tight = dict(rtol=1e-9)
+    solver = solver if solver is None else dataclasses.replace(solver, **tight)
+    backward = ROOT_SOLVERS["newton_krylov"] if solver is None else solver
+    F = lambda z, x: jax.tree.map(lambda z, x: 1e6 * (z**3 + 4 * z - neighbor(z) - x), z, x)
+
+    def loss(x, probe):
+        options = dict(solver=solver, adjoint=deq.Implicit(backward), batch_ndim=1, probe=probe)
+        solution = deq.root(F, jax.tree.map(jnp.zeros_like, x), x, **options)
+        return sum(jnp.sum(jnp.cos(z)) for z in jax.tree.leaves(solution.value)), solution
+
+    return jax.jit(lambda x: jax.grad(loss, argnums=(0, 1), has_aux=True)(x, deq.Probe.zeros((4,))))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["newton_krylov", "broyden"])
+def test_a_root_over_a_mesh_is_found_as_on_one_device(name, kind):
+    run = root_and_pull(name)
+    (want_bar, want_probe), want = run(SEVERAL)
+    (x_bar, probe), got = run(put(kind, SEVERAL, SPECS))
+    assert jnp.all(want.stats.converged) and not jnp.any(want_probe.status)
+    jax.tree.map(
+        np.testing.assert_array_equal, (got.stats.steps, got.stats.status), (want.stats.steps, want.stats.status)
+    )
+    np.testing.assert_array_equal(probe.status, want_probe.status)
+    assert_equal((got.value, x_bar), (want.value, want_bar), rtol=1e-7)
+    for leaf, spec in SPECS.items():
+        assert got.value[leaf].sharding.is_equivalent_to(NamedSharding(mesh(kind), spec), got.value[leaf].ndim), leaf
+
+
+@pytest.mark.full_compile
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["default", "broyden"])
+def test_nothing_of_a_root_is_gathered(name, kind):
+    outside, in_loops = collectives_of(root_and_pull(name), put(kind, SEVERAL, SPECS))
+    every = outside + [found for loop in in_loops for found in loop]
+    assert len(in_loops) >= 2 and {what for what, _ in every} == {"all-reduce"}

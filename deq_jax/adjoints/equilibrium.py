@@ -29,7 +29,7 @@ def solve_differentiably(
 ) -> tuple[PyTree, Stats, PyTree]:
     """(z, stats, given): the fixed point, with the derivative of this adjoint; `given` are its carried leaves for f.
 
-    `find(z0, solver)` returns (problem, result) where the result is not that of the loop on the problem.
+    `find(z0, solver)` returns (adjoint, problem, result) where the result is not that of the loop on the problem.
     """
     if isinstance(adjoint, IterationAdjoint):
         z, stats = adjoint.run(problem, z0, solver)
@@ -37,13 +37,14 @@ def solve_differentiably(
         return z, stats, split(z)[1]
     # The derivative is that of the rule at the equilibrium alone, so the loop must not be differentiated.
     z0, solver = frozen((z0, solver))
+    rule: Any = adjoint
     if find is None:
         result = run_loop(problem.frozen, z0, solver, problem.batch_ndim, over=problem.over)
     else:
-        problem, result = find(z0, solver)
+        rule, problem, result = find(z0, solver)
     floats, carried = split(result.value)
     forward = ForwardResult(floats, result.stats, result.memory, solver)
-    z = at_equilibrium(adjoint, problem.with_carried(result.given), forward, probe)
+    z = at_equilibrium(rule, problem.with_carried(result.given), forward, probe)
     return join(z, carried), result.stats, result.given
 
 

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from deq_jax._arrays import ratio
-from deq_jax._checks import check_solver
+from deq_jax._checks import check_preconditioner, check_solver
 from deq_jax._config import MAX_STEPS, config
 from deq_jax._states import Layout, add, choose, eps_of, frozen, split, zeros_like
 from deq_jax._trace import Bound, hoist
 from deq_jax.adjoints.backward import solve_backward, transposed_product
 from deq_jax.adjoints.equilibrium import at_equilibrium, solve_differentiably
 from deq_jax.adjoints.linear import check_call, check_fits, check_linear, is_plain, solve_system
-from deq_jax.adjoints.preconditioner import bound, check_is_linear, check_preconditioner, with_transposed
+from deq_jax.adjoints.preconditioner import bound, check_is_linear, with_transposed
 from deq_jax.adjoints.protocol import ForwardResult, Probe, Problem
 from deq_jax.solvers import Anderson, Solver, Stats
 from deq_jax.solvers.norms import for_state, is_default, relative_atol, with_rtol

@@ -11,17 +11,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from deq_jax._arrays import ratio, zeros_from
 from deq_jax._checks import check_like
 from deq_jax._config import STATIC, config, with_options
-from deq_jax._states import Layout, add, choose, eps_of, frozen, split, subtract
+from deq_jax._states import Layout, add, choose, eps_of, frozen, multiply, split, subtract
 from deq_jax._trace import Bound, Traced, hoist, is_staged
 from deq_jax._values import concrete
 from deq_jax._vectors import norm, zero_of
 from deq_jax.adjoints.protocol import Problem
-from deq_jax.solvers import Solver, Stats, Status, run_loop
+from deq_jax.solvers import NewtonKrylov, Solver, Stats, Status, run_loop
 from deq_jax.solvers.stopping import coupling
 
 ROUNDS = 4  # of our own solver, each of which has the solver's budget
@@ -73,12 +73,37 @@ class Hoisted:
         return self.program.traced(v, *self.reads)
 
 
-def bound(adjoint: Any, z: PyTree) -> Any:
-    """The adjoint with the arrays that its preconditioner reads as leaves: they may be traced, by `grad` for one."""
-    if adjoint.preconditioner is None:
-        return adjoint
-    traced, *reads = hoist(adjoint.preconditioner, frozen(split(z)[0]))
-    return with_options(adjoint, preconditioner=Hoisted(frozen(reads), _Program(traced)))
+def bound(options: Any, z: PyTree) -> Any:
+    """The options with the arrays that their preconditioner reads as leaves: they may be traced, by `grad` for one."""
+    if options.preconditioner is None:
+        return options
+    traced, *reads = hoist(options.preconditioner, frozen(split(z)[0]))
+    return with_options(options, preconditioner=Hoisted(frozen(reads), _Program(traced)))
+
+
+def solver_bound(solver: Solver, z0: PyTree) -> Solver:
+    """The solver with its preconditioner, if it has one, checked and bound."""
+    if not isinstance(solver, NewtonKrylov):
+        return solver
+    check_is_linear(solver, frozen(split(z0)[0]))
+    return bound(solver, z0)
+
+
+@config
+class Scaled:
+    """v ↦ scale · P v, with a scale for each problem."""
+
+    of: Any
+    scale: Array
+
+    def __call__(self, v: PyTree) -> PyTree:
+        return multiply(self.of(v), self.scale)
+
+
+def scaled_by(options: Any, scale: Float[Array, "*batch"]) -> Any:
+    """The adjoint or solver for the equation z = z − F(z) / scale, if its preconditioner is one for F."""
+    P = options.preconditioner
+    return options if P is None else with_options(options, preconditioner=Scaled(P, scale))
 
 
 # ---- a solve -----------------------------------------------------------------------------------------------
@@ -123,21 +148,12 @@ def solve_preconditioned(
 # ---- checks ------------------------------------------------------------------------------------------------
 
 
-def check_preconditioner(adjoint: Any) -> None:
-    """Raise TypeError unless the preconditioner is None or a callable."""
-    P = adjoint.preconditioner
-    if P is not None and (isinstance(P, type) or not callable(P)):
-        raise TypeError(
-            f"{type(adjoint).__name__}.preconditioner must be a linear function of a state like z, got {P!r}"
-        )
-
-
-def check_is_linear(adjoint: Any, z: PyTree) -> None:
+def check_is_linear(options: Any, z: PyTree) -> None:
     """Raise unless the preconditioner returns a state like z, and P(x − 2 y) = P x − 2 P y for one random pair.
 
     Under a trace nothing is computed, and only types are compared.
     """
-    P, who = adjoint.preconditioner, f"{type(adjoint).__name__}.preconditioner"
+    P, who = options.preconditioner, f"{type(options).__name__}.preconditioner"
     if P is None:
         return
     check_like(jax.eval_shape(lambda z: P(z), z), z, who, "P(v)")

@@ -84,7 +84,7 @@ class Unroll:
 
     def run(self, problem: Problem, z0: PyTree, solver: Solver) -> tuple[PyTree, Stats]:
         layout = layout_for(solver, z0, problem.batch_ndim, problem.over)
-        given_solver, solver = solver, for_state(solver, z0, problem.batch_ndim)
+        given_solver, solver = solver, for_state(solver, z0, problem.batch_ndim, problem.over)
         iterate, start = self._iteration(problem, layout, solver, z0)
         if self.stop:
             running = lambda carry: over_shards(jnp.any(carry.running).astype(jnp.int32), problem.inputs) > 0

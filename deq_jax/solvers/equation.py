@@ -157,7 +157,7 @@ def root_of(F: Callable, z0: PyTree, layout: Layout, axes: tuple = ()) -> tuple[
     """(the equation F(z) = 0 with the scales that F has at z0, the evaluations of F that it took to measure them)."""
     floats, carried = split(z0)
     z, coupled = layout.pack(z0), coupling(axes)
-    direction = layout.pack(jax.tree.map(lambda leaf: typical(leaf, layout.batch_ndim), floats))
+    direction = layout.pack(jax.tree.map(lambda leaf: typical(leaf, layout.batch_ndim, layout.over), floats))
     at = lambda z: layout.pack(F(join(layout.unpack(z), carried)))
     value, pushed, evaluations = _pushed(at, z, direction, layout)
     sizes, changes, length = layout.norms(value), layout.norms(pushed), whole(layout.norms(direction), layout)
@@ -178,12 +178,17 @@ def _pushed(at: Callable, z: Vec, direction: Vec, layout: Layout) -> tuple[Vec, 
     return value, divided(at(layout.round(z + scaled(h, direction))) - value, h), 2
 
 
-def typical(leaf: Array, batch_ndim: int) -> Array:
+def typical(leaf: Array, batch_ndim: int, over: tuple = ()) -> Array:
     """Entries ±r, of no regular pattern, with the root mean square r of the leaf, or 1 where that is zero."""
     own, shape = tuple(range(batch_ndim, leaf.ndim)), leaf.shape[batch_ndim:]
     moduli = jnp.abs(leaf).astype(wide_dtype(leaf))
     top = jnp.max(moduli, axis=own, keepdims=True)
+    top = jax.lax.pmax(top, over) if over else top
     unit = moduli / jnp.where(top > 0, top, 1)
-    size = jnp.where(top > 0, top * jnp.sqrt(jnp.mean(unit**2, axis=own, keepdims=True)), 1)
+    mean = jnp.mean(unit**2, axis=own, keepdims=True)
+    size = jnp.where(top > 0, top * jnp.sqrt(jax.lax.pmean(mean, over) if over else mean), 1)
     count = aligned(jnp.arange(math.prod(shape), dtype=jnp.float32).reshape(shape), leaf)
-    return jnp.where(jnp.cos(2.4 * count * (1 + count)) < 0, -size, size).astype(leaf.dtype)
+    # No device repeats the pattern of another one: the pieces count on, as those of a first axis that is split.
+    count = count + jax.lax.axis_index(over).astype(jnp.float32) * math.prod(shape) if over else count
+    count = count + zeros_from(moduli).astype(jnp.float32)  # which is sharded as the leaf is
+    return (jnp.where(jnp.cos(2.4 * count * (1 + count)) < 0, -1, 1).astype(size.dtype) * size).astype(leaf.dtype)

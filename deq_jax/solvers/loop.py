@@ -58,7 +58,7 @@ def run_loop(
     with the same solver and shapes. If f communicates along named axes (`f.axes`, see `_trace.Bound`), the problems
     along them are one coupled problem, and stop together. Over the named axes `over` each problem is split.
     """
-    f, solver = gathered_once(f, z0), for_state(solver, z0, batch_ndim)
+    f, solver = gathered_once(f, z0), for_state(solver, z0, batch_ndim, over)
     layout = layout_for(solver, z0, batch_ndim, over)
     carry = init_carry(z0, solver, layout, memory, fold, equation)
     # Not one after the other where problems are evaluated together: by an f that communicates, or for a fold, which

@@ -5,7 +5,8 @@ with the Jacobian J of g. The Krylov space of `_krylov` grows by it until it hol
 
     (1)  J q = (g(z + h q) − g(z)) / h,  h = difference · ‖z‖
 
-or f is differentiated in the direction q as it is evaluated at z once more, which gives the product exactly.
+or f is differentiated in the direction q as it is evaluated at z once more, which gives the product exactly. With a
+preconditioner P the space is that of J P, and its step is P p.
 
 The others are trials of a step p of at most the trust radius, judged as in `trust_region`. After a rejected one the
 next goes less far in the same space. An accepted step begins a new space, whose forcing term is that of Eisenstat &
@@ -22,11 +23,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deq_jax import _krylov
 from deq_jax._arrays import one_hot, ratio, reciprocal, settled, zeros_from
-from deq_jax._checks import check_number
-from deq_jax._config import Number, config
+from deq_jax._checks import check_number, check_preconditioner
+from deq_jax._config import Number, config, with_options
 from deq_jax._rows import combine
-from deq_jax._states import choose, zeros_like
-from deq_jax._vectors import Rows, Vec, divided, norms, scaled, zero_of
+from deq_jax._states import Layout, choose, zeros_like
+from deq_jax._vectors import Rows, Vec, divided, norm, norms, scaled, zero_of
 from deq_jax.solvers.norms import default_rtol
 from deq_jax.solvers.protocol import LoopOptions, check_sees_all
 from deq_jax.solvers.trust_region import FAILED, LOST, NEW, PRODUCT, START, STUCK, TRIAL, USED, Trial, assess_trial
@@ -65,6 +66,10 @@ class NewtonKrylov(LoopOptions):
     direction q at z, by forward mode, which costs about as much as three evaluations and counts as one. It loses no
     digits, in 16 bits too. The default needs no derivative of f, which may be a black box.
 
+    `preconditioner` is a linear function P ≈ (I − J)⁻¹ of a state like z, with all its batch axes (in `root`,
+    P ≈ (∂F)⁻¹). It goes with products="jvp", and is used on the right: residuals and tolerances stay those of f, and
+    the trust region is one of P⁻¹ times the step. It may capture any array. The backward solve has one of its own.
+
     For an affine f, `NewtonKrylov(krylov=…, forcing=0.0, difference=1.0)` is restarted GMRES: differences are
     exact then, and the space grows until the tolerance is met.
 
@@ -81,6 +86,7 @@ class NewtonKrylov(LoopOptions):
     forcing: Number = 0.01
     difference: Number | None = None
     products: str = "differences"
+    preconditioner: Any = None
 
     recovers = True  # a trial that is not finite is not the end: the step is cut
 
@@ -97,11 +103,19 @@ class NewtonKrylov(LoopOptions):
             check_number(self, "difference", above=0)
         if self.products not in PRODUCTS:
             raise ValueError(f"NewtonKrylov.products must be one of {', '.join(PRODUCTS)}; got {self.products!r}")
+        check_preconditioner(self)
+        if self.preconditioner is not None and self.products != "jvp":
+            raise ValueError(f"NewtonKrylov.preconditioner needs products='jvp', got {self.products!r}")
 
     @property
     def patience(self) -> int:
         """Evaluations that may pass without a better residual."""
         return 2 * self.krylov + 10
+
+    def in_layout(self, layout: Layout) -> "NewtonKrylov":
+        """With the preconditioner as a function of vectors."""
+        P = self.preconditioner
+        return self if P is None else with_options(self, preconditioner=lambda v: layout.pack(P(layout.unpack(v))))
 
     def init(self, z: Vec) -> NewtonKrylovState:
         zero, none = zeros_like(z), zero_of(z)
@@ -124,13 +138,21 @@ class NewtonKrylov(LoopOptions):
     @property
     def direction(self) -> Callable[[NewtonKrylovState], Vec] | None:
         """The newest vector of the basis, where f is to be differentiated."""
-        return newest_of_basis if self.products == "jvp" else None
+        return (lambda state: self.from_space(newest_of_basis(state))) if self.products == "jvp" else None
+
+    def from_space(self, p: Vec) -> Vec:
+        """A vector of the Krylov space as a step of z."""
+        return p if self.preconditioner is None else self.preconditioner(p)
 
     def update(
         self, residual: Vec, state: NewtonKrylovState, z: Vec, product: Vec | None = None
     ) -> tuple[Vec, NewtonKrylovState]:
         # On a GPU a barrier keeps XLA from computing small things again, piece by piece, in the kernels that need them.
-        verdict = self._assess(sizes_at(residual, state, z, product), state)
+        sizes = sizes_at(residual, state, z, product)
+        if self.preconditioner is not None:  # as far as the trial went in the space, whose norm the radius bounds
+            length = norm(_krylov.dogleg(state.krylov, state.radius).y)
+            sizes = sizes._replace(distance=jnp.where(state.purpose == TRIAL, length, 1))
+        verdict = self._assess(sizes, state)
         verdict, last_g = settled((verdict, state.g))
         used, new = verdict.used, verdict.new
 
@@ -150,7 +172,7 @@ class NewtonKrylov(LoopOptions):
         newest = one_hot(krylov.count, step.y.shape[-1], step.y)
         weights = jnp.where(stepping[..., None], step.y, verdict.next_h[..., None] * newest)
         base_z, base_g = choose(new, (z, residual), (state.z, state.g))
-        next_z = base_z + combine(weights, basis)
+        next_z = base_z + self.from_space(combine(weights, basis))
         return next_z - z, NewtonKrylovState(
             purpose=jnp.where(stepping, TRIAL, PRODUCT).astype(jnp.int32),
             z=base_z,

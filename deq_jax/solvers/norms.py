@@ -18,6 +18,7 @@ from deq_jax._config import cast_options, with_options
 from deq_jax._scales import norm_of, with_aligned_scales
 from deq_jax._states import Layout, eps_of, split, wide_dtype
 from deq_jax._vectors import Vec, Vector, largest, norm, reduced
+from deq_jax.solvers.protocol import member
 
 RTOL, RTOL_FLOAT64 = 1e-4, 1e-6  # the default of rtol; see experiments/tolerance_by_dtype.py
 
@@ -27,13 +28,15 @@ def default_rtol(eps: float) -> float:
     return RTOL_FLOAT64 if eps < 1e-12 else RTOL
 
 
-def for_state(solver: Any, z0: PyTree, batch_ndim: int) -> Any:
+def for_state(solver: Any, z0: PyTree, batch_ndim: int, over: tuple = ()) -> Any:
     """The solver as a loop on states like z0 reads it: in the state's precision, with `rtol` and all scales decided.
 
     Call it once where a solve begins.
     """
     floats = split(z0)[0]
-    return with_aligned_scales(cast_options(with_rtol(solver, z0), wide_dtype(floats)), floats, batch_ndim)
+    solver = with_aligned_scales(cast_options(with_rtol(solver, z0), wide_dtype(floats)), floats, batch_ndim)
+    in_layout = member(solver, "in_layout")
+    return solver if in_layout is None else in_layout(Layout(floats, batch_ndim, member(solver, "flat"), over))
 
 
 def with_rtol(solver: Any, z0: PyTree) -> Any:

@@ -145,6 +145,8 @@ class Defaults:
     """`(state) -> d`, for a solver that asks for exact derivatives: the direction in which f is differentiated at the
     next z, or the rows `[*batch, m, dim]` of several, for a `flat` solver. `update` and `round` are given the product
     J d with the Jacobian J of the residual, or one row for each, as a fourth argument."""
+    in_layout = None
+    """`(layout) -> solver`, called once where a solve begins: the solver for vectors that are laid out so."""
 
     # What is seldom done to the memory is done between two loops, so that no round has a branch for it. A solver that
     # defines these three takes its `update` from `Renewing`, for those who call it outside of the loop.
