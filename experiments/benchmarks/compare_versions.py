@@ -1,6 +1,6 @@
 """What a change of the library changes: the bits, the compiled programs and the times of two checkouts, side by side.
 
-    python -m experiments.compare_versions ../other
+    python -m experiments.benchmarks.compare_versions ../other
 
 Each version has a worker process of its own, with the same Python, that imports its own `deq_jax`; the problems come
 from this checkout for both. The two never run at once. Bits are compared problem by problem; times are taken in turn,
@@ -30,13 +30,14 @@ from flax import nnx
 
 import deq_jax as deq
 from deq_jax.models import DEQTransformer, DEQTrellisNet, TransformerConfig, TrellisNetConfig
-from experiments import lm, robustness_study
-from experiments.benchmarks import jax_ops, problems
-from experiments.plots import markdown_table
-from experiments.robustness_cells import DIM, FAMILIES
+from experiments.shared import cell_batch, jax_ops, problems
+from experiments.shared.cells import DIM, FAMILIES
+from experiments.shared.plots import markdown_table
+from experiments.training import lm
+from experiments.training.environment import environment
 
-ROOT = Path(__file__).parents[1]
-RTOL, BUDGET = robustness_study.RTOL, robustness_study.CELL_BUDGET
+ROOT = Path(__file__).parents[2]
+RTOL, BUDGET = cell_batch.RTOL, cell_batch.CELL_BUDGET
 NUMBERS = ("z", "steps", "status", "residual", "relative_residual")
 
 
@@ -44,9 +45,9 @@ NUMBERS = ("z", "steps", "status", "residual", "relative_residual")
 class Config:
     """Bits, steps and statuses; temporaries and loops; times and compile times: of OTHER (old) and of this (new).
 
-        python -m experiments.compare_versions ../other                           # twenty minutes on one core
-        python -m experiments.compare_versions ../other --parts bits              # five
-        python -m experiments.compare_versions ../other --parts programs times --problems P1 P4
+        python -m experiments.benchmarks.compare_versions ../other              # twenty minutes on one core
+        python -m experiments.benchmarks.compare_versions ../other --parts bits # five
+        python -m experiments.benchmarks.compare_versions ../other --parts programs times --problems P1 P4
 
     Where no algorithm was changed you should see equal bits everywhere, no more bytes, and ratios within 3 %.
     """
@@ -85,7 +86,7 @@ def pair(name: str) -> dict[str, Any]:
 
 
 def main(config: Config) -> dict[str, Any]:
-    results: dict[str, Any] = lm.environment() | {"dtype": config.dtype, "rtol": config.rtol, "seeds": config.seeds}
+    results: dict[str, Any] = environment() | {"dtype": config.dtype, "rtol": config.rtol, "seeds": config.seeds}
     asked = {"bits": bits, "gradients": gradients, "models": models, "programs": programs, "times": times}
     with worker(config.other.resolve()) as old, worker(ROOT) as new:
         for part in config.parts:
@@ -106,7 +107,7 @@ sys.path.insert(0, checkout)
 import deq_jax
 assert deq_jax.__file__.startswith(checkout + "/"), deq_jax.__file__
 sys.path.insert(0, here)
-from experiments.compare_versions import serve
+from experiments.benchmarks.compare_versions import serve
 serve()
 """
 
@@ -150,11 +151,11 @@ def serve() -> None:
 
 
 @functools.lru_cache(1)
-def drawn(families: tuple[str, ...], seeds: Any) -> robustness_study.Problems:
-    return robustness_study.draw(families, seeds)
+def drawn(families: tuple[str, ...], seeds: Any) -> cell_batch.Problems:
+    return cell_batch.draw(families, seeds)
 
 
-def names_of(cells: robustness_study.Problems) -> list[str]:
+def names_of(cells: cell_batch.Problems) -> list[str]:
     return [name for group in cells.families for name in group]
 
 

@@ -1,7 +1,7 @@
 """The core's own figures: memory of the compiled training step, cost of an eager call, of a dispatch, of a compile.
 
-    python -m experiments.bench_core
-    python -m experiments.bench_core --leaves 8 64 1000  # a state of 1000 leaves takes minutes to compile
+    python -m experiments.benchmarks.core
+    python -m experiments.benchmarks.core --leaves 8 64 1000  # a state of 1000 leaves takes minutes to compile
 
 Two minutes on two CPU cores. Bytes come from the compiled program and do not depend on the machine's load;
 times are medians in this process, so compare them with each other only.
@@ -25,7 +25,7 @@ from flax import nnx
 
 import deq_jax as deq
 from deq_jax.models import DEQTransformer, TransformerConfig
-from experiments import lm
+from experiments.training import lm
 
 CONFIG = TransformerConfig(vocab_size=65, dim=128, heads=4, inner_dim=512, mem_len=64)
 

@@ -1,6 +1,6 @@
 """What every solver launches on an H100 and sends over its links or a TPU's, read from programs compiled without them.
 
-    make kernels  # python -m experiments.kernels, in an environment of its own
+    make kernels  # python -m experiments.benchmarks.kernels, in an environment of its own
 
 Fewer kernels, inner loops and copies are less time where a state is small, fewer bytes where it is large. `BARS` says
 how few are wanted. What is measured is the solver alone: f is one multiply-add.
@@ -23,9 +23,12 @@ import tyro
 from jax.sharding import PartitionSpec
 
 import deq_jax as deq
-from experiments import lm, programs, study
-from experiments.checkpoints import write_atomically
-from experiments.plots import markdown_table
+from experiments.benchmarks import programs
+from experiments.shared import study
+from experiments.shared.plots import markdown_table
+from experiments.training import cli
+from experiments.training.checkpoints import write_atomically
+from experiments.training.environment import environment
 
 SOLVERS: dict[str, deq.Solver] = {
     "Picard": deq.Picard(),
@@ -80,13 +83,13 @@ BARS = (
 class Config:
     """Seven minutes on two shared CPU cores; no GPU, no TPU.
 
-    python -m experiments.kernels
-    python -m experiments.kernels --parts rounds --solvers Picard "Anderson(5)"
+    python -m experiments.benchmarks.kernels
+    python -m experiments.benchmarks.kernels --parts rounds --solvers Picard "Anderson(5)"
 
     You should see which bars are met and which are not: the command ends well in both cases.
     """
 
-    out: Path | None = None  # experiments/results/kernels, or runs/kernels where another option is given
+    out: Path | None = None  # experiments/benchmarks/results/kernels, or runs/kernels where another option is given
     parts: tuple[Literal["rounds", "collectives", "tpu"], ...] = ("rounds", "collectives", "tpu")
     solvers: tuple[str, ...] = tuple(SOLVERS)
     shapes: tuple[tuple[int, int], ...] = ((64, 512), (4096, 1024))
@@ -95,15 +98,15 @@ class Config:
 
     def __post_init__(self):
         unknown = sorted(set(self.solvers) - set(SOLVERS))
-        lm.require(not unknown, "solvers", f"of {', '.join(SOLVERS)}", ", ".join(unknown))
+        cli.require(not unknown, "solvers", f"of {', '.join(SOLVERS)}", ", ".join(unknown))
 
 
 def main(config: Config = Config(), args: Sequence[str] = ()) -> dict[str, Any]:  # noqa: B008
     jax.config.update("jax_platforms", "cpu")  # the accelerators here, if there are any, stay untouched
     if absent := programs.missing("jax_cuda13_plugin"):
         raise SystemExit(f"error: {absent[0]} is not installed here; `make kernels` has an environment with it")
-    command, identity = study.command_line("experiments.kernels", args), study.identity(config)
-    results = {"command": command, "config": identity, **lm.environment()}
+    command, identity = study.command_line("experiments.benchmarks.kernels", args), study.identity(config)
+    results = {"command": command, "config": identity, **environment()}
     results["versions"] |= programs.versions("jax-cuda13-pjrt", "nvidia-cuda-nvcc", "libtpu")
     began = time.perf_counter()
     if "rounds" in config.parts:
@@ -114,7 +117,7 @@ def main(config: Config = Config(), args: Sequence[str] = ()) -> dict[str, Any]:
         results |= merged(results, in_tpu_process(config))
     results["seconds"] = round(time.perf_counter() - began, 1)
     whole = identity == study.identity(Config())
-    write(results, config.out or Path("experiments/results" if whole else "runs") / "kernels")
+    write(results, config.out or Path("experiments/benchmarks/results" if whole else "runs") / "kernels")
     return results
 
 

@@ -1,8 +1,8 @@
 """How many evaluations a solve takes: by training, by length, by depth (paper Figures 2 left and 4, appendix D).
 
-python -m experiments.iterations_study reduced
-python -m experiments.iterations_study figure
-python -m experiments.iterations_study paper
+python -m experiments.paper.iterations reduced
+python -m experiments.paper.iterations figure
+python -m experiments.paper.iterations paper
 """
 
 import dataclasses
@@ -15,19 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 
 import deq_jax as deq
-from experiments import char_lm, plots, study, trained
+from experiments.shared import plots, study, trained
+from experiments.training import lm_model
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Evaluations of the forward and products of the backward solve, by milestone and by length; residual by depth.
 
-    python -m experiments.iterations_study reduced
+    python -m experiments.paper.iterations reduced
 
     You should see both counts rise with training, and a weight-tied stack of layers that stops converging.
     """
 
-    model: char_lm.Config = trained.REDUCED
+    model: lm_model.Config = trained.REDUCED
     run: Path = Path("runs/studies/iterations")
     out: Path | None = None
     tolerances: tuple[float, ...] = (1e-1, 1e-2, 1e-3)  # relative
@@ -279,7 +280,7 @@ def draw_depth(axes: Any, results: dict[str, Any]) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    study.run("iterations", PRESETS, measure, table, draw, args, description=__doc__)
+    study.run("paper.iterations", PRESETS, measure, table, draw, args, description=__doc__)
 
 
 if __name__ == "__main__":

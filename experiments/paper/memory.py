@@ -1,8 +1,8 @@
 """Memory, time and quality of every way to train a deep weight-tied network: an answer to the paper's first reviewer.
 
-    python -m experiments.memory_study
-    python -m experiments.memory_study paper --families DEQTransformer
-    python -m experiments.memory_study figure
+    python -m experiments.paper.memory
+    python -m experiments.paper.memory paper --families DEQTransformer
+    python -m experiments.paper.memory figure
 
 Gradient checkpointing saves memory too, with explicit layers. What does it cost in time, what does the equilibrium
 cost, and what of the larger model that the time saved would train? The paper answered with memory alone.
@@ -12,10 +12,8 @@ import ctypes
 import dataclasses
 import functools
 import gc
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,58 +23,20 @@ import numpy as np
 from flax import nnx
 
 import deq_jax as deq
-from deq_jax.models import DEQTransformer, DEQTrellisNet, TransformerConfig, TrellisNetConfig
-from experiments import char_lm, data, gradient_study, lm, plots, study
-from experiments.baselines import TIED, parameters
-from experiments.training import init_state, make_optimizer, make_train_step
-
-# Gigabytes at T = 150, batch 15 without embeddings: the paper's Table 3. No time was published for the second.
-# 70-layer TrellisNet, and DEQ-TrellisNet. The paper does not say where its checkpoints stand.
-PUBLISHED = {"plain": 24.7, "checkpointed": 5.2, "√L-checkpointed": 5.2, "Implicit": 3.3}
-PUBLISHED_DEPTH = 70
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Sizes of a model and of what it reads."""
-
-    dim: int
-    heads: int
-    inner_dim: int
-    batch: int
-    length: int
-    mem_len: int
-    vocab_size: int = 64  # so small that the embedding does not count
-
-    def __post_init__(self):
-        for name in ("dim", "heads", "inner_dim", "batch", "length", "vocab_size"):
-            lm.require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-
-
-def transformer_config(shape: Shape) -> TransformerConfig:
-    sizes = {name: getattr(shape, name) for name in ("dim", "heads", "inner_dim", "mem_len")}
-    return TransformerConfig(shape.vocab_size, **sizes)
-
-
-def transformer(shape: Shape) -> DEQTransformer:
-    return DEQTransformer(transformer_config(shape), rngs=nnx.Rngs(0))
-
-
-def trellisnet(shape: Shape) -> DEQTrellisNet:
-    """Of `dim` channels that are not decoded and `inner_dim` that are; heads and memory mean nothing here."""
-    config = TrellisNetConfig(shape.vocab_size, hidden_dim=shape.dim, output_dim=shape.inner_dim)
-    return DEQTrellisNet(config, rngs=nnx.Rngs(0))
-
-
-# A model family is one entry: its constructor, from a Shape. The model is called and read as a DEQTransformer is.
-FAMILIES: dict[str, Callable[[Shape], Any]] = {"DEQTransformer": transformer, "DEQTrellisNet": trellisnet}
+from experiments.paper.memory_report import EXPLICIT, LARGER, MODES, PUBLISHED_DEPTH, draw, table
+from experiments.shared import study
+from experiments.shared.models import FAMILIES, Shape, optimizer
+from experiments.shared.timing import interleaved
+from experiments.training import cli, data, lm, lm_model
+from experiments.training.baselines import TIED, parameters
+from experiments.training.loop import init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Fifteen minutes on one CPU core: flat memory for the equilibrium, and its time and loss beside it.
 
-    python -m experiments.memory_study
+    python -m experiments.paper.memory
 
     The paper's shape is compiled, never run. Times are of the shape `measured`, losses of the shape `trained`.
     """
@@ -110,12 +70,12 @@ class Config:
     def __post_init__(self):
         if unknown := sorted(set(self.families) - set(FAMILIES)):
             raise ValueError(f"--families must be of {', '.join(FAMILIES)}, got {', '.join(unknown)}")
-        lm.require(bool(self.depths), "depths", "at least one depth", self.depths)
+        cli.require(bool(self.depths), "depths", "at least one depth", self.depths)
         for name in ("depths", "solved_depths", "measured_depths"):
-            lm.require(all(d >= 1 for d in getattr(self, name)), name, "at least 1 each", getattr(self, name))
+            cli.require(all(d >= 1 for d in getattr(self, name)), name, "at least 1 each", getattr(self, name))
         for name in ("repeats", "layers", "shallow_steps", "steps", "eval_every", "eval_segments"):
-            lm.require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        lm.require(self.eval_every <= self.steps, "eval_every", f"at most steps ({self.steps})", self.eval_every)
+            cli.require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        cli.require(self.eval_every <= self.steps, "eval_every", f"at most steps ({self.steps})", self.eval_every)
 
 
 PRESETS = {
@@ -141,11 +101,6 @@ PRESETS = {
         ),
     ),
 }
-
-EXPLICIT = tuple(TIED)
-EQUILIBRIUM = ("Implicit", "Implicit, Broyden", "Phantom(5)", "Reversible")
-MODES = (*EXPLICIT, *EQUILIBRIUM)
-LARGER = "larger"
 
 
 def mode(config: Config, name: str, depth: int) -> dict[str, Any]:
@@ -178,13 +133,8 @@ class Step(NamedTuple):
 
 
 def training_step(config: Config, graphdef: Any, how: dict[str, Any], shape: Shape) -> Any:
-    loss = functools.partial(char_lm.loss_fn, graphdef, how["solver"], how["adjoint"])
+    loss = functools.partial(lm_model.loss_fn, graphdef, how["solver"], how["adjoint"])
     return make_train_step(loss, optimizer(config), probe=lm.backward_probe(how["adjoint"], shape.batch))
-
-
-def optimizer(config: Any) -> Any:
-    """Constant after its warm-up: every point of a curve is then a fair end of training, at equal steps and time."""
-    return make_optimizer(lr=config.lr, warmup_steps=20, total_steps=10**9, clip=1.0)
 
 
 def abstract_step(config: Config, family: str, shape: Shape, how: dict[str, Any]) -> Step:
@@ -235,30 +185,6 @@ def timed_steps(config: Config, family: str, depth: int) -> dict[str, Any]:
         rows[name] = {"temp_bytes": lm.temp_bytes(programs[name])}
     timed = interleaved(programs, dict.fromkeys(programs, state), batches[0], config.repeats)
     return {name: rows[name] | row for name, row in timed.items()}
-
-
-def interleaved(
-    programs: dict[str, Any], states: dict[str, Any], batch: Any, repeats: int
-) -> dict[str, dict[str, Any]]:
-    """Least and median seconds, on the clock and of the processor, and what the solver did. Steps are not kept."""
-    clocks: dict[str, list] = {name: [] for name in programs}
-    metrics: dict[str, Any] = {}
-    for _ in range(repeats):
-        for name, program in programs.items():
-            own = jax.block_until_ready(jax.tree.map(jnp.copy, states[name]))  # a step donates its state
-            before = time.perf_counter(), time.process_time()
-            _, metrics[name] = jax.block_until_ready(program(own, batch))
-            clocks[name].append((time.perf_counter() - before[0], time.process_time() - before[1]))
-    rows = {}
-    for name, pairs in clocks.items():
-        wall, cpu = zip(*pairs, strict=True)
-        rows[name] = {"wall_min": min(wall), "wall_median": statistics.median(wall)}
-        rows[name] |= {"cpu_min": min(cpu), "cpu_median": statistics.median(cpu)}
-        # The solver runs until its slowest problem has stopped: that is what a step costs.
-        if "fwd_steps_max" in metrics[name]:
-            rows[name]["fwd_steps"] = float(metrics[name]["fwd_steps_max"])
-        rows[name] |= lm.backward(metrics[name])
-    return rows
 
 
 def used_bytes(config: Config, family: str, depth: int) -> dict[str, dict[str, Any]]:
@@ -440,239 +366,8 @@ def equal_time(runs: dict[str, Any]) -> dict[str, Any]:
     return {"cpu_seconds": at, "losses": losses}
 
 
-def table(results: dict[str, Any]) -> str:
-    config = results["config"]
-    told = study.conditions(results, dtype="float32", seed=config["seed"])
-    lines = ["# Memory, time and quality by gradient and depth", "", f"    {results['command']}", "", f"{told}.", ""]
-    lines += published_table(config["published"], results["published"])
-    for family, part in results["families"].items():
-        lines += family_table(config, family, part)
-    return "\n".join(lines)
-
-
-def published_table(shape: dict[str, Any], sizes: dict[str, float]) -> list[str]:
-    lines = [f"## DEQTrellisNet of {PUBLISHED_DEPTH} layers: temporaries of the compiled training step, GB", ""]
-    lines += [f"The paper's Table 3: {shape['dim']} channels and {shape['inner_dim']} that are decoded, batch"]
-    lines += [f"{shape['batch']}, T {shape['length']}, without embeddings; planned by XLA for the CPU, not run. The"]
-    lines += [
-        "published figures are of whole processes on a GPU, whose checkpoints stand where the paper does not say.",
-        "",
-    ]
-    ratio = lambda sizes, name: f"{sizes[name] / sizes['plain']:.3f}" if name in sizes else ""
-    published = lambda name: f"{PUBLISHED[name]:.1f}" if name in PUBLISHED else ""
-    lines += plots.markdown_table(["", "published", "/ plain", "here", "/ plain"], [
-        [name, published(name), ratio(PUBLISHED, name), f"{size / 1e9:.2f}", ratio(sizes, name)]
-        for name, size in sizes.items()
-    ])  # fmt: skip
-    return lines
-
-
-def family_table(config: dict[str, Any], family: str, part: dict[str, Any]) -> list[str]:
-    shape, memory = config["compiled"], part["memory"]
-    lines = [f"## {family}: temporaries of the compiled training step, GB", ""]
-    lines += [
-        f"Width {shape['dim']}, inner {shape['inner_dim']:,}, batch {shape['batch']}, T {shape['length']}, memory"
-    ]
-    lines += [f"{shape['mem_len']}, without embeddings; planned by XLA for the CPU, not run. Reversible at 128 is"]
-    lines += ["compiled only: float32 can walk back about ten steps.", ""]
-    depths = sorted({int(d) for sizes in memory.values() for d in sizes})
-    lines += plots.markdown_table(["", *(f"L = {d}" for d in depths)], [
-        [name, *(f"{sizes[str(d)] / 1e9:.2f}" if str(d) in sizes else "" for d in depths)]
-        for name, sizes in memory.items()
-    ])  # fmt: skip
-    if rows := against_published(memory):
-        lines += [
-            f"At {PUBLISHED_DEPTH} layers, over the plain network's; the published ones are of 70-layer TrellisNet"
-        ]
-        lines += ["and DEQ-TrellisNet (24.7, 5.2 and 3.3 GB), of another cell on another machine, with checkpoints at"]
-        lines += ["places that the paper does not tell.", ""]
-        lines += plots.markdown_table(["", "published", "here"], rows)
-    crossing = {name: break_even(memory[name], max(memory["Implicit"].values())) for name in EXPLICIT}
-    words = [f"{name} from {depth:.0f}" for name, depth in crossing.items() if depth is not None]
-    lines += [f"Layers from which an explicit network needs more than Implicit does: {', '.join(words) or 'none'}.", ""]
-    shape, depth = config["measured"], max(config["measured_depths"])
-    lines += [f"Planned and used, MB: L = {depth}, width {shape['dim']}, inner {shape['inner_dim']}, batch"]
-    lines += [
-        f"{shape['batch']}, T {shape['length']}. Used is the growth of the process's resident memory in one step.",
-        "",
-    ]
-    lines += plots.markdown_table(["", "planned", "used"], [
-        [name, f"{row['temp_bytes'] / 1e6:.1f}", megabytes(row["used_bytes"])] for name, row in part["used"].items()
-    ])  # fmt: skip
-    lines += ["## Time of a training step", ""]
-    lines += ["The same shape: processor time over the plain network's of the same depth, all in turn"]
-    lines += [f"{config['repeats']} times, by minima (by medians). The equilibrium of the untrained network stops at a"]
-    lines += [f"relative residual of {config['rtol']:g} or at L evaluations; Reversible at 21 at most.", ""]
-    depths = list(part["times"])
-    head = ["", *(f"L = {depth}" for depth in depths), f"evaluations at {depths[-1]}"]
-    cell = lambda depth, name: over(part["times"][depth], name, "plain") if name in part["times"][depth] else ""
-    spent = lambda name: f"{part['times'][depths[-1]][name]['fwd_steps']:.0f}" if cell(depths[-1], name) else ""
-    lines += plots.markdown_table(head, [
-        [name, *(cell(depth, name) for depth in depths), depths[-1] if name in EXPLICIT else spent(name)]
-        for name in MODES
-    ])  # fmt: skip
-    return lines + quality_table(config, part)
-
-
-def megabytes(size: float | None) -> str:
-    return "" if size is None else f"{size / 1e6:.1f}"
-
-
-def break_even(sizes: dict[str, float], size: float) -> float | None:
-    """The depth at which `sizes` pass `size`, on the line between two depths; None if it is not within them."""
-    depths, known = np.array([int(d) for d in sizes]), np.array(list(sizes.values()))
-    above = int(np.searchsorted(known, size))
-    if above in (0, len(known)):
-        return float(depths[0]) if above == 0 else None
-    return float(np.interp(size, known[above - 1 : above + 1], depths[above - 1 : above + 1]))
-
-
-def over(rows: dict[str, Any], name: str, base: str) -> str:
-    least, middle = (rows[name][key] / rows[base][key] for key in ("cpu_min", "cpu_median"))
-    return f"{least:.2f} ({middle:.2f})"
-
-
-def against_published(memory: dict[str, Any]) -> list[list[Any]]:
-    """Rows of published ratio and ours, where both have that depth; an equilibrium's memory has no depth."""
-    plain = memory["plain"].get(str(PUBLISHED_DEPTH))
-    if plain is None:
-        return []
-    ours = {name: memory[name].get(str(PUBLISHED_DEPTH)) for name in EXPLICIT}
-    ours |= {name: max(memory[name].values()) for name in EQUILIBRIUM}
-    return [
-        [name, f"{PUBLISHED[name] / PUBLISHED['plain']:.3f}" if name in PUBLISHED else "", f"{size / plain:.3f}"]
-        for name, size in ours.items()
-        if size is not None
-    ]
-
-
-def quality_table(config: dict[str, Any], part: dict[str, Any]) -> list[str]:
-    runs, at, larger = part["runs"], part["equal_time"], part["larger"]
-    lines = [f"## Quality: {config['data']}, by {config['level']}s, {config['layers']} layers or an equilibrium", ""]
-    lines += [
-        f"All start after {config['shallow_steps']} steps through two layers; then {config['steps']} steps each at"
-    ]
-    lines += ["a constant learning rate. Validation loss in nats at equal steps, and when the fastest had ended (the"]
-    lines += ["line between measurements). The √L-checkpointed network is the plain one's arithmetic: its losses are"]
-    lines += ["that run's, its time that of its own step, measured in turn with the plain one's.", ""]
-    base = runs["plain"]["curve"][-1]["cpu_seconds"]
-    lines += plots.markdown_table(["", "width", "parameters", "time / plain", "at equal steps", "at equal time"], [
-        [name, run["dim"], f"{run['parameters']:,}", f"{run['curve'][-1]['cpu_seconds'] / base:.2f}",
-         f"{run['curve'][-1]['valid_loss']:.3f}", f"{at['losses'][name]:.3f}"]
-        for name, run in runs.items()
-    ])  # fmt: skip
-    fast, slow = larger["fast"], larger["slow"]
-    ratio = larger["times"][slow]["cpu_min"] / larger["times"][fast]["cpu_min"]
-    tried = ", ".join(f"× {width}: {t:.2f}" for width, t in larger["time_over_slow"].items())
-    lines += [
-        f"The larger model: a step of {slow} took {ratio:.2f} times one of {fast}, so {fast} was widened; time of"
-    ]
-    lines += [f"its step over {slow}'s by width, {tried}. × {larger['width']:g} is the nearest.", ""]
-    return lines
-
-
-COLOURS = {
-    "plain": plots.COLOURS["unrolled"],
-    "checkpointed": plots.COLOURS["unrolled"],
-    "√L-checkpointed": plots.COLOURS["unrolled"],
-    "Implicit": gradient_study.COLOURS["Implicit"],
-    "Implicit, Broyden": plots.COLOURS["Broyden"],
-    "Phantom(5)": gradient_study.COLOURS["Phantom(5, 0.8)"],
-    "Reversible": gradient_study.COLOURS["Reversible"],
-}
-DASHES = {"plain": "-", "checkpointed": ":", "√L-checkpointed": "--"}
-
-
-def draw(results: dict[str, Any], path: Path) -> None:
-    """A row for each family: bytes by depth, time by depth, validation loss by processor time."""
-    plt = plots.plt
-    config, families = results["config"], results["families"]
-    with plt.rc_context(plots.STYLE):
-        size = (14.5, 0.6 + 4.4 * len(families))
-        figure, rows = plt.subplots(len(families), 3, figsize=size, layout="constrained", squeeze=False)
-        for (memory, times, quality), part in zip(rows, families.values(), strict=True):
-            draw_memory(memory, part["memory"])
-            draw_times(times, part["times"])
-            draw_quality(quality, part, config["layers"])
-        rows[0][0].legend(frameon=False, fontsize=8)
-        rows[0][2].legend(frameon=False, fontsize=8)
-        note = f"{results['command']}; float32, seed {config['seed']}; {study.shared_cores(results['machine'])}"
-        figure.supxlabel(note, fontsize=8, family="monospace")
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
-
-
-def style(name: str) -> dict[str, Any]:
-    kind = name.removeprefix(LARGER).strip()
-    wide = dict(marker="D", lw=2) if name.startswith(LARGER) else dict(marker="o", lw=1.3)
-    # Implicit lies over what has the same memory.
-    return dict(
-        color=COLOURS[kind], ls=DASHES.get(kind, "-"), ms=4, label=name, zorder=3 + (kind == "Implicit"), **wide
-    )
-
-
-def draw_memory(axes: Any, memory: dict[str, Any]) -> None:
-    for name, sizes in memory.items():
-        axes.loglog([int(d) for d in sizes], [size / 1e9 for size in sizes.values()], base=2, **style(name))
-    depths = sorted({int(d) for sizes in memory.values() for d in sizes})
-    axes.set_xticks(depths, [str(d) for d in depths])
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.minorticks_off()
-    axes.grid(alpha=0.2)
-    deepest = max(int(d) for d in memory["plain"])
-    ours = max(memory["Implicit"].values())
-    more = {name: memory[name][str(deepest)] / ours for name in EXPLICIT}
-    crossing = break_even(memory["checkpointed"], ours)
-    least = f"{'over ' * (crossing is None)}{crossing or deepest:.0f}"
-    axes.set_title(
-        plots.fill(
-            f"with a checkpoint at every layer, {least} layers take Implicit's memory; {deepest} take "
-            f"{more['checkpointed']:.2f} times it, {more['√L-checkpointed']:.1f} at √L, {more['plain']:.1f} plain"
-        )
-    )
-    axes.set(xlabel="layers, or evaluations allowed", ylabel="temporaries of the compiled step (GB), paper's shape")
-
-
-def draw_times(axes: Any, times: dict[str, Any]) -> None:
-    base = times[min(times, key=lambda depth: abs(int(depth) - 12))]["plain"]["cpu_min"]
-    depths = [int(d) for d in times]
-    for name in MODES:
-        known = [d for d in depths if name in times[str(d)]]
-        relative = [times[str(d)][name]["cpu_min"] / base for d in known]
-        axes.loglog(known, relative, base=2, **style(name))
-    axes.set_xticks(depths, [str(d) for d in depths])
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.minorticks_off()
-    axes.grid(alpha=0.2)
-    deepest = times[str(max(depths))]
-    ratios = {name: deepest[name]["cpu_min"] / deepest["plain"]["cpu_min"] for name in ("checkpointed", "Implicit")}
-    axes.set_title(
-        plots.fill(
-            f"at {max(depths)} layers a checkpoint each takes {ratios['checkpointed']:.2f}× the plain network's time, "
-            f"Implicit {ratios['Implicit']:.2f}×"
-        )
-    )
-    nearest = min(depths, key=lambda depth: abs(depth - 12))
-    axes.set(xlabel="layers, or evaluations allowed", ylabel=f"processor time of a step / plain, {nearest} layers")
-
-
-def draw_quality(axes: Any, part: dict[str, Any], layers: int) -> None:
-    runs, at = part["runs"], part["equal_time"]
-    base = runs["plain"]["curve"][-1]["cpu_seconds"]
-    for name, run in runs.items():
-        points = run["curve"][1:]  # they begin alike, and far above
-        axes.plot([p["cpu_seconds"] / base for p in points], [p["valid_loss"] for p in points], **style(name))
-    axes.axvline(at["cpu_seconds"] / base, color="0.6", lw=0.8, ls=":")
-    told = [name for name in runs if name in ("plain", "√L-checkpointed", "Implicit") or name.startswith(LARGER)]
-    axes.set_title(
-        plots.fill("at equal time (dotted): " + ", ".join(f"{name} {at['losses'][name]:.3f}" for name in told))
-    )
-    axes.grid(alpha=0.2)
-    axes.set(xlabel=f"processor time / that of the plain {layers} layers", ylabel="validation loss (nats/token)")
-
-
 def main(args: Sequence[str] | None = None) -> None:
-    study.run("memory", PRESETS, measure, table, draw, args, description=__doc__)
+    study.run("paper.memory", PRESETS, measure, table, draw, args, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What an equilibrium costs in time: training and inference over the explicit network's, and time to a fixed loss.
 
-    python -m experiments.runtime_study
-    python -m experiments.runtime_study paper
-    python -m experiments.runtime_study figure
+    python -m experiments.paper.runtime
+    python -m experiments.paper.runtime paper
+    python -m experiments.paper.runtime figure
 
 The explicit network has as many parameters, in layers with weights of their own; beside it stands the weight-tied one
 of the equilibrium's own cell. Times are of the processor, all programs in turn, and only their ratios are told.
@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,29 +20,20 @@ import numpy as np
 from flax import nnx
 
 import deq_jax as deq
-from experiments import data, gradient_study, lm, plots, study
-from experiments.baselines import TransformerStack, fitted, parameters
-from experiments.memory_study import FAMILIES, Shape, interleaved, optimizer, transformer_config
-from experiments.training import TrainState, count_params, init_state, make_train_step
-
-# Training and inference over the explicit network's: the paper, section 5.3. Both of 18 and of 70 explicit layers.
-PUBLISHED = {"DEQTransformer": (2.82, 1.76), "DEQTrellisNet": (2.40, 1.64)}
-
-
-def stack(shape: Shape, layers: int) -> TransformerStack:
-    return TransformerStack(transformer_config(shape), layers=layers, rngs=nnx.Rngs(0))
-
-
-# Of a family: the explicit network with weights of its own in each layer. Without an entry the weight-tied one alone is
-# compared with, as the paper does for TrellisNet.
-RIVALS: dict[str, Callable[[Shape, int], Any]] = {"DEQTransformer": stack}
+from experiments.paper.runtime_contenders import RIVALS, SHALLOW, Contender, contenders, rival_shape
+from experiments.paper.runtime_report import TRAINED, draw, table, weights_of
+from experiments.shared import study
+from experiments.shared.models import FAMILIES, Shape, optimizer
+from experiments.shared.timing import interleaved
+from experiments.training import cli, data, lm
+from experiments.training.loop import TrainState, count_params, init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Eight minutes on one CPU core: how many times an explicit step is a step at the equilibrium?
 
-    python -m experiments.runtime_study
+    python -m experiments.paper.runtime
 
     The paper's answers are 2.82 for training and 1.76 for inference; they depend on the depth one compares with.
     """
@@ -72,9 +63,9 @@ class Config:
         if unknown := sorted(set(self.families) - set(FAMILIES)):
             raise ValueError(f"--families must be of {', '.join(FAMILIES)}, got {', '.join(unknown)}")
         for name in ("layers", "steps", "explicit_steps", "eval_every", "eval_segments", "max_steps", "repeats"):
-            lm.require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        lm.require(self.shallow_steps >= 0, "shallow_steps", "at least 0", self.shallow_steps)
-        lm.require(self.rtol in self.inference_rtols, "inference_rtols", f"with rtol ({self.rtol:g}) among them",
+            cli.require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        cli.require(self.shallow_steps >= 0, "shallow_steps", "at least 0", self.shallow_steps)
+        cli.require(self.rtol in self.inference_rtols, "inference_rtols", f"with rtol ({self.rtol:g}) among them",
                    self.inference_rtols)  # fmt: skip
 
 
@@ -100,50 +91,6 @@ PRESETS = {
         ),
     ),
 }
-
-
-# ---- contenders --------------------------------------------------------------------------------------------
-
-
-class Contender(NamedTuple):
-    """How a model is called in training; in inference without the adjoint."""
-
-    own: bool  # weights of its own in each layer: the rival, not the equilibrium's cell
-    how: dict[str, Any]
-
-    def call(self, model, tokens, history, probe=None, **options):
-        if self.own:
-            logits, history = model(tokens, history)
-            return logits, history, {}
-        logits, history, solution = model(tokens, history, probe=probe, **{**self.how, **options})
-        # What nobody reads XLA drops: layers are not charged for measuring their last residual.
-        unrolled = isinstance(self.how["adjoint"], deq.Unroll)
-        return logits, history, {} if unrolled else lm.solve_metrics(solution.stats)
-
-
-def contenders(config: Config, family: str) -> dict[str, Contender]:
-    anderson = deq.Anderson(rtol=config.rtol, max_steps=config.max_steps, history=6)
-    layers = dict(solver=deq.Picard(max_steps=config.layers), adjoint=deq.Unroll())
-    table = {
-        "tied layers": Contender(False, layers),
-        "Implicit": Contender(False, dict(solver=anderson, adjoint=deq.Implicit(anderson))),
-        "Phantom(5)": Contender(False, dict(solver=anderson, adjoint=deq.Phantom(steps=5, damping=0.8))),
-        "JFB": Contender(False, dict(solver=anderson, adjoint=deq.JFB())),
-    }
-    return {"own layers": Contender(True, {})} | table if family in RIVALS else table
-
-
-SHALLOW = Contender(False, dict(solver=deq.Picard(max_steps=2), adjoint=deq.Unroll()))
-TRAINED = ("own layers", "tied layers", "Implicit", "Phantom(5)")
-
-
-def rival_shape(config: Config, family: str) -> Shape:
-    """The width at which `layers` layers have as many parameters as the equilibrium, each four times as wide inside."""
-    shape, heads = config.shape, config.shape.heads
-    at = lambda dim: dataclasses.replace(shape, dim=dim, inner_dim=4 * dim)
-    build = lambda dim: RIVALS[family](at(dim), config.layers)
-    step = heads if heads % 2 == 0 else 2 * heads
-    return at(fitted(build, parameters(lambda: FAMILIES[family](shape)), range(step, 16 * shape.dim, step)))
 
 
 def loss_fn(graphdef, contender, params, probe, rest, batch, key, carry):
@@ -280,11 +227,6 @@ def time_inference(task: Task, table: dict[str, Contender]) -> dict[str, Any]:
     return interleaved(programs, states, task.batches[0], task.config.repeats)
 
 
-def weights_of(name: str) -> str:
-    """JFB is timed at the weights that Implicit has trained."""
-    return name if name in TRAINED else "Implicit"
-
-
 # ---- what is kept ------------------------------------------------------------------------------------------
 
 
@@ -323,130 +265,8 @@ def first_at(curve: list[dict[str, float]], wanted: float) -> float:
     raise ValueError(f"the curve never reaches {wanted}")
 
 
-def base_of(rows: dict[str, Any]) -> str:
-    return "own layers" if "own layers" in rows else "tied layers"
-
-
-def over(rows: dict[str, Any], name: str, base: str) -> str:
-    least, middle = (rows[name][key] / rows[base][key] for key in ("cpu_min", "cpu_median"))
-    return f"{least:.2f} ({middle:.2f})"
-
-
-def table(results: dict[str, Any]) -> str:
-    config = results["config"]
-    shape, told = config["shape"], study.conditions(results, dtype="float32", seed=config["seed"])
-    lines = ["# Time of training and of inference", "", f"    {results['command']}", "", f"{told}.", ""]
-    lines += [f"{config['data']} by {config['level']}s, batch {shape['batch']}, T {shape['length']}, width"]
-    lines += [
-        f"{shape['dim']}, inner {shape['inner_dim']}; {config['layers']} explicit layers. Processor time, programs"
-    ]
-    lines += [
-        f"in turn {config['repeats']} times at trained weights: ratios of minima (of medians). The equilibrium is"
-    ]
-    lines += [f"solved to a relative residual of {config['rtol']:g} in at most {config['max_steps']} evaluations.", ""]
-    for family, part in results["families"].items():
-        lines += family_table(family, part)
-    return "\n".join(lines)
-
-
-def family_table(family: str, part: dict[str, Any]) -> list[str]:
-    runs, training, inference, to = part["runs"], part["training"], part["inference"], part["to_loss"]
-    base, told = base_of(training), PUBLISHED[family]
-    lines = [f"## {family}", "", f"Over {base}; the paper has {told[0]} for training and {told[1]} for inference.", ""]
-    blank = lambda row, key: f"{row[key]:.1f}" if key in row else ""
-    head = ["training", "parameters", f"time / {base}", "time / tied layers", "evaluations forward", "backward"]
-    lines += plots.markdown_table(head, [
-        [name, f"{runs[weights_of(name)]['parameters']:,}", over(training, name, base),
-         over(training, name, "tied layers"), blank(row, "fwd_steps"), blank(row, "bwd_steps")]
-        for name, row in training.items()
-    ])  # fmt: skip
-    head = ["inference", f"time / {base}", "time / tied layers", "evaluations"]
-    lines += plots.markdown_table(head, [
-        [name, over(inference, name, base), over(inference, name, "tied layers"), blank(row, "fwd_steps")]
-        for name, row in inference.items()
-    ])  # fmt: skip
-    lines += ["Where a tolerance is named, four times as many evaluations are allowed as in training.", ""]
-    lines += [
-        f"Processor time to a validation loss of {to['loss']:.3f}, which all of them reach, the warm-up through two"
-    ]
-    lines += ["layers included; and the loss at the end of each run.", ""]
-    lines += plots.markdown_table(["", f"time to {to['loss']:.3f} / {base}", "steps of the run", "loss at its end"], [
-        [name, f"{seconds / to['cpu_seconds'][base]:.2f}", runs[name]["curve"][-1]["step"],
-         f"{runs[name]['curve'][-1]['valid_loss']:.3f}"]
-        for name, seconds in to["cpu_seconds"].items()
-    ])  # fmt: skip
-    return lines
-
-
-COLOURS = {
-    "own layers": "0.35",
-    "tied layers": plots.COLOURS["unrolled"],
-    "Implicit": gradient_study.COLOURS["Implicit"],
-    "Phantom(5)": gradient_study.COLOURS["Phantom(5, 0.8)"],
-    "JFB": gradient_study.COLOURS["JFB"],
-}
-
-
-def draw(results: dict[str, Any], path: Path) -> None:
-    """A row for each family: bars of training and inference, and the validation loss by processor time."""
-    plt = plots.plt
-    config, families = results["config"], results["families"]
-    with plt.rc_context(plots.STYLE):
-        size = (12.5, 0.6 + 4.2 * len(families))
-        figure, rows = plt.subplots(len(families), 2, figsize=size, layout="constrained", squeeze=False)
-        for (bars, curves), (family, part) in zip(rows, families.items(), strict=True):
-            draw_ratios(bars, family, part, config["layers"])
-            draw_curves(curves, part)
-        note = f"{results['command']}; float32, seed {config['seed']}; {study.shared_cores(results['machine'])}"
-        figure.supxlabel(note, fontsize=8, family="monospace")
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
-
-
-def draw_ratios(axes: Any, family: str, part: dict[str, Any], layers: int) -> None:
-    base, labels, ratios, colours = base_of(part["training"]), [], [], []
-    for kind in ("training", "inference"):
-        for name, row in part[kind].items():
-            labels.append(f"{kind}: {name}")
-            ratios.append(row["cpu_min"] / part[kind][base]["cpu_min"])
-            colours.append(COLOURS.get(name, COLOURS["Implicit"]))
-    places = np.arange(len(labels))[::-1]
-    axes.barh(places, ratios, color=colours, height=0.7)
-    for place, ratio in zip(places, ratios, strict=True):
-        axes.text(ratio, place, f" {ratio:.2f}", va="center", fontsize=8)
-    axes.set_yticks(places, labels)
-    axes.axvline(1, color="0.6", lw=0.8, ls=":")
-    for published, kind in zip(PUBLISHED[family], ("training", "inference"), strict=True):
-        axes.axvline(published, color="0.2", lw=0.8, ls="--")
-        axes.text(published, len(labels) - 0.4, f"paper,\n{kind}", fontsize=7, ha="center")
-    axes.set_xlabel(f"processor time / that of {base}")
-    train = part["training"]["Implicit"]["cpu_min"] / part["training"][base]["cpu_min"]
-    axes.set_title(
-        plots.fill(f"{family}: a training step at the equilibrium takes {train:.2f}× one of {layers} {base}"), pad=24
-    )
-
-
-def draw_curves(axes: Any, part: dict[str, Any]) -> None:
-    to, base = part["to_loss"], base_of(part["training"])
-    unit = to["cpu_seconds"][base]
-    for name, run in part["runs"].items():
-        x = [point["cpu_seconds"] / unit for point in run["curve"]]
-        y = [point["valid_loss"] for point in run["curve"]]
-        axes.plot(x[1:], y[1:], "o-", ms=3, lw=1.3, color=COLOURS[name], label=name)
-    axes.axhline(to["loss"], color="0.6", lw=0.8, ls=":")
-    ratio = to["cpu_seconds"]["Implicit"] / unit
-    axes.set_title(
-        plots.fill(f"the equilibrium reaches {to['loss']:.3f} nats in {ratio:.2f}× the time of {base}"), pad=24
-    )
-    axes.set(
-        xlabel=f"processor time / that in which {base} reach {to['loss']:.3f}", ylabel="validation loss (nats/token)"
-    )
-    axes.legend(frameon=False, fontsize=8)
-    axes.grid(alpha=0.2)
-
-
 def main(args: Sequence[str] | None = None) -> None:
-    study.run("runtime", PRESETS, measure, table, draw, args, description=__doc__)
+    study.run("paper.runtime", PRESETS, measure, table, draw, args, description=__doc__)
 
 
 if __name__ == "__main__":

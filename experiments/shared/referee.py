@@ -7,47 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import jax_ops
-from experiments.benchmarks.problems import Problem
+from experiments.shared import jax_ops
+from experiments.shared.problems import Problem
 
 ENOUGH = 1e-10  # of the referee's own solutions
 MOST = 2000  # iterations
 
 
-def commands(table: dict[str, Callable[[], Problem]]) -> dict[str, Callable]:
-    jax.config.update("jax_enable_x64", True)
-    known: dict[str, Any] = {}
-
-    def solve(problem: str) -> dict:
-        drawn = table[problem]()
-        params, data = jax.tree.map(_double, (drawn.params, drawn.data))
-        solution = (dense if drawn.dense else iterated)(drawn, params, data)
-        known.update(drawn=drawn, params=params, data=data, grads=solution[1])
-        return {"scale": float(jnp.linalg.norm(solution[0]))}
-
-    def judge(path: str) -> dict:
-        """The largest relative residual of a problem, and the error of the whole gradient."""
-        with np.load(path) as found:
-            z = jnp.asarray(found["z"], jnp.float64)
-            grads = {name: found[f"grad_{name}"].astype(np.float64) for name in known["grads"]}
-        fz = _cell(known["drawn"], known["params"], known["data"])(z)
-        residual = jnp.max(_norms(fz - z) / _norms(fz))
-        wrong = sum(np.sum((grads[name] - known["grads"][name]) ** 2) for name in grads)
-        whole = sum(np.sum(np.asarray(grad) ** 2) for grad in known["grads"].values())
-        return {"residual": float(residual), "gradient_error": float(np.sqrt(wrong / whole))}
-
-    return {"solve": solve, "judge": judge}
-
-
-def _double(x: np.ndarray) -> jax.Array:
+def double(x: np.ndarray) -> jax.Array:
     return jnp.asarray(x, jnp.float64) if x.dtype == np.float32 else jnp.asarray(x)
 
 
-def _norms(x: jax.Array) -> jax.Array:
+def norms(x: jax.Array) -> jax.Array:
     return jnp.linalg.norm(x.reshape(x.shape[0], -1), axis=-1)
 
 
-def _cell(drawn: Problem, params: Any, data: Any) -> Callable:
+def cell_of(drawn: Problem, params: Any, data: Any) -> Callable:
     return jax.jit(lambda z: drawn.cell(jax_ops, z, params, drawn.inject(jax_ops, params, data)))
 
 
@@ -65,7 +40,7 @@ def dense(drawn: Problem, params: Any, data: Any) -> tuple[jax.Array, Any]:
     one = jnp.eye(z.shape[-1])
     for _ in range(30):
         jacobian, fz = jacobians(z, params)
-        if float(jnp.max(_norms(fz - z))) < ENOUGH:
+        if float(jnp.max(norms(fz - z))) < ENOUGH:
             break
         z = z + jnp.linalg.solve(one - jacobian, (fz - z)[..., None])[..., 0]
     else:

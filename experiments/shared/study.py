@@ -19,14 +19,16 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import lm
-from experiments.checkpoints import config_changes, config_to_json, write_atomically
+from experiments import renamed
+from experiments.training import cli, lm
+from experiments.training.checkpoints import config_changes, config_to_json, write_atomically
+from experiments.training.environment import environment
 
 PATHS = {"run", "out"}  # fields of a Config that say where, not what
 
 
 def run(
-    name: str,
+    module: str,
     presets: dict[str, tuple[str, Any]],
     measure: Callable[[Any, "Cells"], dict[str, Any]],
     table: Callable[[dict[str, Any]], str],
@@ -34,21 +36,22 @@ def run(
     args: Sequence[str] | None,
     *,
     description: str | None,
-    module: str | None = None,
 ) -> None:
-    """The command line `python -m experiments.NAME_study PRESET [options]`; `figure` redraws what is committed.
+    """The command line `python -m experiments.MODULE PRESET [options]`; `figure` redraws what is committed.
 
-    A preset is its budget, which is printed first, and its `Config`. `module` is where the study is, if elsewhere.
+    `module` is a room and a page in it, as in "paper.memory". A preset is its budget, which is printed first, and its
+    `Config`.
     """
-    module = module or f"experiments.{name}_study"
+    room, _, name = module.rpartition(".")
+    module, kept = f"experiments.{module}", Path("experiments", room, "results", name)
     args = list(sys.argv[1:] if args is None else args)
     words = [*presets, "figure"]
     if args and not args[0].startswith("-") and args[0] not in words:
         raise SystemExit(f"error: no preset {args[0]!r}; there are {', '.join(presets)}, and figure, which redraws")
 
-    def figure(out: Path = Path("experiments/results") / name) -> None:
+    def figure(out: Path = kept) -> None:
         """Table and figure again, from the results that are kept."""
-        write(json.loads((out / "results.json").read_text()), out, table, draw)
+        present(read(out / "results.json"), out, table, draw)
 
     def preset(label: str) -> Callable:
         budget, default = presets[label]
@@ -58,9 +61,9 @@ def run(
             told = command_line(module, args or [label])
             # Only the preset as it stands writes to the committed results; an option, or the full size, does not.
             whole = label == "reduced" and identity(config) == identity(default)
-            out = config.out or (Path("experiments/results") / name if whole else config.run / "results")
+            out = config.out or (kept if whole else config.run / "results")
             with Cells(config.run / "cells.jsonl", identity(config)) as cells:
-                results = {"command": told, "preset": label, "config": identity(config), **lm.environment()}
+                results = {"command": told, "preset": label, "config": identity(config), **environment()}
                 results |= measure(config, cells)
                 results["seconds"] = cells.seconds
                 results["cpu_seconds"] = cells.cpu_seconds
@@ -71,7 +74,7 @@ def run(
         return command
 
     commands = {label: preset(label) for label in presets} | {"figure": figure}
-    lm.run_command(commands, args, prog=f"python -m {module}", description=description, default="reduced")
+    cli.run_command(commands, args, prog=f"python -m {module}", description=description, default="reduced")
 
 
 def identity(config: Any) -> dict[str, Any]:
@@ -89,13 +92,24 @@ def command_line(module: str, args: Sequence[str]) -> str:
     return f"python -m {module} {shlex.join(args)}".strip()
 
 
+def read(path: Path) -> dict[str, Any]:
+    """Results, or a run's summary, with the present name of the command that made them."""
+    results = json.loads(path.read_text())
+    return results | {"command": renamed(results["command"])} if "command" in results else results
+
+
 def write(results: dict[str, Any], out: Path, table: Callable, draw: Callable) -> None:
     """results.json, table.md and figure.png."""
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "results.json", (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
+    present(results, out, table, draw)
+
+
+def present(results: dict[str, Any], out: Path, table: Callable, draw: Callable) -> None:
+    """table.md and figure.png."""
     write_atomically(out / "table.md", (table(results).strip() + "\n").encode())
     draw(results, out / "figure.png")
-    print(f"{out}/: results.json, table.md, figure.png", flush=True)
+    print(f"{out}/: table.md, figure.png", flush=True)
 
 
 class Cells:
@@ -171,7 +185,7 @@ def numbers(values: Sequence[float | None]) -> np.ndarray:
 
 def published(panel: str, series: str) -> np.ndarray:
     """A curve of the paper's figures as [points, 2], from the digitised ones that are committed."""
-    lines = (Path(__file__).parent / "results" / "paper" / "figures.csv").read_text().splitlines()
+    lines = Path(__file__).with_name("published.csv").read_text().splitlines()
     rows = [line.split(",") for line in lines if line and not line.startswith("#")]
     found = [(float(x), float(y)) for p, s, x, y in rows[1:] if (p, s) == (panel, series)]
     if not found:

@@ -1,4 +1,4 @@
-"""One trained DEQ-Transformer for all studies, kept at milestones on the way: `python -m experiments.trained`.
+"""One trained DEQ-Transformer for all studies, kept at milestones on the way: `python -m experiments.shared.trained`.
 
 The studies load it, and train it where it is not there yet. A run that was cut continues.
 """
@@ -15,13 +15,13 @@ from flax import nnx
 from jaxtyping import Array
 
 import deq_jax as deq
-from experiments import char_lm, data, lm, word_lm
-from experiments.checkpoints import RunDirectory, config_to_json
-from experiments.plots import read_log
-from experiments.training import TrainState, make_train_step
+from experiments.shared.plots import read_log
+from experiments.training import cli, data, lm, lm_model, lm_presets, lm_train
+from experiments.training.checkpoints import RunDirectory, config_to_json
+from experiments.training.loop import TrainState, make_train_step
 
 # The paper's own order of tolerances: tight in training, so that what is measured later is the model's doing.
-REDUCED = char_lm.Config(
+REDUCED = lm_model.Config(
     run=Path("runs/studies/model"),
     steps=1000,
     shallow_share=1 / 5,
@@ -37,13 +37,13 @@ REDUCED = char_lm.Config(
     solver=deq.Anderson(rtol=1e-3, max_steps=30, history=6),
     adjoint=deq.Implicit(deq.Anderson(rtol=1e-3, max_steps=30, history=12)),
 )
-PAPER = dataclasses.replace(word_lm.PRESETS["wikitext-103"][1], run=Path("runs/studies/wikitext-103"))
+PAPER = dataclasses.replace(lm_presets.PRESETS["wikitext-103"][1], run=Path("runs/studies/wikitext-103"))
 # Of the steps, where parameters are kept; the end of the shallow warm-up is always among them.
 MILESTONES = (0.3, 0.5, 1.0)
 
 
 class Trained(NamedTuple):
-    config: char_lm.Config
+    config: lm_model.Config
     corpus: data.Corpus
     graphdef: Any
     states: dict[int, TrainState]  # by step: the start, the end of the warm-up, the milestones
@@ -65,17 +65,17 @@ class Trained(NamedTuple):
         return self.states[self.config.shallow_steps]
 
 
-def milestones(config: char_lm.Config) -> list[int]:
+def milestones(config: lm_model.Config) -> list[int]:
     shares = (round(share * config.steps) for share in MILESTONES)
     return sorted({0, config.shallow_steps, *(step for step in shares if step >= config.shallow_steps)})
 
 
-def load(config: char_lm.Config) -> Trained:
+def load(config: lm_model.Config) -> Trained:
     """The model at its milestones; what is not there yet is trained first."""
     corpus = lm.load_corpus(config.data, level=config.level, data_dir=config.data_dir)
-    graphdef, start = char_lm.start_state(config, corpus.vocabulary)
+    graphdef, start = lm_train.start_state(config, corpus.vocabulary)
     stored = lm.identity(config_to_json(config), corpus)
-    with RunDirectory(config.run, stored, harmless=char_lm.HARMLESS) as run:
+    with RunDirectory(config.run, stored, harmless=lm_train.HARMLESS) as run:
         finished = run.step == config.steps
     if not finished:
         train(config, stored)
@@ -86,11 +86,11 @@ def load(config: char_lm.Config) -> Trained:
     return Trained(config, corpus, graphdef, states, read_log(run.metrics_path))
 
 
-def milestone(config: char_lm.Config, stored: dict[str, Any], step: int) -> RunDirectory:
-    return RunDirectory(config.run / "milestones" / str(step), stored, harmless=char_lm.HARMLESS)
+def milestone(config: lm_model.Config, stored: dict[str, Any], step: int) -> RunDirectory:
+    return RunDirectory(config.run / "milestones" / str(step), stored, harmless=lm_train.HARMLESS)
 
 
-def train(config: char_lm.Config, stored: dict[str, Any]) -> None:
+def train(config: lm_model.Config, stored: dict[str, Any]) -> None:
     print(f"the studies' model: {config.steps} steps, kept in {config.run}; 3 minutes on one core", flush=True)
     kept = set(milestones(config))
 
@@ -99,7 +99,7 @@ def train(config: char_lm.Config, stored: dict[str, Any]) -> None:
             with milestone(config, stored, step) as directory:
                 directory.save(step, state)
 
-    char_lm.train(config, "model", keep=keep)
+    lm_train.train(config, "model", keep=keep)
 
 
 # ---- to go on from a milestone, with other solvers -----------------------------------------------------------
@@ -115,9 +115,9 @@ def continuing(trained: Trained, *, jacobian_weight: float = 0.0) -> Callable:
     def loss(params, probe, rest, batch, key, carry):
         segment, solver, adjoint = batch
         options: dict[str, Any] = {"jacobian_weight": jacobian_weight}
-        return char_lm.loss_fn(graphdef, solver, adjoint, params, probe, rest, segment, key, carry, **options)
+        return lm_model.loss_fn(graphdef, solver, adjoint, params, probe, rest, segment, key, carry, **options)
 
-    step = make_train_step(loss, char_lm.optimizer(config), probe=deq.Probe.zeros((config.batch,)))
+    step = make_train_step(loss, lm_train.optimizer(config), probe=deq.Probe.zeros((config.batch,)))
 
     def go(state, solver, adjoint, steps):
         state = jax.tree.map(jnp.copy, state)  # the step donates what it is given
@@ -170,8 +170,8 @@ def main(args: Sequence[str] | None = None) -> None:
         trained = load(presets[preset])
         print(f"{trained.config.run}: steps {', '.join(map(str, trained.states))}")
 
-    lm.run_command(
-        {"train": train_model}, args, prog="python -m experiments.trained", description=__doc__, default="train"
+    cli.run_command(
+        {"train": train_model}, args, prog="python -m experiments.shared.trained", description=__doc__, default="train"
     )
 
 

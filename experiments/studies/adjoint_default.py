@@ -1,6 +1,6 @@
 """Should `ImplicitJVP` be the default adjoint? What each of the two costs to trace, to compile, to hold and to run.
 
-python -m experiments.adjoint_default_study
+python -m experiments.studies.adjoint_default
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 
 import deq_jax as deq
 from deq_jax.models import DEQTransformer, TransformerConfig
-from experiments.checkpoints import write_atomically
+from experiments.training.checkpoints import write_atomically
 
 ADJOINTS = {"Implicit": deq.Implicit(), "ImplicitJVP": deq.ImplicitJVP()}
 
@@ -28,10 +28,10 @@ ADJOINTS = {"Implicit": deq.Implicit(), "ImplicitJVP": deq.ImplicitJVP()}
 class Config:
     """About five minutes on one CPU core. `table.md` says what each adjoint costs, cell by cell.
 
-    python -m experiments.adjoint_default_study
+    python -m experiments.studies.adjoint_default
     """
 
-    out: Path = Path("experiments/results/adjoint_default")
+    out: Path = Path("experiments/studies/results/adjoint_default")
     runs: int = 11  # of each program, the two adjoints by turns
     compiles: int = 2
     tiny: bool = False  # the same at a test's size
@@ -114,7 +114,7 @@ def table(results: dict[str, Any]) -> str:
                 times = f"{x['trace']:.2f} | {x['compile']:.2f} | {1e3 * x['run']:.2f}"
                 lines.append(f"| {cell} | {kind} | {name} | {times} | {x['bytes'] / 1024:.1f} |")
     told = (
-        f"`python -m experiments.adjoint_default_study`, jax {results['jax']}, {results['device']}, float32, medians."
+        f"`python -m experiments.studies.adjoint_default`, jax {results['jax']}, {results['device']}, float32, medians."
     )
     return "\n".join([told, "", *lines, ""])
 

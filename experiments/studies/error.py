@@ -1,6 +1,6 @@
 """How good `error_estimate` is: estimated over true errors of what solvers return, on the random cells.
 
-python -m experiments.error_study  # three minutes on one core; nothing is written
+python -m experiments.studies.error  # three minutes on one core; nothing is written
 
 Cells and solves in float64, at the solvers' default tolerances unless said. The truth is ‖z − z*‖ with z* found from z
 by Newton's method with the whole Jacobian; cells where it finds no fixed point are left out and counted.
@@ -17,9 +17,9 @@ import tyro
 from jaxtyping import Array, Float
 
 import deq_jax as deq
-from experiments.plots import markdown_table
-from experiments.robustness_cells import DIM, FAMILIES
-from experiments.robustness_study import draw
+from experiments.shared.cell_batch import draw
+from experiments.shared.cells import DIM, FAMILIES
+from experiments.shared.plots import markdown_table
 
 NEWTON_STEPS = 12
 SOLVERS = {"Anderson": deq.Anderson(), "Broyden": deq.Broyden(), "Robust": deq.Robust(max_steps=300)}

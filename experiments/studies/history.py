@@ -1,6 +1,6 @@
 """What a history in a narrower dtype costs in evaluations, on the random cells of the robustness study.
 
-python -m experiments.history_study  # two minutes on one core; nothing is written
+python -m experiments.studies.history  # two minutes on one core; nothing is written
 """
 
 import dataclasses
@@ -12,9 +12,9 @@ import numpy as np
 import tyro
 
 import deq_jax as deq
-from experiments.plots import markdown_table
-from experiments.robustness_cells import DIM, FAMILIES
-from experiments.robustness_study import Problems, draw
+from experiments.shared.cell_batch import Problems, draw
+from experiments.shared.cells import DIM, FAMILIES
+from experiments.shared.plots import markdown_table
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """jaxopt's own tests of its fixed-point and root solvers, run against `deq_jax.compat.jaxopt`.
 
 git clone https://github.com/google/jaxopt && pip install absl-py scikit-learn
-python -m experiments.jaxopt_tests jaxopt  # two minutes on one core
+python -m experiments.studies.jaxopt_tests jaxopt  # two minutes on one core
 
 The path is that of the checkout: its tests are in no package. The imports of the names that are tested are changed in
 copies, which are removed afterwards; all else, solvers that are wrapped among it, remains jaxopt's. With --theirs the
@@ -42,7 +42,7 @@ def main(config: Config) -> int:
     missing = [name for name in FILES if not (tests / f"{name}_test.py").is_file()]
     if missing:
         raise SystemExit(f"{config.checkout} is no checkout of jaxopt: {tests} has no {missing[0]}_test.py")
-    here = pathlib.Path(__file__).resolve().parent.parent
+    here = pathlib.Path(__file__).resolve().parents[2]
     paths = [str(tests.parent), str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory() as folder:
         for name in FILES:

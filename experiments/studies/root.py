@@ -2,7 +2,7 @@
 
 The referee computes F in float64 by numpy at the z that is returned. A system is solved if the solve says CONVERGED and
 ‖F(z)‖ is at most `ATOL` of the dtype: that is the tolerance asked for, 1e-8 in float64 as in
-experiments/robustness_study.py, and in float32 the 1e-4 that is as many of its digits.
+experiments/studies/robustness.py, and in float32 the 1e-4 that is as many of its digits.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 
 import deq_jax as deq
-from experiments.robustness_cells import NAMES, NO_ZERO, RUNS, classical, start
+from experiments.shared.systems import NAMES, NO_ZERO, RUNS, classical, start
 
 ATOL = {"float64": 1e-8, "float32": 1e-4}
 SCALES = (1.0, 1e6, 1e-6)
@@ -27,8 +27,8 @@ QUICK = tuple(run for run in RUNS if run[:2] in ((1, 2), (3, 2), (9, 10), (14, 1
 class Config:
     """The systems solved by `deq.root`'s default solver, in float64 and float32.
 
-        python -m experiments.root_study          # 3 minutes on one core, nearly all of it compilation
-        python -m experiments.root_study --quick  # four systems
+        python -m experiments.studies.root          # 3 minutes on one core, nearly all of it compilation
+        python -m experiments.studies.root --quick  # four systems
 
     You should see 54 of 54 in float64, 53 in float32, no false claim, and errors of the gradient far below 1e-6.
     """

@@ -1,6 +1,6 @@
 """SQUAREM beside Anderson on the maps of economists and statisticians, counted in evaluations.
 
-python -m experiments.squarem_study  # half a minute on one core; nothing is written
+python -m experiments.studies.squarem  # half a minute on one core; nothing is written
 
 SQUAREM (Varadhan & Roland 2008, scheme S3) takes two plain steps and extrapolates from them; its memory is one residual
 and a point to go back to. The library has no such solver, because of this table. Only for the EM of Gaussians that lie
@@ -19,7 +19,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float
 
 import deq_jax as deq
-from experiments.plots import markdown_table
+from experiments.shared.plots import markdown_table
 
 BLOWN_UP = 10.0  # an extrapolated point whose residual is this many times that before is given up
 GROWTH = 4.0  # of the longest step that is allowed

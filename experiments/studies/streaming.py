@@ -1,7 +1,7 @@
 """Continuous batching against whole batches: evaluations of f and time for a queue of unequal problems.
 
-python -m experiments.streaming_study
-python -m experiments.streaming_study --tiny
+python -m experiments.studies.streaming
+python -m experiments.studies.streaming --tiny
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ import tyro
 from jaxtyping import Array, Float, Int
 
 import deq_jax as deq
-from experiments import lm
-from experiments.checkpoints import write_atomically
-from experiments.study import conditions, paragraph, plain
+from experiments.shared.study import conditions, paragraph, plain
+from experiments.training.checkpoints import write_atomically
+from experiments.training.environment import environment
 
 SOLVERS = {
     "Picard": deq.Picard(rtol=1e-4, max_steps=1000),
@@ -39,10 +39,10 @@ class Config:
     You should see plain iteration gain as much time, Anderson most of it if f is not too cheap (each problem writes its
     history at a place of its own), and Broyden lose: it compresses all memories whenever one is full.
 
-    python -m experiments.streaming_study
+    python -m experiments.studies.streaming
     """
 
-    out: Path = Path("experiments/results/streaming")
+    out: Path = Path("experiments/studies/results/streaming")
     problems: int = 4096
     slots: int = 256
     pieces: int = 8  # evaluations between two looks at what has finished
@@ -187,8 +187,8 @@ def markdown(results: dict[str, Any]) -> str:
 def main(config: Config) -> dict[str, Any]:
     if config.tiny:
         config = dataclasses.replace(config, problems=64, slots=8, widths=((8, 16),), repeats=1)
-    results: dict[str, Any] = {"command": "python -m experiments.streaming_study" + " --tiny" * config.tiny}
-    results |= {"config": dataclasses.asdict(config) | {"out": None}, **lm.environment(), "rows": []}
+    results: dict[str, Any] = {"command": "python -m experiments.studies.streaming" + " --tiny" * config.tiny}
+    results |= {"config": dataclasses.asdict(config) | {"out": None}, **environment(), "rows": []}
     config.out.mkdir(parents=True, exist_ok=True)
     for width, name in itertools.product(config.widths, config.solvers):
         results["rows"].append(plain(compare(name, config, width)))

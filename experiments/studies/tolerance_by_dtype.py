@@ -1,6 +1,6 @@
 """How many digits a relative tolerance buys, and what they cost: the default of `rtol` by dtype was chosen from this.
 
-python -m experiments.tolerance_by_dtype  # two minutes on one core; nothing is written
+python -m experiments.studies.tolerance_by_dtype  # two minutes on one core; nothing is written
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ import numpy as np
 import tyro
 
 import deq_jax as deq
-from experiments.plots import markdown_table
-from experiments.robustness_cells import DIM, FAMILIES
-from experiments.robustness_study import Problems, draw
+from experiments.shared.cell_batch import Problems, draw
+from experiments.shared.cells import DIM, FAMILIES
+from experiments.shared.plots import markdown_table
 
 SOLVERS: dict[str, Any] = {"Picard": deq.Picard(), "Anderson": deq.Anderson(), "Broyden": deq.Broyden()}
 NEWTON = 4  # steps from what a solver found to the fixed point beside it

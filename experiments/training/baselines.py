@@ -19,7 +19,7 @@ import deq_jax as deq
 from deq_jax.models import TransformerConfig
 from deq_jax.models.common import Weight
 from deq_jax.models.transformer_cell import History, TransformerCell
-from experiments.training import count_params
+from experiments.training.loop import count_params
 
 # What is kept of L layers: all linearizations; every state and one linearization; √L of each.
 TIED: dict[str, Callable[[int], deq.Unroll]] = {

@@ -2,7 +2,7 @@
 
 ```
 run/config.json      the configuration; a resume with another one is refused
-run/metrics.jsonl    written by experiments.training.MetricsLog
+run/metrics.jsonl    written by experiments.training.loop.MetricsLog
 run/lock             held (flock) while a process trains here; its text says which
 run/checkpoints/20/  a step as Orbax wrote it, then meta.json and manifest.json by us
 ```

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from experiments.data import Vocabulary
+from experiments.training.tokenizer import Vocabulary
 
 
 def generate(

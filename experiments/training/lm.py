@@ -1,146 +1,40 @@
 """What the language-model experiments share: corpora by name or path, evaluation, the log and its report."""
 
-import contextlib
 import dataclasses
 import enum
 import hashlib
 import json
-import math
-import os
-import platform
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 import deq_jax as deq
-from experiments import data
-from experiments.checkpoints import without_retired, write_atomically
-
-SOLVERS_AND_ADJOINTS = (
-    deq.Picard,
-    deq.Anderson,
-    deq.Broyden,
-    deq.NewtonKrylov,
-    deq.Implicit,
-    deq.ImplicitJVP,
-    deq.Phantom,
-    deq.Neumann,
-    deq.JFB,
-    deq.Shine,
-    deq.Reversible,
-    deq.Unroll,
-)
-
-
-# The command line.
-
-# The tolerances a command line starts from when it names another solver: those of `char_lm`'s defaults.
-FORWARD: dict[str, Any] = dict(rtol=1e-2, max_steps=16)
-BACKWARD: dict[str, Any] = dict(rtol=1e-2, max_steps=16)
-
-SolverOption = (
-    Annotated[deq.Picard, tyro.conf.subcommand("picard", default=deq.Picard(**FORWARD))]
-    | Annotated[deq.Anderson, tyro.conf.subcommand("anderson", default=deq.Anderson(**FORWARD))]
-    | Annotated[deq.Broyden, tyro.conf.subcommand("broyden", default=deq.Broyden(**FORWARD))]
-    | Annotated[deq.NewtonKrylov, tyro.conf.subcommand("newton-krylov", default=deq.NewtonKrylov(**FORWARD))]
-)
-NONE: Any = None
-BackwardOption: Any = (
-    Annotated[deq.Picard, tyro.conf.subcommand("picard", default=deq.Picard(**BACKWARD))]
-    | Annotated[deq.Anderson, tyro.conf.subcommand("anderson", default=deq.Anderson(**BACKWARD))]
-    | Annotated[deq.Broyden, tyro.conf.subcommand("broyden", default=deq.Broyden(**BACKWARD))]
-    | Annotated[deq.NewtonKrylov, tyro.conf.subcommand("newton-krylov", default=deq.NewtonKrylov(**BACKWARD))]
-    | NONE
-)
-AdjointOption = (
-    deq.Implicit | deq.ImplicitJVP | deq.Phantom | deq.Neumann | deq.JFB | deq.Shine | deq.Reversible | deq.Unroll
-)
-OPTIONS = tyro.constructors.ConstructorRegistry()
-
-
-@OPTIONS.struct_rule
-def _implicit(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
-    # The core cannot name the solvers in an annotation for a command line's sake; here they are.
-    cls: Any = info.type
-    if cls not in (deq.Implicit, deq.ImplicitJVP):
-        return None
-    given = info.default if isinstance(info.default, cls) else cls(deq.Anderson(**BACKWARD))
-    types = {"solver": BackwardOption, "on_failure": deq.OnFailure}
-    texts = {"solver": "of the backward equilibrium", "on_failure": "the gradient of a problem that failed"}
-    options = [
-        tyro.constructors.StructFieldSpec(name=n, type=types[n], default=getattr(given, n), helptext=texts[n])
-        for n in types
-    ]
-    return tyro.constructors.StructConstructorSpec(instantiate=cls, fields=tuple(options))
-
-
-def run_command(
-    commands: dict[str, Callable],
-    args: Sequence[str] | None,
-    *,
-    prog: str,
-    description: str | None,
-    default: str | None = None,
-) -> None:
-    """Call the command that the first word names, or `default`, with the options after it.
-
-    It leaves with one line where something about the command, its files or its run is wrong.
-    """
-    args = list(sys.argv[1:] if args is None else args)
-    if args and args[0] in commands:
-        name = args.pop(0)
-    elif default is not None and args[:1] not in (["-h"], ["--help"]):
-        name = default
-    else:  # the list of commands
-        return tyro.extras.subcommand_cli_from_dict(commands, args=args, prog=prog, description=description)
-    try:
-        with OPTIONS:
-            # This command's own parser: what it suggests for a misspelled option is an option of this command.
-            tyro.cli(commands[name], args=args, prog=f"{prog} {name}")
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        # While data are read or results measured: nothing is lost. In the training loop it is a flag.
-        print("interrupted; the same command continues", file=sys.stderr)
-        raise SystemExit(130) from None
-    except RuntimeError as error:
-        if type(error) is not RuntimeError:  # XLA's own
-            raise
-        raise SystemExit(f"error: {error}") from error
-
-
-def require(condition: bool, name: str, expected: str, got: Any) -> None:
-    """ValueError that names the option unless `condition` holds."""
-    if not condition:
-        raise ValueError(f"--{name.replace('_', '-')} must be {expected}, got {got}")
-
+from experiments.training import corpora, data, tokenizer
+from experiments.training.checkpoints import without_retired, write_atomically
+from experiments.training.cli import SOLVERS_AND_ADJOINTS
 
 # Corpora and run directories.
 
 
-def load_corpus(name_or_path: str, *, level: data.Level, data_dir: Path | None = None) -> data.Corpus:
+def load_corpus(name_or_path: str, *, level: corpora.Level, data_dir: Path | None = None) -> data.Corpus:
     """The corpus of that name at this level, or else the text that the path leads to.
 
     >>> load_corpus("shakespeare", level="char").name
     'shakespeare'
     """
-    if name_or_path in data.CORPORA:
+    if name_or_path in corpora.CORPORA:
         return data.load(name_or_path, level=level, data_dir=data_dir)
     if not Path(name_or_path).exists():
         raise ValueError(
-            f"--data must be one of {', '.join(data.CORPORA)}, or the path of a text file or of a directory "
+            f"--data must be one of {', '.join(corpora.CORPORA)}, or the path of a text file or of a directory "
             f"of *.txt; got {name_or_path!r}, which is neither"
         )
     return data.load(path=name_or_path, level=level)
@@ -191,13 +85,13 @@ def identity(config: dict[str, Any], corpus: data.Corpus) -> dict[str, Any]:
     return {**config, "vocabulary": corpus.vocabulary.fingerprint, "tokens": sizes, "text": text.hexdigest()}
 
 
-def save_vocabulary(run: Path, vocabulary: data.Vocabulary) -> None:
+def save_vocabulary(run: Path, vocabulary: tokenizer.Vocabulary) -> None:
     """Write `vocabulary.json` beside the checkpoints, so that to sample needs no corpus."""
     content = json.dumps({"level": vocabulary.level, "tokens": vocabulary.tokens}, ensure_ascii=False)
     write_atomically(run / "vocabulary.json", content.encode())
 
 
-def read_run(run: Path, config_class: type) -> tuple[Any, dict[str, Any], data.Vocabulary]:
+def read_run(run: Path, config_class: type) -> tuple[Any, dict[str, Any], tokenizer.Vocabulary]:
     """The configuration, the stored JSON and the vocabulary of a run; ValueError if `run` holds none."""
     if not (run / "config.json").is_file() or not (run / "vocabulary.json").is_file():
         inside = sorted(path.parent.name for path in run.glob("*/vocabulary.json"))
@@ -205,7 +99,7 @@ def read_run(run: Path, config_class: type) -> tuple[Any, dict[str, Any], data.V
         raise ValueError(f"{run} holds no run (no config.json and vocabulary.json): {remedy}")
     stored = json.loads((run / "config.json").read_bytes())
     values = json.loads((run / "vocabulary.json").read_bytes())
-    vocabulary = data.Vocabulary(tuple(values["tokens"]), values["level"])
+    vocabulary = tokenizer.Vocabulary(tuple(values["tokens"]), values["level"])
     if vocabulary.fingerprint != stored["vocabulary"]:
         raise ValueError(
             f"{run / 'vocabulary.json'} is not the vocabulary that this run was trained with: expected the "
@@ -362,105 +256,3 @@ def _average(window: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def temp_bytes(program: Any) -> int:
     """The temporary memory of a compiled program, as XLA plans it."""
     return int(program.memory_analysis().temp_size_in_bytes)
-
-
-def per_unit(loss: float, level: data.Level) -> tuple[str, float]:
-    """A loss in nats as its field reports it: bits per character, or the perplexity of words."""
-    return ("bits/char", loss / math.log(2)) if level == "char" else ("perplexity", math.exp(min(loss, 50.0)))
-
-
-def describe(line: dict[str, Any], level: data.Level) -> str:
-    """One line of the log in words; what was not measured is left out."""
-    name, value = per_unit(line["loss"], level)
-    words = [f"loss {line['loss']:.3f}", f"{value:.3g} {name}" if value < 1000 else f"{value:,.0f} {name}"]
-    if "fwd_steps" in line:
-        words.append(f"fwd {line['fwd_steps']:.1f} steps to {line['fwd_residual']:.0e}")
-        words.append(f"{100 * line['converged']:.0f}% converged")
-    else:
-        words.append("unrolled")  # the warm-up, or a network of layers: there is no solver to report
-    if line.get("bwd_steps"):
-        reached = f" to {line['bwd_residual']:.0e}" if math.isfinite(line["bwd_residual"]) else ""
-        words.append(f"bwd {line['bwd_steps']:.1f} steps{reached}")
-    words.append(f"{line['tokens_per_second']:,.0f} tokens/s")
-    if "valid_loss" in line:
-        words.append(f"validation {line['valid_loss']:.3f}")
-    if line["skipped"]:
-        words.append(f"{line['skipped']} steps skipped")
-    return ", ".join(words)
-
-
-@contextlib.contextmanager
-def reporting(title: str, start: int, total: int, level: data.Level) -> Iterator[Callable[[dict], None]]:
-    """`report(line)` for each line of the log: a live bar on a terminal, otherwise a line of text each."""
-    if sys.stdout.isatty():
-        from rich.console import Group
-        from rich.live import Live
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        from rich.text import Text
-
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA {task.fields[eta]}"),
-        )
-        task = bar.add_task(title, total=total, completed=start, eta="?")
-        with Live(bar, refresh_per_second=4) as live:
-            eta = _remaining(start, total)
-
-            def report(line):
-                bar.update(task, completed=line["step"], eta=eta(line["step"]))
-                live.update(Group(bar, Text(describe(line, level))))
-
-            yield report
-    else:
-        eta = _remaining(start, total)
-
-        def report(line):
-            step = line["step"]
-            print(f"{title} {step}/{total}: {describe(line, level)}, ETA {eta(step)}", flush=True)
-
-        yield report
-
-
-def _remaining(start: int, total: int) -> Callable[[int], str]:
-    then, before = time.monotonic(), start
-
-    def eta(step: int) -> str:
-        # From the last line's pace alone: a step at the equilibrium costs several of the warm-up's.
-        nonlocal then, before
-        now = time.monotonic()
-        seconds = (now - then) / max(step - before, 1) * (total - step)
-        then, before = now, step
-        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-    return eta
-
-
-def environment() -> dict[str, Any]:
-    """Where a number was measured: machine, devices and versions, with nothing that names the host."""
-    return {
-        "machine": {
-            "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "system": platform.system(),
-            "devices": [device.device_kind for device in jax.devices()],
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__,
-            "flax": flax.__version__,
-            "optax": optax.__version__,
-            "deq_jax": deq.__version__,
-        },
-    }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

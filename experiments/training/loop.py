@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from experiments.checkpoints import write_atomically
+from experiments.training.checkpoints import write_atomically
 
 
 class TrainState(NamedTuple):

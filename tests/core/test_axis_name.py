@@ -11,7 +11,7 @@ from families import ADJOINTS
 from jax.sharding import PartitionSpec as P
 
 import deq_jax as deq
-from experiments import programs
+from experiments.benchmarks import programs
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compile")
 

@@ -1,4 +1,4 @@
-"""jaxopt's interfaces over this library. jaxopt's own tests: `python -m experiments.jaxopt_tests CHECKOUT`."""
+"""jaxopt's interfaces over this library. jaxopt's own tests: `python -m experiments.studies.jaxopt_tests CHECKOUT`."""
 
 import functools
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ import pytest
 
 import deq_jax as deq
 from deq_jax.compat import jaxopt
-from experiments import jaxopt_tests
+from experiments.studies import jaxopt_tests
 
 pytestmark = pytest.mark.usefixtures("promotes", "x64")
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import deq_jax as deq
 from deq_jax._jaxprs import sub_jaxprs
-from experiments import programs
+from experiments.benchmarks import programs
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compile")
 

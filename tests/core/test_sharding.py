@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import deq_jax as deq
 from deq_jax._vectors import Vector, norm
-from experiments import programs
+from experiments.benchmarks import programs
 
 pytestmark = [pytest.mark.usefixtures("x64", "quick_compile")]
 

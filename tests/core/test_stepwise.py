@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import deq_jax as deq
-from experiments import streaming_study
+from experiments.studies import streaming
 
 # Not where bits are compared with those of another program: there XLA rounds both alike only if it compiles in full.
 quick_compile = pytest.mark.usefixtures("quick_compile")
@@ -285,7 +285,7 @@ def test_no_gradient_flows_and_attach_makes_one():
 
 
 def test_the_streaming_study_solves_the_same_problems_with_fewer_evaluations(tmp_path):
-    rows = streaming_study.main(streaming_study.Config(out=tmp_path, tiny=True, solvers=("Picard",)))["rows"]
+    rows = streaming.main(streaming.Config(out=tmp_path, tiny=True, solvers=("Picard",)))["rows"]
     (row,) = rows
     assert row["whole"]["converged"] == row["stream"]["converged"] == 64 and row["other_steps"] == 0
     assert row["fewer_evaluations"] > 1.5

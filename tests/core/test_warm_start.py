@@ -109,7 +109,7 @@ def test_the_cache_goes_into_a_checkpoint(tmp_path):
         restored = checkpointer.restore(tmp_path / "plain", example_cache())
     assert isinstance(restored, deq.FixedPointCache)
 
-    from experiments.checkpoints import RunDirectory
+    from experiments.training.checkpoints import RunDirectory
 
     config = {"run": 1}
     with RunDirectory(tmp_path / "run", config) as run:

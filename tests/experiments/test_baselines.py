@@ -8,7 +8,7 @@ from flax import nnx
 
 from deq_jax.models import TransformerConfig
 from deq_jax.models.transformer_cell import NO_DROPOUT, History
-from experiments.baselines import TCN, Recurrent, TransformerStack, causal_convolution, fitted, parameters
+from experiments.training.baselines import TCN, Recurrent, TransformerStack, causal_convolution, fitted, parameters
 
 pytestmark = pytest.mark.usefixtures("promotes", "quick_compile")  # the explicit networks rely on the former
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import deq_jax as deq
-from experiments.benchmarks import jax_ops, jax_side, problems, referee, report, workers
+from experiments.benchmarks import jax_side, judge, report, workers
+from experiments.shared import jax_ops, problems
 
 pytestmark = pytest.mark.usefixtures("promotes")  # the referee relies on it
 
@@ -49,7 +50,7 @@ def test_convolution_and_its_derivatives_are_those_of_lax(x64, rng):
 
 
 def test_referee_is_content_with_ours_and_not_with_noise(built, tmp_path, x64):
-    commands = referee.commands(problems.TINY)
+    commands = judge.commands(problems.TINY)
     commands["solve"](problem="P1")
     verdict = commands["judge"](built[1])
     assert workers.good(verdict)

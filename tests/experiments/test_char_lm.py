@@ -24,13 +24,14 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 import deq_jax as deq
-from experiments import char_lm, data, generation, lm, word_lm
-from experiments.char_lm import Config
-from experiments.checkpoints import config_to_json
+from experiments.paper import char_lm, word_lm
+from experiments.training import cli, data, generation, lm, lm_model, lm_presets, lm_train, tokenizer
+from experiments.training.checkpoints import config_to_json
+from experiments.training.lm_model import Config
 
 pytestmark = pytest.mark.usefixtures("promotes")  # optax and the loop rely on it
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = Config(
     steps=60,
     shallow_share=0.25,
@@ -75,7 +76,7 @@ def die(run, text, name, at):
         return healthy(segments, step)
 
     data.Segments.__getitem__ = dying
-    char_lm.train(tiny(Path(run), text))
+    lm_train.train(tiny(Path(run), text))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,8 +114,8 @@ def run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(run, text) -> char_lm.Trained:
-    return char_lm.train(tiny(run, text))
+def trained(run, text) -> lm_train.Trained:
+    return lm_train.train(tiny(run, text))
 
 
 def read_log(run: Path) -> list[dict]:
@@ -142,7 +143,7 @@ def test_a_run_trains_and_its_log_says_how(trained, run):
 
 def test_a_finished_run_is_measured_again_with_the_same_result(trained, run, text):
     before = (run / "metrics.jsonl").read_bytes()
-    again = char_lm.train(tiny(run, text))
+    again = lm_train.train(tiny(run, text))
     assert again.report["valid_loss"] == trained.report["valid_loss"]
     assert again.report["train_seconds"] == trained.report["train_seconds"]
     assert (run / "metrics.jsonl").read_bytes() == before
@@ -162,7 +163,7 @@ def test_a_stopped_run_resumes_bit_for_bit(trained, run, text, name, code, resum
     assert process.returncode == code, process.stderr
     if name == "SIGTERM":
         assert f"saved {tmp_path / 'run' / 'checkpoints' / '33'}; the same command continues" in process.stderr
-    resumed = char_lm.train(tiny(tmp_path / "run", text))
+    resumed = lm_train.train(tiny(tmp_path / "run", text))
     assert f"from step {resumed_from};" in capsys.readouterr().out
     assert resumed.state.step == 60
     whole = (trained.state.params, trained.state.opt_state, trained.state.carry)
@@ -184,7 +185,7 @@ def test_what_is_wrong_is_said_before_compilation(run, trained, text, tmp_path, 
     def compiling(*args):
         raise AssertionError("compiled first")
 
-    monkeypatch.setattr(char_lm, "make_steps", compiling)
+    monkeypatch.setattr(lm_train, "make_steps", compiling)
     here = ["--run", run, "--data", text, *OPTIONS]
     assert "lr: 0.02 -> 0.5" in error(capsys, *here, "--lr", 0.5)
     assert "solver: Anderson" in error(capsys, *here, "solver:broyden").replace("\n", " ")
@@ -225,11 +226,11 @@ def test_what_is_wrong_is_said_before_compilation(run, trained, text, tmp_path, 
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("cls", lm.SOLVERS_AND_ADJOINTS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", cli.SOLVERS_AND_ADJOINTS, ids=lambda cls: cls.__name__)
 def test_every_solver_and_adjoint_is_an_option_and_comes_back_from_a_file(cls):
     kind = "solver" if hasattr(cls, "update") else "adjoint"
     of_two_words = {deq.ImplicitJVP: "implicit-jvp", deq.NewtonKrylov: "newton-krylov"}
-    with lm.OPTIONS:
+    with cli.OPTIONS:
         config = tyro.cli(Config, args=[f"{kind}:{of_two_words.get(cls, cls.__name__.lower())}"])
     value = getattr(config, kind)
     assert type(value) is cls
@@ -237,7 +238,7 @@ def test_every_solver_and_adjoint_is_an_option_and_comes_back_from_a_file(cls):
 
 
 def test_what_happens_to_a_failed_problem_is_an_option():
-    with lm.OPTIONS:
+    with cli.OPTIONS:
         config = tyro.cli(Config, args=["adjoint:implicit", "--adjoint.on-failure", "ZERO"])
     assert config.adjoint == dataclasses.replace(Config().adjoint, on_failure=deq.OnFailure.ZERO)
     stored = config_to_json(config.adjoint)
@@ -248,7 +249,7 @@ def test_a_run_of_any_length_ends_with_the_equilibrium():
     """`--steps 20` is a run too: its warm-ups are shares, and the solver that was asked for is used."""
     default = Config()
     assert (default.shallow_steps, default.warmup_steps) == (1000, 50)
-    paper = word_lm.PRESETS["wikitext-103"][1]
+    paper = lm_presets.PRESETS["wikitext-103"][1]
     assert (paper.shallow_steps, paper.warmup_steps) == (32_000, 16_000)
     for config in (default, paper):
         for steps in (1, 2, 20, 1000):
@@ -262,36 +263,39 @@ def test_the_commands_solvers_and_adjoints_are_objects(monkeypatch, capsys, tmp_
     def train(config):
         seen.append(config)
         config.run.mkdir(parents=True, exist_ok=True)
-        return char_lm.Trained(None, None, None, {})
+        return lm_train.Trained(None, None, None, {})
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(char_lm, "train", train)
+    monkeypatch.setattr(lm_train, "train", train)
     char_lm.main("--steps 200 solver:broyden --solver.rank 12 adjoint:phantom --adjoint.steps 3".split())
     char_lm.main("train adjoint:implicit adjoint.solver:picard --adjoint.solver.damping 0.5".split())
     char_lm.main([])
     word_lm.main(["wikitext-103", "--batch", "7"])
     word_lm.main("wikitext-2 --steps 2000 solver:broyden adjoint:implicit adjoint.solver:broyden".split())
     broyden, picard, default, words, changed = seen
-    assert broyden.steps == 200 and broyden.solver == deq.Broyden(**lm.FORWARD, rank=12)
+    assert broyden.steps == 200 and broyden.solver == deq.Broyden(**cli.FORWARD, rank=12)
     assert broyden.adjoint == deq.Phantom(steps=3)
-    assert picard.adjoint == deq.Implicit(deq.Picard(**lm.BACKWARD, damping=0.5))
+    assert picard.adjoint == deq.Implicit(deq.Picard(**cli.BACKWARD, damping=0.5))
     assert default == Config()
-    assert words == dataclasses.replace(word_lm.PRESETS["wikitext-103"][1], batch=7)
-    both = dict(solver=deq.Broyden(**lm.FORWARD), adjoint=deq.Implicit(deq.Broyden(**lm.BACKWARD)))
-    assert changed == dataclasses.replace(word_lm.PRESETS["wikitext-2"][1], steps=2000, **both)
+    assert words == dataclasses.replace(lm_presets.PRESETS["wikitext-103"][1], batch=7)
+    both = dict(solver=deq.Broyden(**cli.FORWARD), adjoint=deq.Implicit(deq.Broyden(**cli.BACKWARD)))
+    assert changed == dataclasses.replace(lm_presets.PRESETS["wikitext-2"][1], steps=2000, **both)
 
 
 def test_an_interrupt_outside_the_training_loop_is_one_line_and_130(monkeypatch, capsys):
     def interrupted(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(char_lm, "train", interrupted)
+    monkeypatch.setattr(lm_train, "train", interrupted)
     assert error(capsys, "train") == "130 interrupted; the same command continues\n"
 
 
 def documented_commands() -> list[str]:
     pages = [char_lm.__doc__, Config.__doc__, word_lm.__doc__, (ROOT / "README.md").read_text()]
-    found = [re.findall(r"^ *python -m experiments\.((?:char|word)_lm\b.*?)(?:  +#.*)?$", page, re.M) for page in pages]
+    found = [
+        re.findall(r"^ *python -m experiments\.paper\.((?:char|word)_lm\b.*?)(?:  +#.*)?$", page, re.M)
+        for page in pages
+    ]
     assert all(found), "a page without a command"
     return sorted({line for lines in found for line in lines})
 
@@ -329,9 +333,9 @@ def test_text_is_sampled_from_a_run(trained, run, text, tmp_path, capsys):
 
 
 def test_generation_is_the_argmax_of_the_whole_text():
-    vocabulary = data.Vocabulary(tuple("abcdefgh"))
+    vocabulary = tokenizer.Vocabulary(tuple("abcdefgh"))
     config = dataclasses.replace(TINY, mem_len=32, embedding_std=0.5, solver=deq.Anderson(rtol=1e-6))
-    model = char_lm.build(config, vocabulary)
+    model = lm_model.build(config, vocabulary)
     graphdef, params = nnx.split(model, nnx.Param)
     made = generation.generate(
         graphdef, nnx.to_pure_dict(params), vocabulary, "abcab", length=12, temperature=0.0, seed=0
@@ -343,15 +347,15 @@ def test_generation_is_the_argmax_of_the_whole_text():
 
 
 def test_the_history_is_used_detached_and_forgotten_at_the_start_of_an_epoch(rng):
-    vocabulary = data.Vocabulary(tuple("abcdefgh"))
-    graphdef, state = char_lm.start_state(TINY, vocabulary)
+    vocabulary = tokenizer.Vocabulary(tuple("abcdefgh"))
+    graphdef, state = lm_train.start_state(TINY, vocabulary)
     segments = data.segments(np.asarray(jax.random.randint(rng, (4 * 50,), 0, 8)), TINY.batch, TINY.length)
     assert [segments[step].is_start for step in range(5)] == [True, False, False, True, False]
 
     @jax.jit
     def loss(params, carry, batch):
         probe = deq.Probe.zeros((TINY.batch,))
-        value, (_, carry, _) = char_lm.loss_fn(
+        value, (_, carry, _) = lm_model.loss_fn(
             graphdef, TINY.solver, TINY.adjoint, params, probe, (), batch, rng, carry
         )
         return value, carry
@@ -370,9 +374,9 @@ def test_the_history_is_used_detached_and_forgotten_at_the_start_of_an_epoch(rng
 
 
 def test_evaluation_is_the_mean_over_all_tokens(monkeypatch):
-    vocabulary = data.Vocabulary(tuple("abcdefgh"))
+    vocabulary = tokenizer.Vocabulary(tuple("abcdefgh"))
     config = dataclasses.replace(TINY, mem_len=64, embedding_std=0.5, solver=deq.Anderson(rtol=1e-5))
-    model = char_lm.build(config, vocabulary)
+    model = lm_model.build(config, vocabulary)
     graphdef, params = nnx.split(model, nnx.Param)
     tokens = np.random.default_rng(0).integers(8, size=50).astype(np.int32)
     segments = lm.evaluation_segments(tokens, 1, 16)
@@ -399,7 +403,7 @@ def test_the_demo_writes_its_figure_log_and_summary(text, tmp_path, capsys):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["machine"]["cores"] >= 1 and summary["versions"]["jax"] == jax.__version__
     assert summary["seed"] == 0 and summary["dtype"] == "float32"
-    assert summary["gradient"]["__type__"] == "Implicit" and "experiments.char_lm" in summary["command"]
+    assert summary["gradient"]["__type__"] == "Implicit" and "experiments.paper.char_lm" in summary["command"]
     assert summary["deq"]["parameters"] == summary["unrolled"]["parameters"]
     assert summary["deq"]["steps"] == summary["unrolled"]["steps"] == 60
     assert summary["unrolled"]["solver"]["max_steps"] == 3
@@ -433,13 +437,13 @@ if __name__ == "__main__":
 
 
 def test_the_jacobian_penalty_is_an_option():
-    vocabulary = data.Vocabulary(tuple("abcdefgh"), "char")
+    vocabulary = tokenizer.Vocabulary(tuple("abcdefgh"), "char")
     tokens = np.arange(400) % 8
     stepped = []
     for weight in (0.0, 5.0):
         config = dataclasses.replace(TINY, jacobian_weight=weight)
-        graphdef, state = char_lm.start_state(config, vocabulary)
-        _, step = char_lm.make_steps(config, graphdef)
+        graphdef, state = lm_train.start_state(config, vocabulary)
+        _, step = lm_train.make_steps(config, graphdef)
         batches = data.segments(tokens, config.batch, config.length, seed=0)
         for i in range(8):
             state, metrics = step(state, batches[i])

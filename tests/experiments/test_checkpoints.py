@@ -21,19 +21,19 @@ import numpy as np
 import pytest
 
 import deq_jax as deq
-from experiments import checkpoints, training
-from experiments.checkpoints import (
+from experiments.training import checkpoints, loop
+from experiments.training.checkpoints import (
     DamagedCheckpointWarning,
     RunDirectory,
     config_changes,
     config_to_json,
     find_damage,
 )
-from experiments.training import MetricsLog, graceful_signals, init_state, make_optimizer, make_train_step  # noqa: F401
+from experiments.training.loop import init_state, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("promotes")  # optax relies on it
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def loss_fn(params, probe, rest, batch, key, carry):
     return jnp.mean((h @ params["u"] - y) ** 2), (rest, carry, {})
 
 
-exec(re.search(r"```python\n(.*?)```", training.__doc__, re.S).group(1))  # defines main(config, path)
+exec(re.search(r"```python\n(.*?)```", loop.__doc__, re.S).group(1))  # defines main(config, path)
 
 
 def make_die(how, at):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import compare_versions
+from experiments.benchmarks import compare_versions
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_checkout_is_equal_to_itself(tmp_path, capsys, monkeypatch):

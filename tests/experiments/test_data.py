@@ -18,9 +18,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from experiments import data
+from experiments.training import corpora, data, tokenizer
 
-WORDS = data.Vocabulary(("<eos>", "<unk>", "a", "rose", "is"), "word")
+WORDS = tokenizer.Vocabulary(("<eos>", "<unk>", "a", "rose", "is"), "word")
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def test_vocabulary_inverts():
     text = "a rose is\na rose\n"
     ids = WORDS.encode(text)
     assert ids.dtype == np.int32 and WORDS.decode(ids) == text
-    chars = data.Vocabulary(tuple(sorted(set(text))))
+    chars = tokenizer.Vocabulary(tuple(sorted(set(text))))
     np.testing.assert_array_equal(chars.decode(chars.encode(text)), text)
     assert chars.encode("").shape == (0,) and chars.decode([]) == ""
 
@@ -54,19 +54,19 @@ def test_vocabulary_inverts():
 def test_unknown_tokens():
     assert WORDS.decode(WORDS.encode("a tulip is")) == "a <unk> is"
     with pytest.raises(ValueError, match=r"word 'tulip' at position 1 is not in this vocabulary of 1"):
-        data.Vocabulary(("a",), "word").encode("a tulip")
+        tokenizer.Vocabulary(("a",), "word").encode("a tulip")
     with pytest.raises(ValueError, match=r"character 'é' at position 2 is not in this vocabulary of 2"):
-        data.Vocabulary(("a", "b")).encode("abé")
+        tokenizer.Vocabulary(("a", "b")).encode("abé")
     with pytest.raises(ValueError, match=r"expected ids in \[0, 5\), got -1 at position 1"):
         WORDS.decode([0, -1])
     with pytest.raises(ValueError, match=r"must differ; repeated: \['a'\]"):
-        data.Vocabulary(("a", "b", "a"))
+        tokenizer.Vocabulary(("a", "b", "a"))
     with pytest.raises(ValueError, match="level must be 'char' or 'word', got 'byte'"):
-        data.Vocabulary(("a",), "byte")
+        tokenizer.Vocabulary(("a",), "byte")
 
 
 def test_fingerprint_tells_vocabularies_apart():
-    prints = [data.Vocabulary(*args).fingerprint for args in [(("a", "b"),), (("b", "a"),), (("a", "b"), "word")]]
+    prints = [tokenizer.Vocabulary(*args).fingerprint for args in [(("a", "b"),), (("b", "a"),), (("a", "b"), "word")]]
     assert len(set(prints)) == 3
     # A checkpoint outlives a process: the value must not depend on hash seeds or versions.
     assert prints[0] == hashlib.sha256(b'["char", ["a", "b"]]').hexdigest()
@@ -77,7 +77,7 @@ def test_fingerprint_tells_vocabularies_apart():
 
 @pytest.mark.parametrize("name", ["ptb", "ptb-char", "wikitext-2", "wikitext-103", "text8", "enwik8"])
 def test_published_counts(name):
-    corpus, source = published(name), data.CORPORA[name]
+    corpus, source = published(name), corpora.CORPORA[name]
     assert (len(corpus.train), len(corpus.valid), len(corpus.test)) == source.counts
     assert source.vocabulary in (None, len(corpus.vocabulary))
     for stream in corpus[2:]:
@@ -103,7 +103,7 @@ def test_ptb_char_is_ptb_spelled():
 
 def test_shakespeare():
     corpus = data.load("shakespeare")
-    assert tuple(map(len, corpus[2:])) == data.CORPORA["shakespeare"].counts and len(corpus.vocabulary) == 65
+    assert tuple(map(len, corpus[2:])) == corpora.CORPORA["shakespeare"].counts and len(corpus.vocabulary) == 65
     text = corpus.vocabulary.decode(np.concatenate(corpus[2:]))
     digest = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
     assert hashlib.sha256(text.encode()).hexdigest() == digest
@@ -114,7 +114,7 @@ def test_missing_corpus_says_where_and_how(tmp_path):
         data.load("ptb", data_dir=tmp_path)
     assert str(caught.value) == (
         f"ptb: no ptb/ptb.train.txt, ptb/ptb.valid.txt, ptb/ptb.test.txt (plain, .xz or .gz) in {tmp_path}\n"
-        f"To get it: python -m experiments.data download ptb --data-dir {tmp_path}"
+        f"To get it: python -m experiments.training.data download ptb --data-dir {tmp_path}"
     )
     (tmp_path / "wikitext-103").mkdir()
     for split in ("valid", "test"):
@@ -129,9 +129,9 @@ def test_missing_corpus_says_where_and_how(tmp_path):
 
 def test_data_dir_default(monkeypatch, tmp_path):
     monkeypatch.setenv("DEQ_JAX_DATA", str(tmp_path))
-    assert data.default_data_dir() == tmp_path
+    assert corpora.default_data_dir() == tmp_path
     monkeypatch.delenv("DEQ_JAX_DATA")
-    assert data.default_data_dir().parts[-2:] == (".cache", "deq_jax")
+    assert corpora.default_data_dir().parts[-2:] == (".cache", "deq_jax")
 
 
 def test_bytes_and_long_lines(tmp_path, monkeypatch):
@@ -373,10 +373,10 @@ def test_fetch(server, tmp_path, monkeypatch, bar):
     if not bar:
         monkeypatch.setitem(sys.modules, "rich.progress", None)
     file = tmp_path / "own/a.txt"
-    data.fetch(server.url, sha256(server.body), [file])
+    corpora.fetch(server.url, sha256(server.body), [file])
     assert file.read_bytes() == server.body and [f.name for f in file.parent.iterdir()] == ["a.txt"]
     assert not server.seen[0]["User-Agent"].startswith("Python-urllib")
-    data.fetch(server.url, sha256(server.body), [file])  # there already
+    corpora.fetch(server.url, sha256(server.body), [file])  # there already
     assert len(server.seen) == 1
 
 
@@ -384,24 +384,24 @@ def test_fetch(server, tmp_path, monkeypatch, bar):
 def test_fetch_resumes(server, tmp_path, ranges):
     file, server.cut, server.ranges = tmp_path / "a.txt", 100_000, ranges
     with pytest.raises(ConnectionError, match=r"cut after 100000 of 153000 bytes\nTo resume, run the same"):
-        data.fetch(server.url, sha256(server.body), [file])
+        corpora.fetch(server.url, sha256(server.body), [file])
     assert not file.exists() and (tmp_path / "a.txt.part").stat().st_size == 100_000
     server.cut = None
-    data.fetch(server.url, sha256(server.body), [file])
+    corpora.fetch(server.url, sha256(server.body), [file])
     assert server.seen[1]["Range"] == "bytes=100000-"
     assert file.read_bytes() == server.body and not (tmp_path / "a.txt.part").exists()
 
 
 def test_fetch_starts_over_from_a_wrong_part(server, tmp_path):
     (tmp_path / "a.txt.part").write_bytes(b"x" * len(server.body))  # the server answers 416
-    data.fetch(server.url, sha256(server.body), [tmp_path / "a.txt"])
+    corpora.fetch(server.url, sha256(server.body), [tmp_path / "a.txt"])
     assert (tmp_path / "a.txt").read_bytes() == server.body
 
 
 def test_fetch_verifies(server, tmp_path):
     expected, got = "0" * 64, sha256(server.body)
     with pytest.raises(ValueError, match=f"a.txt: expected sha256 {expected}, got {got}; what came was deleted"):
-        data.fetch(server.url, expected, [tmp_path / "a.txt"])
+        corpora.fetch(server.url, expected, [tmp_path / "a.txt"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -411,18 +411,18 @@ def test_fetch_without_a_network(tmp_path, monkeypatch):
         closed.bind(("127.0.0.1", 0))  # bound, not listening
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/a.txt"
         with pytest.raises(ConnectionError) as caught:
-            data.fetch(url, sha256(b"by hand"), [tmp_path / "a.txt"])
+            corpora.fetch(url, sha256(b"by hand"), [tmp_path / "a.txt"])
         message, part = str(caught.value), tmp_path / "a.txt.part"
         assert f"could not download {url}" in message and "refused" in message
         assert f"By hand: save that address as {part}\nand run the same command again" in message
         part.write_bytes(b"by hand")  # as the message says
-        data.fetch(url, sha256(b"by hand"), [tmp_path / "a.txt"])
+        corpora.fetch(url, sha256(b"by hand"), [tmp_path / "a.txt"])
         assert (tmp_path / "a.txt").read_bytes() == b"by hand"
 
 
 def test_fetch_http_error(server, tmp_path):
     with pytest.raises(ConnectionError, match="could not download .*/missing.txt: HTTP Error 404"):
-        data.fetch(server.url.replace("a.txt", "missing.txt"), "0" * 64, [tmp_path / "a.txt"])
+        corpora.fetch(server.url.replace("a.txt", "missing.txt"), "0" * 64, [tmp_path / "a.txt"])
 
 
 def zipped(**members):
@@ -435,18 +435,18 @@ def zipped(**members):
 def test_fetch_unzips_only_what_it_names(server, tmp_path):
     server.body = zipped(**{"wiki/": "", "wiki/a.tokens": "a", "../../evil.txt": "evil", "../b.tokens": "b"})
     url, home = server.url.replace("a.txt", "w.zip"), tmp_path / "deep/er"
-    data.fetch(url, sha256(server.body), [home / "a.tokens", home / "b.tokens"])
+    corpora.fetch(url, sha256(server.body), [home / "a.tokens", home / "b.tokens"])
     assert (home / "a.tokens").read_text() == "a" and (home / "b.tokens").read_text() == "b"
     assert sorted(f.name for f in tmp_path.rglob("*") if f.is_file()) == ["a.tokens", "b.tokens"]
     with pytest.raises(ValueError, match=r"w.zip.part: expected a member c.tokens, got \[.*'a.tokens'"):
-        data.fetch(url, sha256(server.body), [tmp_path / "c.tokens"])
+        corpora.fetch(url, sha256(server.body), [tmp_path / "c.tokens"])
 
 
 def test_download_lays_files_where_load_looks(server, tmp_path, monkeypatch, capsys):
     server.body = b" aer N \n pierre <unk> \n"
     for name in ("ptb", "ptb-char"):
-        monkeypatch.setitem(data.CORPORA, name, data.CORPORA[name]._replace(urls=(server.url,) * 3))
-    monkeypatch.setitem(data.SHA256, "a.txt", sha256(server.body))
+        monkeypatch.setitem(corpora.CORPORA, name, corpora.CORPORA[name]._replace(urls=(server.url,) * 3))
+    monkeypatch.setitem(corpora.SHA256, "a.txt", sha256(server.body))
     for name in ("ptb", "ptb-char"):
         data.main(["download", name, "--data-dir", str(tmp_path)])
         corpus = data.load(name, data_dir=tmp_path)
@@ -460,18 +460,18 @@ def test_download_lays_files_where_load_looks(server, tmp_path, monkeypatch, cap
 def test_spelling_is_the_published_one(split):
     published("ptb"), published("ptb-char")
     (words,), (letters,) = (
-        [data.default_data_dir() / name.format(split)] for name in ("ptb/ptb.{}.txt", "ptb-char/ptb.char.{}.txt")
+        [corpora.default_data_dir() / name.format(split)] for name in ("ptb/ptb.{}.txt", "ptb-char/ptb.char.{}.txt")
     )
-    with data._open(data._find(words)) as plain, data._open(data._find(letters)) as spelled:
-        assert data._spell(plain.read().decode()) == spelled.read().decode()
+    with tokenizer._open(corpora._find(words)) as plain, tokenizer._open(corpora._find(letters)) as spelled:
+        assert corpora._spell(plain.read().decode()) == spelled.read().decode()
 
 
 # The command line.
 
 
 def test_every_url_has_a_checksum():
-    for source in data.CORPORA.values():
-        assert all(len(data.SHA256[url.rsplit("/", 1)[1]]) == 64 for url in source.urls)
+    for source in corpora.CORPORA.values():
+        assert all(len(corpora.SHA256[url.rsplit("/", 1)[1]]) == 64 for url in source.urls)
         assert len(source.urls) in (0, 1, len(source.files))
 
 

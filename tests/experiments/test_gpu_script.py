@@ -1,7 +1,6 @@
 """`make gpu` resumes, skips what is done, keeps the rows of a part that was killed, and refuses without a GPU."""
 
 import json
-import pathlib
 
 import pytest
 
@@ -48,7 +47,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(folder, fate, *options, limit=120.0, reads=("tests/test_gpu_script.py",), seconds=300):
+def run(folder, fate, *options, limit=120.0, reads=("tests/experiments/test_gpu_script.py",), seconds=300):
     (folder / "fate").write_text(fate)
     part = script.Part("fake", "fake_part", 1, limit, reads, ("one",))
     paths = ["--work", str(folder / "work"), "--out", str(folder / "out"), "--start", str(folder / "start")]
@@ -157,4 +156,4 @@ def test_every_part_fits_its_budget_and_names_what_exists():
         assert (script.ROOT / (part.module.replace(".", "/") + ".py")).exists()
     for problem, names in peers.CHOSEN.items():
         assert all(problem in CONTENDERS[name].problems for name in names), problem
-    assert all((pathlib.Path(__file__).parent / f"test_{name}.py").exists() for name in core_tests.FILES)
+    assert all(len(list(script.ROOT.glob(f"tests/*/test_{name}.py"))) == 1 for name in core_tests.FILES)

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import deq_jax as deq
-from experiments import kernels, programs
+from experiments.benchmarks import kernels, programs
 
 # A loop whose round runs a fusion, an inner loop of 5 rounds, and a conditional: on one side a call of two kernels, on
 # the other nothing.

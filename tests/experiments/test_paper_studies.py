@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import copy_memory, initialization_study, lm, memory_study, runtime_study, study, training
-from experiments.baselines import parameters
+from experiments.paper import copy_memory, initialization, memory, memory_report, runtime, runtime_contenders
+from experiments.shared import models, study
+from experiments.training import lm, loop
+from experiments.training.baselines import parameters
 
 pytestmark = pytest.mark.usefixtures("promotes")  # optax and the experiments rely on it
 
-RESULTS = Path(__file__).parent.parent / "experiments" / "results"
-STUDIES = {"copy_memory": copy_memory, "memory": memory_study, "runtime": runtime_study}
+RESULTS = Path(__file__).parents[2] / "experiments" / "paper" / "results"
+STUDIES = {"copy_memory": copy_memory, "memory": memory, "runtime": runtime}
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -82,12 +84,12 @@ def test_a_copy_memory_cell():
 
 # ---- memory ------------------------------------------------------------------------------------------------
 
-TINY = memory_study.Shape(dim=16, heads=2, inner_dim=64, batch=2, length=16, mem_len=0)
+TINY = models.Shape(dim=16, heads=2, inner_dim=64, batch=2, length=16, mem_len=0)
 
 
 def test_checkpoints_need_a_fraction_of_the_bytes():
-    config = memory_study.Config()
-    size = lambda name: memory_study.compiled_bytes(config, "DEQTransformer", name, 64, TINY)["temp_bytes"]
+    config = memory.Config()
+    size = lambda name: memory.compiled_bytes(config, "DEQTransformer", name, 64, TINY)["temp_bytes"]
     each, root = size("checkpointed"), size("√L-checkpointed")
     assert each != root and max(each, root) < 0.5 * size("plain")
 
@@ -106,27 +108,27 @@ def test_memory_of_the_committed_results_by_depth():
 
 def test_break_even_is_between_two_depths():
     sizes = {"2": 10.0, "4": 20.0, "8": 60.0}
-    assert memory_study.break_even(sizes, 30.0) == 5.0
-    assert memory_study.break_even(sizes, 5.0) == 2.0
-    assert memory_study.break_even(sizes, 100.0) is None
+    assert memory_report.break_even(sizes, 30.0) == 5.0
+    assert memory_report.break_even(sizes, 5.0) == 2.0
+    assert memory_report.break_even(sizes, 100.0) is None
 
 
 def test_equal_time_reads_every_curve_at_the_end_of_the_fastest():
     curve = lambda *points: {"curve": [{"cpu_seconds": t, "valid_loss": loss} for t, loss in points]}
-    found = memory_study.equal_time({"fast": curve((0, 3.0), (2, 1.0)), "slow": curve((0, 3.0), (4, 2.0))})
+    found = memory.equal_time({"fast": curve((0, 3.0), (2, 1.0)), "slow": curve((0, 3.0), (4, 2.0))})
     assert found == {"cpu_seconds": 2, "losses": {"fast": 1.0, "slow": 2.5}}
 
 
 def test_the_checkpointed_curve_is_the_plain_ones_at_its_own_pace():
     run = {"curve": [{"step": 1, "seconds": 2.0, "cpu_seconds": 4.0, "valid_loss": 1.0}], "temp_bytes": 1}
     rows = {name: {"wall_min": t, "cpu_min": 2 * t} for name, t in (("plain", 1.0), ("√L-checkpointed", 1.5))}
-    (point,) = memory_study.slowed(run, rows)["curve"]
+    (point,) = memory.slowed(run, rows)["curve"]
     assert point == {"step": 1, "seconds": 3.0, "cpu_seconds": 6.0, "valid_loss": 1.0}
 
 
 def test_a_wider_shape_is_one_that_can_be_built():
-    for width in memory_study.Config().widths:
-        shape = memory_study.widened(memory_study.Config().trained, width)
+    for width in memory.Config().widths:
+        shape = memory.widened(memory.Config().trained, width)
         assert shape.dim % shape.heads == 0 and (shape.dim // shape.heads) % 2 == 0
         assert shape.dim / 64 == pytest.approx(width, rel=0.15)
 
@@ -135,19 +137,19 @@ def test_a_wider_shape_is_one_that_can_be_built():
 
 
 def test_the_rival_has_the_parameters_of_the_equilibrium():
-    config = runtime_study.Config()
-    narrow = runtime_study.rival_shape(config, "DEQTransformer")
-    rival = parameters(lambda: runtime_study.stack(narrow, config.layers))
-    ours = parameters(lambda: memory_study.FAMILIES["DEQTransformer"](config.shape))
+    config = runtime.Config()
+    narrow = runtime_contenders.rival_shape(config, "DEQTransformer")
+    rival = parameters(lambda: runtime_contenders.stack(narrow, config.layers))
+    ours = parameters(lambda: models.FAMILIES["DEQTransformer"](config.shape))
     assert abs(rival / ours - 1) <= 0.15
 
 
 def test_time_to_a_loss():
     curve = lambda *points: {"curve": [{"cpu_seconds": t, "valid_loss": loss} for t, loss in points]}
-    found = runtime_study.to_loss({"a": curve((0, 4.0), (1, 3.0), (2, 1.0)), "b": curve((0, 4.0), (10, 2.0))})
+    found = runtime.to_loss({"a": curve((0, 4.0), (1, 3.0), (2, 1.0)), "b": curve((0, 4.0), (10, 2.0))})
     assert found == {"loss": 2.0, "cpu_seconds": {"a": 1.5, "b": 10}}
     with pytest.raises(ValueError, match="never reaches 0.5"):
-        runtime_study.first_at(curve((0, 4.0), (1, 3.0))["curve"], 0.5)
+        runtime.first_at(curve((0, 4.0), (1, 3.0))["curve"], 0.5)
 
 
 # ---- what training logs ------------------------------------------------------------------------------------
@@ -157,7 +159,7 @@ class Traced:
     """A training step that is traced and never compiled: the state stays, every metric is 1."""
 
     def __init__(self, *args, **options):
-        self.step = training.make_train_step(*args, **options)
+        self.step = loop.make_train_step(*args, **options)
 
     def __call__(self, state, batch):
         metrics = jax.eval_shape(self.step, state, batch)[1]
@@ -177,14 +179,14 @@ SMALL = dataclasses.replace(TINY, dim=8, inner_dim=8, length=8)
 @pytest.fixture
 def traced(monkeypatch, tmp_path):
     """A text, and studies that compile nothing: what they measure of a trained model is 1 too."""
-    for module in (copy_memory, initialization_study, memory_study, runtime_study):
+    for module in (copy_memory, initialization, memory, runtime):
         monkeypatch.setattr(module, "make_train_step", Traced)
     monkeypatch.setattr(copy_memory, "make_test", lambda *_: lambda *_: {"loss": 1.0})
     monkeypatch.setattr(lm, "make_evaluate", lambda *_: lambda *_: lm.Evaluation(1.0, 1, 1.0, 1.0, 1.0))
     monkeypatch.setattr(lm, "temp_bytes", lambda _: 1)
-    monkeypatch.setattr(runtime_study.Task, "evaluate", lambda *_: lambda _: 1.0)
-    programs = initialization_study.programs
-    monkeypatch.setattr(initialization_study, "programs", lambda *args: (*programs(*args)[:3], lambda *_: {}))
+    monkeypatch.setattr(runtime.Task, "evaluate", lambda *_: lambda _: 1.0)
+    programs = initialization.programs
+    monkeypatch.setattr(initialization, "programs", lambda *args: (*programs(*args)[:3], lambda *_: {}))
     (tmp_path / "text.txt").write_text("to be or not " * 100)
     with jax.default_prng_impl("rbg"):  # what is drawn does not matter, and threefry takes seconds to compile
         yield tmp_path / "text.txt"
@@ -197,22 +199,22 @@ def test_copy_memory_logs_the_backward_solve(traced):
 
 
 def test_the_memory_study_logs_the_backward_solve(traced):
-    config = memory_study.Config(
+    config = memory.Config(
         data=str(traced), trained=SMALL, measured=SMALL, shallow_steps=1, steps=1, eval_every=1, repeats=1
     )
-    times = memory_study.timed_steps(config, "DEQTransformer", 1)
+    times = memory.timed_steps(config, "DEQTransformer", 1)
     for name, logged in ("plain", set()), ("Implicit", BACKWARD):
-        end = memory_study.trained(config, "DEQTransformer", name, SMALL)["curve"][-1]
+        end = memory.trained(config, "DEQTransformer", name, SMALL)["curve"][-1]
         assert BACKWARD & end.keys() == BACKWARD & times[name].keys() == logged
 
 
 def test_the_runtime_study_logs_the_backward_solve(traced, tmp_path):
-    config = runtime_study.Config(
+    config = runtime.Config(
         run=tmp_path, data=str(traced), shape=SMALL, shallow_steps=1, steps=1, explicit_steps=1, eval_every=1
     )
-    task = runtime_study.Task(config, "DEQTransformer")
+    task = runtime.Task(config, "DEQTransformer")
     for name in ("tied layers", "Implicit"):
-        row = runtime_study.train(task, name, runtime_study.contenders(config, "DEQTransformer")[name])
+        row = runtime.train(task, name, runtime_contenders.contenders(config, "DEQTransformer")[name])
         assert all(
             BACKWARD & part.keys() == (BACKWARD if name == "Implicit" else set()) for part in (row, row["curve"][-1])
         )
@@ -220,9 +222,9 @@ def test_the_runtime_study_logs_the_backward_solve(traced, tmp_path):
 
 def test_the_initialization_study_logs_the_backward_solve(traced, tmp_path):
     one: dict = dict(gains=(1.0,), ensembles=("Gaussian",), weight_norms=(True,), layer_norms=("post",))
-    config = initialization_study.Config(data=str(traced), dim=8, inner_dim=8, batch=2, length=8, steps=1, **one)
+    config = initialization.Config(data=str(traced), dim=8, inner_dim=8, batch=2, length=8, steps=1, **one)
     with study.Cells(tmp_path / "cells.jsonl", study.identity(config)) as cells:
-        (row,) = initialization_study.measure(config, cells)["rows"]
+        (row,) = initialization.measure(config, cells)["rows"]
     assert row["training_products"] == row["training_backward_converged"] == 1
 
 
@@ -233,12 +235,12 @@ def test_the_initialization_study_logs_the_backward_solve(traced, tmp_path):
     (lambda: copy_memory.Config(models=("RNN",)), "--models must be of DEQ-Transformer, TCN, LSTM, GRU, got RNN"),
     (lambda: copy_memory.Config(delay=0), "--delay must be at least 1, got 0"),
     (lambda: copy_memory.Config(shallow_steps=10**6), "--shallow-steps must be in"),
-    (lambda: memory_study.Config(families=("MLP",)), "--families must be of DEQTransformer, DEQTrellisNet, got MLP"),
-    (lambda: memory_study.Config(depths=(0, 4)), "--depths must be at least 1 each, got"),
-    (lambda: memory_study.Config(eval_every=10**6), "--eval-every must be at most steps"),
+    (lambda: memory.Config(families=("MLP",)), "--families must be of DEQTransformer, DEQTrellisNet, got MLP"),
+    (lambda: memory.Config(depths=(0, 4)), "--depths must be at least 1 each, got"),
+    (lambda: memory.Config(eval_every=10**6), "--eval-every must be at most steps"),
     (lambda: dataclasses.replace(TINY, dim=0), "--dim must be at least 1, got 0"),
-    (lambda: runtime_study.Config(families=("MLP",)), "--families must be of DEQTransformer, DEQTrellisNet, got MLP"),
-    (lambda: runtime_study.Config(rtol=0.5), "--inference-rtols must be with rtol"),
+    (lambda: runtime.Config(families=("MLP",)), "--families must be of DEQTransformer, DEQTrellisNet, got MLP"),
+    (lambda: runtime.Config(rtol=0.5), "--inference-rtols must be with rtol"),
 ])  # fmt: skip
 def test_bad_options_are_named(make, message):
     with pytest.raises(ValueError) as error:

@@ -11,25 +11,19 @@ import numpy as np
 import pytest
 
 import deq_jax as deq
-from experiments import (
-    initialization_study,
-    iterations_study,
-    stability_study,
-    study,
-    suite,
-    tolerance_study,
-    trained,
-)
-from experiments.checkpoints import config_changes
+from experiments import suite
+from experiments.paper import initialization, iterations, stability, stability_scalars, tolerance, tolerance_report
+from experiments.shared import gradients, numerics, study, trained
+from experiments.training.checkpoints import config_changes
 
 pytestmark = pytest.mark.usefixtures("promotes")  # optax and the experiments rely on it
 
-RESULTS = Path(__file__).parent.parent / "experiments" / "results"
+RESULTS = Path(__file__).parents[2] / "experiments" / "paper" / "results"
 STUDIES = {
-    "tolerance": tolerance_study,
-    "initialization": initialization_study,
-    "stability": stability_study,
-    "iterations": iterations_study,
+    "tolerance": tolerance,
+    "initialization": initialization,
+    "stability": stability,
+    "iterations": iterations,
 }
 
 
@@ -48,7 +42,9 @@ def run_toy(args, measured):
 
     presets = {"reduced": ("a second", Config()), "paper": ("a year", Config(size=3, run=Path("runs/toy-paper")))}
     draw = lambda results, path: path.write_bytes(b"drawn")
-    study.run("toy", presets, measure, lambda results: f"{len(results['cells'])} cells", draw, args, description=None)
+    study.run(
+        "paper.toy", presets, measure, lambda results: f"{len(results['cells'])} cells", draw, args, description=None
+    )
 
 
 # ---- what they share ---------------------------------------------------------------------------------------
@@ -64,10 +60,10 @@ def test_a_study_prints_its_budget_first_and_writes_its_files(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     run_toy(["reduced"], [])
     assert capsys.readouterr().out.splitlines()[0] == "toy study, reduced. Budget: a second."
-    out = tmp_path / "experiments/results/toy"
+    out = tmp_path / "experiments/paper/results/toy"
     assert (out / "table.md").read_text() == "2 cells\n" and (out / "figure.png").exists()
     results = json.loads((out / "results.json").read_text())
-    assert results["cells"] == [{"i": 0}, {"i": 1}] and results["command"] == "python -m experiments.toy_study reduced"
+    assert results["cells"] == [{"i": 0}, {"i": 1}] and results["command"] == "python -m experiments.paper.toy reduced"
 
 
 @pytest.mark.parametrize("args", [["paper"], ["reduced", "--size", "1"]])
@@ -98,10 +94,10 @@ def test_cells_of_another_configuration_are_refused(tmp_path, monkeypatch):
 def test_figure_redraws_from_what_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_toy([], [])
-    (tmp_path / "experiments/results/toy/figure.png").unlink()
+    (tmp_path / "experiments/paper/results/toy/figure.png").unlink()
     measured = []
     run_toy(["figure"], measured)
-    assert (tmp_path / "experiments/results/toy/figure.png").exists() and not measured
+    assert (tmp_path / "experiments/paper/results/toy/figure.png").exists() and not measured
 
 
 def test_what_json_cannot_hold_is_kept_as_none():
@@ -130,7 +126,7 @@ def test_the_committed_table_and_figure_come_from_the_committed_results(name, tm
 
 
 def test_the_papers_curves_are_read():
-    eps, excess = tolerance_study.paper_curve()
+    eps, excess = tolerance_report.paper_curve()
     # 4 over √700, and log(195.57 / 23.64)
     assert eps[-1] == pytest.approx(0.1512, rel=1e-3) and excess[-1] == pytest.approx(2.113, rel=1e-3)
     with pytest.raises(ValueError, match="no curve residual_vs_nfe, deq_ep99"):
@@ -141,23 +137,23 @@ def test_the_papers_curves_are_read():
 
 
 def test_the_cliff_is_the_last_tolerance_before_the_loss_rises():
-    assert tolerance_study.cliff([1e-3, 1e-2, 1e-1, 1.0], [0.0, 0.005, 0.5, 0.001]) == 1e-2
-    assert tolerance_study.cliff([1e-3], [math.nan]) == 0
+    assert tolerance_report.cliff([1e-3, 1e-2, 1e-1, 1.0], [0.0, 0.005, 0.5, 0.001]) == 1e-2
+    assert tolerance_report.cliff([1e-3], [math.nan]) == 0
 
 
 def test_the_angle_of_a_gradient():
-    told = tolerance_study.angle({"a": jnp.array([0.0, 2.0])}, np.array([1.0, 1.0]))
+    told = gradients.angle({"a": jnp.array([0.0, 2.0])}, np.array([1.0, 1.0]))
     assert told["cosine"] == pytest.approx(0.5**0.5) and told["size"] == pytest.approx(2**0.5)
 
 
 def test_divergence_is_a_gradient_that_is_not_finite_or_a_loss_that_stays_up():
     falling, none = np.linspace(4, 2, 40), np.zeros(40)
-    assert initialization_study.divergence(falling, none) is None
-    assert initialization_study.divergence(falling, np.eye(40)[7]) == 7
-    assert initialization_study.divergence(np.where(np.arange(40) < 20, falling, 9.0), none) == 20
+    assert initialization.divergence(falling, none) is None
+    assert initialization.divergence(falling, np.eye(40)[7]) == 7
+    assert initialization.divergence(np.where(np.arange(40) < 20, falling, 9.0), none) == 20
 
 
-@pytest.mark.parametrize("ensemble", initialization_study.ENSEMBLES)
+@pytest.mark.parametrize("ensemble", initialization.ENSEMBLES)
 def test_ensembles_have_one_scale(ensemble):
     dim, inner, gain = 8, 12, 1.3
     fresh = {
@@ -167,7 +163,7 @@ def test_ensembles_have_one_scale(ensemble):
             ("inner", (dim, inner), 1), ("outer", (inner, dim), 1),
         )
     }  # fmt: skip
-    cell = initialization_study.initialise({"cell": fresh}, ensemble, gain, jax.random.key(0))["cell"]
+    cell = initialization.initialise({"cell": fresh}, ensemble, gain, jax.random.key(0))["cell"]
     for name, fan_in in ("qkv", dim), ("attended", dim), ("inner", dim), ("outer", inner):
         assert float(jnp.mean(cell[name]["kernel"] ** 2)) == pytest.approx(gain**2 / fan_in, rel=1e-5)
     out = np.asarray(cell["attended"]["kernel"]).reshape(dim, dim)
@@ -185,12 +181,12 @@ def test_ensembles_have_one_scale(ensemble):
 def test_stretch_is_the_largest_singular_value():
     J = np.random.default_rng(0).normal(size=(6, 6)).astype(np.float32)
     f = lambda z, _: (z.reshape(1, 6) @ J).reshape(z.shape)
-    got = initialization_study.stretch(f, jnp.zeros((1, 2, 3)), None, iterations=200)
+    got = numerics.stretch(f, jnp.zeros((1, 2, 3)), None, iterations=200)
     np.testing.assert_allclose(got, [np.linalg.norm(J, 2)], rtol=1e-4)
 
 
 def test_scalar_maps_whose_root_is_unstable():
-    rows = {row["map"]: row for row in stability_study.scalar_rows("Anderson")}
+    rows = {row["map"]: row for row in stability_scalars.scalar_rows("Anderson")}
     for name in ("1.2 z + 1", "3.2 z (1 − z)", "3.9 z (1 − z)", "tanh(4 z)"):
         row = rows[name]
         assert row["status"] == "CONVERGED" and row["distance"] <= 1e-8, name
@@ -201,7 +197,7 @@ def test_scalar_maps_whose_root_is_unstable():
 
 
 def test_plain_iteration_says_that_it_failed_on_an_unstable_root():
-    rows = {row["map"]: row for row in stability_study.scalar_rows("Picard")}
+    rows = {row["map"]: row for row in stability_scalars.scalar_rows("Picard")}
     for name in ("1.2 z + 1", "3.2 z (1 − z)", "3.9 z (1 − z)", "z² + 1 (no root)"):
         assert rows[name]["status"] != "CONVERGED", name
     assert rows["2.8 z (1 − z)"]["status"] == "CONVERGED"
@@ -231,9 +227,9 @@ def test_the_model_is_kept_at_its_milestones_and_not_trained_twice(tiny, monkeyp
 
 
 def test_the_layers_changes_are_the_residuals_of_plain_iteration(tiny, tmp_path):
-    config = iterations_study.Config(model=tiny.config, lengths=(8,), tokens=8, depth=3)
+    config = iterations.Config(model=tiny.config, lengths=(8,), tokens=8, depth=3)
     with study.Cells(tmp_path / "cells.jsonl", study.identity(config)) as cells:
-        row = iterations_study.by_depth(config, tiny, [0, 2], cells)[1]
+        row = iterations.by_depth(config, tiny, [0, 2], cells)[1]
     f, context_of, z = trained.held_out(tiny, 1, 8)
     context = context_of(tiny.last.params)
     for change in row["change"]:

@@ -9,21 +9,11 @@ import pytest
 from scipy import optimize
 
 import deq_jax as deq
-from experiments import history_study
-from experiments.robustness_cells import (
-    AFFINE,
-    BOUNDED,
-    DIM,
-    FAMILIES,
-    MONOTONE,
-    NO_ZERO,
-    PLANTED,
-    RUNS,
-    classical,
-    normal,
-    start,
-)
-from experiments.robustness_study import Config, draw, judge, main
+from experiments.shared.cell_batch import draw
+from experiments.shared.cells import AFFINE, BOUNDED, DIM, FAMILIES, MONOTONE, PLANTED, normal
+from experiments.shared.systems import NO_ZERO, RUNS, classical, start
+from experiments.studies import history
+from experiments.studies.robustness import Config, judge, main
 
 pytestmark = pytest.mark.usefixtures("promotes")  # the problems of the study are written with it
 
@@ -148,5 +138,5 @@ def test_an_unknown_solver_is_refused_with_the_names(x64):
 
 def test_a_history_in_bfloat16_costs_few_evaluations():
     problems = draw(tuple(FAMILIES)[::2], range(3))
-    *_, ratio = history_study.compare(problems, 8, "float32", 1e-4)
+    *_, ratio = history.compare(problems, 8, "float32", 1e-4)
     assert float(ratio) <= 1.1

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import deq_jax as deq
-from experiments import backward_study, gradient_study, squarem_study
+from experiments.studies import backward, gradient, squarem
 
 pytestmark = pytest.mark.usefixtures("promotes")  # optax relies on it
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("promotes")  # optax relies on it
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory):
     out = tmp_path_factory.mktemp("gradients")
-    return out, gradient_study.main(gradient_study.Config(out=out, quick=True))
+    return out, gradient.main(gradient.Config(out=out, quick=True))
 
 
 def test_gradient_study_writes_its_files(gradients):
@@ -58,7 +58,7 @@ def test_a_tenth_of_the_forward_tolerance_is_tight_enough(gradients):
 
 
 def test_backward_study_converges_wherever_the_forward_solve_did(tmp_path):
-    results = backward_study.main(backward_study.Config(out=tmp_path, quick=True))
+    results = backward.main(backward.Config(out=tmp_path, quick=True))
     assert (tmp_path / "table.md").exists() and json.loads((tmp_path / "results.json").read_text())["rows"]
     assert all(verdict["least_converged"] == 1 for verdict in results["verdicts"].values())
 
@@ -66,7 +66,7 @@ def test_backward_study_converges_wherever_the_forward_solve_did(tmp_path):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["EM, Poissons", "EM, Gaussians at 2.5", "logit shares, spread 1.0"])
 def test_squarem_as_it_is_compared_is_a_good_one(name):
-    f, z0 = squarem_study.maps()[name]
+    f, z0 = squarem.maps()[name]
     plain = deq.solve(f, z0, solver=deq.Picard(max_steps=20_000))
-    squarem = deq.solve(f, z0, solver=squarem_study.Squarem(max_steps=2000))
-    assert squarem.stats.converged and 2 * squarem.stats.steps < plain.stats.steps
+    ours = deq.solve(f, z0, solver=squarem.Squarem(max_steps=2000))
+    assert ours.stats.converged and 2 * ours.stats.steps < plain.stats.steps

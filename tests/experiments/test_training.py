@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.training import (
+from experiments.training.loop import (
     MetricsLog,
     count_params,
     graceful_signals,

@@ -12,15 +12,15 @@ import pytest
 from flax import nnx
 
 import deq_jax as deq
-from experiments import char_lm, data, generation, lm, word_lm
-from experiments.char_lm import Config
-from experiments.checkpoints import config_to_json
+from experiments.training import data, generation, lm, lm_model, lm_presets, lm_train, tokenizer
+from experiments.training.checkpoints import config_to_json
+from experiments.training.lm_model import Config
 
 pytestmark = pytest.mark.usefixtures("promotes", "quick_compile")  # optax and the stacks rely on the former
 
 TINY = Config(model="trellisnet", level="word", steps=4, batch=2, length=8, dim=6, output_dim=8, init_std=0.3, lr=1e-2)
 TINY = dataclasses.replace(TINY, cutoffs=(3,), div_val=2, aux_every=2, shallow_depth=5, shallow_share=0.5)
-WORDS = data.Vocabulary(tuple("abcdefgh"), "word")
+WORDS = tokenizer.Vocabulary(tuple("abcdefgh"), "word")
 
 
 @pytest.mark.parametrize("name, vocabulary, millions", [
@@ -34,9 +34,9 @@ WORDS = data.Vocabulary(tuple("abcdefgh"), "word")
     ("wikitext-103-trellisnet", 267_735, 181.71),
 ])  # fmt: skip
 def test_presets_have_the_sizes_that_they_say(name, vocabulary, millions):
-    about, config = word_lm.PRESETS[name]
-    words = data.Vocabulary(tuple(map(str, range(vocabulary))), "word")
-    params = nnx.eval_shape(lambda: nnx.split(char_lm.build(config, words))[1])
+    about, config = lm_presets.PRESETS[name]
+    words = tokenizer.Vocabulary(tuple(map(str, range(vocabulary))), "word")
+    params = nnx.eval_shape(lambda: nnx.split(lm_model.build(config, words))[1])
     count = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
     assert round(count / 1e6, 2) == millions
     assert f"runs/word_lm/{name}" == str(config.run) and config.level == "word"
@@ -65,9 +65,9 @@ def test_a_run_of_before_these_options_is_continued_and_read(tmp_path):
 
 
 def test_a_trellisnet_trains_through_layers_and_at_equilibrium():
-    graphdef, state = char_lm.start_state(TINY, WORDS)
+    graphdef, state = lm_train.start_state(TINY, WORDS)
     before = jax.tree.map(jnp.copy, state.params)
-    steps, batches = char_lm.make_steps(TINY, graphdef), data.segments(np.arange(200) % 8, 2, 8, seed=0)
+    steps, batches = lm_train.make_steps(TINY, graphdef), data.segments(np.arange(200) % 8, 2, 8, seed=0)
     lines = []
     for step in (*steps, steps[1]):
         state, metrics = step(state, batches[len(lines)])
@@ -95,7 +95,7 @@ def test_generation_is_the_argmax_of_the_whole_text(model):
     )
     config = dataclasses.replace(TINY, **(changes if model == "transformer" else {}), solver=deq.Anderson(rtol=1e-6))
     config = dataclasses.replace(config, embedding_std=0.5)
-    graphdef, params = nnx.split(char_lm.build(config, WORDS), nnx.Param)
+    graphdef, params = nnx.split(lm_model.build(config, WORDS), nnx.Param)
     options = dict(length=10, temperature=0.0, seed=0)
     made = generation.generate(graphdef, nnx.to_pure_dict(params), WORDS, "a b c", **options)
     ids = jnp.asarray(WORDS.encode(made))

@@ -10,7 +10,7 @@ import pytest
 
 import deq_jax as deq
 
-PAGES = sorted((pathlib.Path(__file__).parent.parent / "docs").glob("*.md"))
+PAGES = sorted((pathlib.Path(__file__).parents[2] / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

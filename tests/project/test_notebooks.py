@@ -10,7 +10,7 @@ import warnings
 import pytest
 from conftest import known_options
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
 CELL_TIMEOUT = 600  # seconds; generous, since tests share their machine
 

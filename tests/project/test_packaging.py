@@ -14,7 +14,7 @@ import pytest
 import deq_jax
 from deq_jax._doctor import known_bad
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 

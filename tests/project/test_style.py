@@ -103,18 +103,54 @@ def test_imports_point_downward(name):
 
 
 EXPERIMENTS = ROOT.parent / "experiments"
+PAGES = {str(path.relative_to(EXPERIMENTS)): path.read_text() for path in sorted(EXPERIMENTS.rglob("*.py"))}
+
+# The rooms of the experiments, the highest first. A page stands alone in the rooms of pages.
+EXPERIMENT_ROOMS = (("suite.py", "gpu/"), ("benchmarks/", "paper/", "studies/"), ("shared/",), ("training/",))
+OF_PAGES = ("paper", "studies")
+
+
+def experiments_imported(page):
+    """Modules of the experiments that a page imports, wherever in its text, as paths."""
+    for node in ast.walk(ast.parse(PAGES[page])):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "experiments":
+            base = "/".join(node.module.split(".")[1:])
+            names = {f"{base}/{alias.name}.py".lstrip("/") for alias in node.names} | {f"{base}.py"}
+            yield from names & PAGES.keys()
+
+
+def floor(page):
+    (found,) = [i for i, names in enumerate(EXPERIMENT_ROOMS) if page.startswith(names)]
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "__init__.py"])
+def test_experiments_import_from_their_room_and_below(page):
+    room, _, name = page.rpartition("/")
+    for other in experiments_imported(page):
+        above = floor(other) < floor(page) or floor(other) == floor(page) and other.rpartition("/")[0] != room
+        assert not above, f"{page} imports {other}, which is not below it"
+        # A page may have several files: `memory_report.py` is a part of `memory.py`, and of no other page.
+        part = other.rpartition("/")[2].startswith(name.removesuffix(".py") + "_")
+        assert room not in OF_PAGES or not other.startswith(room) or part, f"{page} imports another page, {other}"
+
+
+def test_modules_of_the_experiments_are_short():
+    lengths = {page: len(text.splitlines()) for page, text in PAGES.items()}
+    assert {page: length for page, length in lengths.items() if length > 400} == {}
+    assert len([page for page, length in lengths.items() if length > 300]) <= 5
 
 
 def test_experiments_use_public_modules_and_import_in_no_circle():
-    graph = {}
-    for path in EXPERIMENTS.rglob("*.py"):
-        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
-        modules = {node.module for node in nodes if node.module}
-        assert not [m for m in modules if m.startswith("deq_jax._")], path.name
-        modules |= {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
-        name = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
-        graph[name] = {m for m in modules if m.startswith("experiments.")} - {name}
-    assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(graph) > 30
+    for page, text in PAGES.items():
+        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+        private = [node.module for node in nodes if (node.module or "").startswith("deq_jax._")]
+        private += [
+            a.name for node in nodes if "experiments" in (node.module or "") for a in node.names if a.name[0] == "_"
+        ]
+        assert not private, page
+    graph = {page: set(experiments_imported(page)) - {page} for page in PAGES}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(graph) > 60
 
 
 def test_no_imports_go_in_a_circle():

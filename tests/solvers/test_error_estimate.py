@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 import deq_jax as deq
 from deq_jax.diagnostics import error_estimate
-from experiments import error_study
+from experiments.studies import error
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compile")
 
@@ -108,6 +108,6 @@ def test_bad_input_is_named():
 
 @pytest.mark.usefixtures("promotes")  # last, because it lasts to the end of the module
 def test_estimates_over_the_random_cells():
-    rows = error_study.rows_of("Broyden", *error_study.cells(seeds=1), products=(16,))
+    rows = error.rows_of("Broyden", *error.cells(seeds=1), products=(16,))
     within = {row[2]: float(row[3].split()[0]) for row in rows}
     assert within["16 products"] >= 95 > within["the residual"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import deq_jax as deq
-from experiments.robustness_cells import classical, start
+from experiments.shared.systems import classical, start
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 SCALES = (1.0, 1e6, 1e-6)
