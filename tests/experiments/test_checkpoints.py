@@ -29,7 +29,13 @@ from experiments.training.checkpoints import (
     config_to_json,
     find_damage,
 )
-from experiments.training.loop import init_state, make_optimizer
+from experiments.training.loop import (  # noqa: F401 - the loop of its docstring is run here
+    MetricsLog,
+    graceful_signals,
+    init_state,
+    make_optimizer,
+    make_train_step,
+)
 
 pytestmark = pytest.mark.usefixtures("promotes")  # optax relies on it
 

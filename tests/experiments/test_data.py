@@ -35,8 +35,8 @@ def published(name, level=None):
 
 
 def test_examples():
-    results = doctest.testmod(data)
-    assert results.attempted > 10 and results.failed == 0
+    results = [doctest.testmod(module) for module in (data, corpora, tokenizer)]
+    assert sum(result.attempted for result in results) > 10 and not any(result.failed for result in results)
 
 
 # Vocabularies.
@@ -136,7 +136,7 @@ def test_data_dir_default(monkeypatch, tmp_path):
 
 def test_bytes_and_long_lines(tmp_path, monkeypatch):
     """enwik8's symbols are bytes, text8 is one line, and neither depends on where a block ends."""
-    monkeypatch.setattr(data, "BLOCK", 7)
+    monkeypatch.setattr(tokenizer, "BLOCK", 7)
     raw = bytes(range(256)) * 2
     (tmp_path / "enwik8").mkdir()
     (tmp_path / "enwik8/enwik8.gz").write_bytes(gzip.compress(raw))
@@ -153,7 +153,7 @@ def test_bytes_and_long_lines(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("block", [1, 5, 1 << 18])
 def test_own_text(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(data, "BLOCK", block)
+    monkeypatch.setattr(tokenizer, "BLOCK", block)
     (tmp_path / "b.txt").write_bytes("über Ärger\r\nund 戦場\n".encode())
     (tmp_path / "a.txt").write_bytes("\ufeffzuerst\n".encode())
     (tmp_path / "c.md").write_text("not this")
@@ -177,7 +177,7 @@ def test_own_text_errors(tmp_path):
 
 @pytest.mark.parametrize("block", [4, 1 << 18])
 def test_not_utf8_names_the_byte(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(data, "BLOCK", block)
+    monkeypatch.setattr(tokenizer, "BLOCK", block)
     (bad := tmp_path / "bad.txt").write_bytes(b"so weit gut\nnun " + "Ärger".encode("latin-1"))
     with pytest.raises(ValueError, match="bad.txt: expected utf-8 text, got byte 0xc4 at offset 16"):
         data.load(path=bad)
@@ -200,7 +200,7 @@ def test_cache_is_the_same_and_mapped(tmp_path, monkeypatch):
     (text := tmp_path / "own.txt").write_text("a rose is a rose\n" * 50)
     plain = data.load(path=text, level="word")
     first = data.load(path=text, level="word", cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(data, "_count", None)  # from here on nothing may be tokenised
+    monkeypatch.setattr(tokenizer, "_count", None)  # from here on nothing may be tokenised
     second = data.load(path=text, level="word", cache_dir=tmp_path / "cache")
     for corpus in (first, second):
         assert corpus.vocabulary == plain.vocabulary and isinstance(corpus.train, np.memmap)
@@ -217,7 +217,7 @@ def test_a_failed_cache_leaves_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     (text := tmp_path / "own.txt").write_text("a rose")
-    monkeypatch.setattr(data, "_encode_into", interrupted)
+    monkeypatch.setattr(tokenizer, "_encode_into", interrupted)
     with pytest.raises(KeyboardInterrupt):
         data.load(path=text, cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
