@@ -37,7 +37,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "iterations_study": ("paper.iterations",),
     "jaxopt_tests": ("studies.jaxopt_tests",),
     "kernels": ("benchmarks.kernels",),
-    "lm": ("training.lm", "training.cli", "training.environment", "training.lm_report"),
+    "lm": ("training.lm", "training.cli", "training.environment", "training.lm_report", "training.lm_step"),
     "memory_study": ("paper.memory", "paper.memory_report", "shared.models", "shared.timing"),
     "plots": ("paper.char_lm_report", "shared.plots"),
     "programs": ("benchmarks.programs",),

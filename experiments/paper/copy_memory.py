@@ -23,7 +23,7 @@ import deq_jax as deq
 from deq_jax.models import DEQTransformer, TransformerConfig
 from experiments.paper.copy_memory_report import BAR, PUBLISHED, draw, table
 from experiments.shared import study
-from experiments.training import cli, lm
+from experiments.training import cli, lm, lm_step
 from experiments.training.baselines import TCN, Recurrent, fitted, parameters
 from experiments.training.loop import count_params, init_state, make_optimizer, make_train_step
 
@@ -157,7 +157,7 @@ def levels(delay: int) -> int:
 def loss_fn(graphdef, call, params, probe, rest, batch, key, carry):
     """The mean cross entropy over all T + 20 places, in nats."""
     logits, metrics = call(nnx.merge(graphdef, params, rest, copy=True), batch.inputs, probe=probe)
-    return lm.cross_entropy(logits, batch.targets), (rest, carry, metrics)
+    return lm_step.cross_entropy(logits, batch.targets), (rest, carry, metrics)
 
 
 def explicit(model, tokens, probe=None):
@@ -166,7 +166,7 @@ def explicit(model, tokens, probe=None):
 
 def solved(model, tokens, **options):
     logits, _, solution = model(tokens, **options)
-    return logits, lm.solve_metrics(solution.stats)
+    return logits, lm_step.solve_metrics(solution.stats)
 
 
 SHALLOW: dict[str, Any] = dict(solver=deq.Picard(max_steps=2), adjoint=deq.Unroll())
@@ -203,7 +203,7 @@ def train_and_test(config: Config, name: str) -> dict[str, Any]:
         if (step + 1) % config.log_every == 0 or step + 1 == steps:
             line = meter.line()
             point = {"step": step + 1, "cpu_seconds": meter.spent[1], "loss": float(line["loss"])}
-            curve.append(point | lm.backward(line))
+            curve.append(point | lm_step.backward(line))
             if len(curve) % 8 == 0:
                 print(f"    {name} {step + 1}/{steps}: loss {point['loss']:.2e}, {meter.spent[0]:.0f} s", flush=True)
             meter.start()
@@ -236,7 +236,7 @@ def make_test(graphdef: Any, call: Callable, test: Batch, batch: int = 32) -> Ca
         model = nnx.merge(graphdef, params, rest, copy=True)
         logits, metrics = call(model, batch.inputs, **({"solver": solver[0]} if solver else {}))
         right = jnp.argmax(logits, -1)[:, -COPIED:] == batch.targets[:, -COPIED:]
-        return {"loss": lm.cross_entropy(logits, batch.targets), "right": right.mean(), **metrics}
+        return {"loss": lm_step.cross_entropy(logits, batch.targets), "right": right.mean(), **metrics}
 
     count = len(test.inputs)
     batch = max(n for n in range(1, min(batch, count) + 1) if count % n == 0)  # equal parts: one program, plain means

@@ -27,7 +27,7 @@ from experiments.paper.memory_report import EXPLICIT, LARGER, MODES, PUBLISHED_D
 from experiments.shared import study
 from experiments.shared.models import FAMILIES, Shape, optimizer
 from experiments.shared.timing import interleaved
-from experiments.training import cli, data, lm, lm_model
+from experiments.training import cli, data, lm, lm_model, lm_step
 from experiments.training.baselines import TIED, parameters
 from experiments.training.loop import init_state, make_train_step
 
@@ -134,7 +134,7 @@ class Step(NamedTuple):
 
 def training_step(config: Config, graphdef: Any, how: dict[str, Any], shape: Shape) -> Any:
     loss = functools.partial(lm_model.loss_fn, graphdef, how["solver"], how["adjoint"])
-    return make_train_step(loss, optimizer(config), probe=lm.backward_probe(how["adjoint"], shape.batch))
+    return make_train_step(loss, optimizer(config), probe=lm_step.backward_probe(how["adjoint"], shape.batch))
 
 
 def abstract_step(config: Config, family: str, shape: Shape, how: dict[str, Any]) -> Step:
@@ -250,7 +250,7 @@ def trained(config: Config, family: str, name: str, shape: Shape) -> dict[str, A
             spent, last = meter.spent, measured()
             point = {"step": step + 1, "seconds": spent[0], "cpu_seconds": spent[1], "valid_loss": last.loss}
             logged = {key: float(line[key]) for key in ("loss", "fwd_steps_max") if key in line}
-            curve.append(point | logged | lm.backward(line))
+            curve.append(point | logged | lm_step.backward(line))
             print(f"    {name} {step + 1}/{config.steps}: {last.loss:.3f}, {spent[0]:.0f} s", flush=True)
             meter.start()
     end = {"valid_steps": last.steps, "valid_residual": last.residual}

@@ -25,7 +25,7 @@ from experiments.paper.runtime_report import TRAINED, draw, table, weights_of
 from experiments.shared import study
 from experiments.shared.models import FAMILIES, Shape, optimizer
 from experiments.shared.timing import interleaved
-from experiments.training import cli, data, lm
+from experiments.training import cli, data, lm, lm_step
 from experiments.training.loop import TrainState, count_params, init_state, make_train_step
 
 
@@ -95,14 +95,14 @@ PRESETS = {
 
 def loss_fn(graphdef, contender, params, probe, rest, batch, key, carry):
     """The mean cross entropy of a segment in nats, with the detached history of the segment before."""
-    model, before = nnx.merge(graphdef, params), lm.forget_at_start(carry, batch.is_start)
+    model, before = nnx.merge(graphdef, params), lm_step.forget_at_start(carry, batch.is_start)
     logits, history, metrics = contender.call(model, batch.inputs, before, probe)
-    return lm.cross_entropy(logits, batch.targets), (rest, history, metrics)
+    return lm_step.cross_entropy(logits, batch.targets), (rest, history, metrics)
 
 
 def training_step(config: Config, graphdef: Any, contender: Contender) -> Any:
     """Probed where there is a backward solve, for its evaluations."""
-    probe = None if contender.own else lm.backward_probe(contender.how["adjoint"], config.shape.batch)
+    probe = None if contender.own else lm_step.backward_probe(contender.how["adjoint"], config.shape.batch)
     return make_train_step(functools.partial(loss_fn, graphdef, contender), optimizer(config), probe=probe)
 
 
@@ -137,10 +137,10 @@ class Task:
 
         @jax.jit
         def step(params, history, segment):
-            history = lm.forget_at_start(history, segment.is_start)
+            history = lm_step.forget_at_start(history, segment.is_start)
             logits, history, _ = contender.call(nnx.merge(graphdef, params), segment.inputs, history)
             return history, (
-                lm.cross_entropy(logits, segment.targets, segment.weights),
+                lm_step.cross_entropy(logits, segment.targets, segment.weights),
                 jnp.sum(segment.weights),
             )
 
@@ -184,11 +184,11 @@ def train(task: Task, name: str, contender: Contender) -> dict[str, Any]:
             line = meter.line()
             seconds, cpu_seconds = meter.spent
             point = {"step": step + 1, "seconds": seconds, "cpu_seconds": cpu_seconds}
-            curve.append(point | {"valid_loss": evaluate(state.params)} | lm.backward(line))
+            curve.append(point | {"valid_loss": evaluate(state.params)} | lm_step.backward(line))
             print(f"    {name} {step + 1}/{steps}: {curve[-1]['valid_loss']:.3f}, {seconds:.0f} s", flush=True)
             meter.start()
     np.savez(task.path(name), *jax.device_get(jax.tree.leaves(state.params)))
-    counts = {key: float(line[key]) for key in ("fwd_steps", "fwd_residual") if key in line} | lm.backward(line)
+    counts = {key: float(line[key]) for key in ("fwd_steps", "fwd_residual") if key in line} | lm_step.backward(line)
     size = count_params(state.params)
     return {"parameters": size, "shallow_steps": shallow, "curve": curve, **counts}
 

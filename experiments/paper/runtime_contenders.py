@@ -8,7 +8,7 @@ from flax import nnx
 
 import deq_jax as deq
 from experiments.shared.models import FAMILIES, Shape, transformer_config
-from experiments.training import lm
+from experiments.training import lm_step
 from experiments.training.baselines import TransformerStack, fitted, parameters
 
 
@@ -37,7 +37,7 @@ class Contender(NamedTuple):
         logits, history, solution = model(tokens, history, probe=probe, **{**self.how, **options})
         # What nobody reads XLA drops: layers are not charged for measuring their last residual.
         unrolled = isinstance(self.how["adjoint"], deq.Unroll)
-        return logits, history, {} if unrolled else lm.solve_metrics(solution.stats)
+        return logits, history, {} if unrolled else lm_step.solve_metrics(solution.stats)
 
 
 def contenders(config: Any, family: str) -> dict[str, Contender]:

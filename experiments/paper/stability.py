@@ -150,7 +150,7 @@ def injected(config: Config, model: trained.Trained, cells: study.Cells) -> list
 
     def one(cap: int, policy: deq.OnFailure) -> dict[str, Any]:
         if not exact:
-            exact.append(reference(model, state, segment)[0])
+            exact.append(reference(model.config, model.corpus.vocabulary, state, segment)[0])
         budget: dict[str, Any] = dict(rtol=config.rtol, max_steps=trained.swept(cap))
         adjoint = deq.Implicit(deq.Anderson(**budget, history=12), on_failure=policy)
         grads, told = gradient(state.params, segment, state.carry, deq.Anderson(**budget, history=6), adjoint)

@@ -105,7 +105,7 @@ def gradients(config: Config, model: trained.Trained, cells: study.Cells) -> dic
 
     @functools.cache
     def exact():
-        return reference(model, state, segment)
+        return reference(model.config, model.corpus.vocabulary, state, segment)
 
     def one(forward: dict[str, Any], backward: dict[str, Any]) -> dict[str, Any]:
         solver = deq.Anderson(**forward, history=6)

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 import deq_jax as deq
 from deq_jax.solvers import NewtonKrylov
-from experiments.shared import study, trained
+from experiments.shared import study
 from experiments.shared.numerics import GMRES, float64
 from experiments.training import data, lm_model
 
@@ -55,11 +55,13 @@ def angle(got: PyTree, want: np.ndarray) -> dict[str, float]:
     }
 
 
-def reference(model: trained.Trained, state: Any, segment: data.Segment) -> tuple[np.ndarray, dict[str, Any]]:
+def reference(
+    config: lm_model.Config, vocabulary: Any, state: Any, segment: data.Segment
+) -> tuple[np.ndarray, dict[str, Any]]:
     """The gradient in float64, both equilibria to 1e-10: by GMRES behind Anderson with a long memory."""
     with float64():
-        wide = dataclasses.replace(model.config, dtype="float64")
-        graphdef, _ = nnx.split(lm_model.build(wide, model.corpus.vocabulary), nnx.Param)
+        wide = dataclasses.replace(config, dtype="float64")
+        graphdef, _ = nnx.split(lm_model.build(wide, vocabulary), nnx.Param)
         to_wide = functools.partial(
             jax.tree.map, lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
         )

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.training import lm
+from experiments.training import lm_step
 
 
 def interleaved(
@@ -30,7 +30,7 @@ def interleaved(
         # The solver runs until its slowest problem has stopped: that is what a step costs.
         if "fwd_steps_max" in metrics[name]:
             rows[name]["fwd_steps"] = float(metrics[name]["fwd_steps_max"])
-        rows[name] |= lm.backward(metrics[name])
+        rows[name] |= lm_step.backward(metrics[name])
     return rows
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 
 import deq_jax as deq
 from deq_jax.models import DEQTransformer, DEQTrellisNet, TransformerConfig, TrellisNetConfig
-from experiments.training import cli, lm, tokenizer
+from experiments.training import cli, lm_step, tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,13 +160,13 @@ def loss_fn(
     the metrics is without them.
     """
     model = nnx.merge(graphdef, params)
-    before = lm.forget_at_start(carry, batch.is_start)
+    before = lm_step.forget_at_start(carry, batch.is_start)
     options = {"aux_every": aux_every} if aux_every else {}
     out = model.hidden(batch.inputs, before, key=key, solver=solver, adjoint=adjoint, probe=probe, **options)
     solution = out.solution
     loss = jnp.mean(model.nll(out.hidden, batch.targets))
     # What nobody reads XLA drops: an unrolled network is not charged for measuring its last residual.
-    metrics = {} if isinstance(adjoint, deq.Unroll) else lm.solve_metrics(solution.stats)
+    metrics = {} if isinstance(adjoint, deq.Unroll) else lm_step.solve_metrics(solution.stats)
     if jacobian_weight:
         context, noise = model.context(batch.inputs, before, key=key), jax.random.fold_in(key, 1)
         penalty = deq.regularizers.jacobian_penalty(model.cell.f, solution.value, context, key=noise)

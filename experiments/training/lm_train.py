@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 import deq_jax as deq
-from experiments.training import data, generation, lm, lm_report, tokenizer
+from experiments.training import data, generation, lm, lm_report, lm_step, tokenizer
 from experiments.training.checkpoints import RunDirectory, config_to_json, write_atomically
 from experiments.training.environment import environment
 from experiments.training.lm_model import Config, build, loss_fn
@@ -162,7 +162,7 @@ def make_steps(config: Config, graphdef: Any) -> tuple[Any, Any]:
     def step(solver, adjoint, weight):
         aux: dict[str, Any] = {"aux_every": config.aux_every, "aux_weight": config.aux_weight}
         loss = functools.partial(loss_fn, graphdef, solver, adjoint, jacobian_weight=weight, **aux)
-        return make_train_step(loss, tx, probe=lm.backward_probe(adjoint, config.batch))
+        return make_train_step(loss, tx, probe=lm_step.backward_probe(adjoint, config.batch))
 
     shallow = step(deq.Picard(max_steps=config.shallow_depth), deq.Unroll(), 0.0)
     return shallow, step(config.solver, config.adjoint, config.jacobian_weight)

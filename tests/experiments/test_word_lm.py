@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import deq_jax as deq
-from experiments.training import data, generation, lm, lm_model, lm_presets, lm_train, tokenizer
+from experiments.training import data, generation, lm, lm_model, lm_presets, lm_step, lm_train, tokenizer
 from experiments.training.checkpoints import config_to_json
 from experiments.training.lm_model import Config
 
@@ -77,7 +77,7 @@ def test_a_trellisnet_trains_through_layers_and_at_equilibrium():
     changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, state.params)
     assert all(jax.tree.leaves(changed))
     assert state.carry.h.shape == (2, 1, 14) and jnp.any(state.carry.c != 0)
-    assert not any(leaf.any() for leaf in lm.forget_at_start(state.carry, True))
+    assert not any(leaf.any() for leaf in lm_step.forget_at_start(state.carry, True))
 
 
 @pytest.mark.parametrize("model", ["transformer", "trellisnet"])
