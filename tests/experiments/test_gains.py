@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
 import jax
@@ -12,6 +11,7 @@ import pytest
 
 import deq_jax as deq
 from experiments.shared.problems import TINY
+from experiments.shared.study import read
 from experiments.studies import gains, gains_report
 
 pytestmark = pytest.mark.usefixtures("promotes")  # the referee of the study relies on it
@@ -65,4 +65,4 @@ def test_waste_is_what_rounding_up_adds():
 
 def test_the_committed_table_is_that_of_the_committed_numbers():
     kept = Path(gains.__file__).parent / "results" / "gains"
-    assert gains_report.markdown(json.loads((kept / "results.json").read_text())) == (kept / "table.md").read_text()
+    assert gains_report.markdown(read(kept / "results.json")) == (kept / "table.md").read_text()
