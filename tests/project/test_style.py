@@ -4,6 +4,7 @@ import ast
 import collections
 import graphlib
 import pathlib
+import re
 
 import pytest
 
@@ -156,3 +157,12 @@ def test_experiments_use_public_modules_and_import_in_no_circle():
 def test_no_imports_go_in_a_circle():
     graph = {name: {file for file, _ in imported(name)} - {name} for name in FILES}
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(FILES)
+
+
+def test_the_makefile_names_tests_that_exist():
+    text = (ROOT.parent / "Makefile").read_text().replace("\\\n", " ")
+    lists = re.findall(r"addprefix tests/\*/test_,\$\(addsuffix \.py,([\w\s]+)\)", text)
+    assert len(lists) == 2
+    for name in " ".join(lists).split():
+        assert len(list(ROOT.parent.glob(f"tests/*/test_{name}.py"))) == 1, name
+    assert not list(ROOT.parent.glob("tests/test_*.py")), "a test belongs into a folder of tests/"
