@@ -52,6 +52,7 @@ def run(
     def figure(out: Path = kept) -> None:
         """Table and figure again, from the results that are kept."""
         present(read(out / "results.json"), out, table, draw)
+        print(f"{out}/: table.md, figure.png", flush=True)
 
     def preset(label: str) -> Callable:
         budget, default = presets[label]
@@ -103,13 +104,13 @@ def write(results: dict[str, Any], out: Path, table: Callable, draw: Callable) -
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "results.json", (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
     present(results, out, table, draw)
+    print(f"{out}/: results.json, table.md, figure.png", flush=True)
 
 
 def present(results: dict[str, Any], out: Path, table: Callable, draw: Callable) -> None:
     """table.md and figure.png."""
     write_atomically(out / "table.md", (table(results).strip() + "\n").encode())
     draw(results, out / "figure.png")
-    print(f"{out}/: table.md, figure.png", flush=True)
 
 
 class Cells:
