@@ -5,7 +5,7 @@ MIN_PYTHON := 3.11
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # What depends on versions, and so is run on every corner; the rest (experiments, data, notebooks) runs once.
-CORE_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
+CORE_TESTS := $(wildcard $(addprefix tests/*/test_,$(addsuffix .py,\
 	solvers convergence fixed_point trace adjoints adjoint_family compact transforms trajectory warm_start nn transformer bad_input config own check doctests packaging \
 	sharding axis_name gathers carried gram history_dtype linear root error_estimate stepwise)))
 
@@ -56,7 +56,7 @@ H100_COMPILER := jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
 setup: .venv/.stamp ## make .venv with everything (another Python: make clean setup PYTHON=python3.12)
 
 demo: .venv/.stamp ## train the small character model and draw its plot
-	.venv/bin/python -m experiments.char_lm demo
+	.venv/bin/python -m experiments.paper.char_lm demo
 
 # What is finished is kept in runs/: after Ctrl-C the same command continues, and without runs/ it starts anew.
 experiments: .venv/.stamp ## run all reduced experiments of the paper (82 minutes on one core; continues)
@@ -65,7 +65,7 @@ experiments: .venv/.stamp ## run all reduced experiments of the paper (82 minute
 studies: .venv/.stamp ## run the studies of solvers and gradients (29 minutes on one core; continues)
 	.venv/bin/python -m experiments.suite run --library
 
-figures: .venv/.stamp ## draw all figures and tables of experiments/results from what is kept there
+figures: .venv/.stamp ## draw all figures and tables of the experiments from the results that are kept
 	.venv/bin/python -m experiments.suite figures
 
 test: .venv/.stamp ## run all tests (DEQ_JAX_DATA=folder for real data; PYTEST_ARGS='-k nn')
@@ -126,7 +126,7 @@ NEWEST ?= $(shell for v in 3.14 3.13 3.12; do \
 # There calls are held to their annotations, shapes included, but where it is a subject that a wrong value gets a
 # message of ours, or where most of the code is not ours.
 ANNOTATIONS := "--jaxtyping-packages=deq_jax,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-OWN_MESSAGES := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
+OWN_MESSAGES := $(wildcard $(addprefix tests/*/test_,$(addsuffix .py,\
 	bad_input config own packaging trajectory nn adjoint_family doctests transformer)))
 
 corner-newest:
@@ -144,10 +144,10 @@ define in_venv_gpu
 endef
 
 kernels: ## read what the solvers launch on an H100 and send on a TPU, without either (7 minutes; KERNELS_ARGS=...)
-	$(call in_venv_gpu,experiments.kernels $(KERNELS_ARGS))
+	$(call in_venv_gpu,experiments.benchmarks.kernels $(KERNELS_ARGS))
 
 corner-kernels: ## check that the solvers launch no more kernels than they did
-	$(call in_venv_gpu,pytest $(PYTEST_ARGS) tests/test_kernels.py)
+	$(call in_venv_gpu,pytest $(PYTEST_ARGS) tests/experiments/test_kernels.py)
 
 constraints: .venv/.stamp ## resolve constraints.txt anew, to the newest versions of everything
 	.venv/bin/python -m pip install -qq uv

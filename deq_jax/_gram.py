@@ -48,8 +48,8 @@ def with_column(
     Given are the products ⟨dᵢ, d⟩, ⟨d, d⟩ and ⟨d, g + d⟩. Where `ended`, the columns before it are in use no longer.
 
     ⟨dᵢ, g + d⟩ is updated from the stored products; only that with d itself is computed from scratch. Rounding errors
-    add up for as long as a column is held, and cost no evaluation (experiments/gains_study.py, 6). All is kept finite,
-    so that an overflow in a column out of use is no NaN in those in use.
+    add up for as long as a column is held, and cost no evaluation (experiments/studies/gains.py, 6). All is kept
+    finite, so that an overflow in a column out of use is no NaN in those in use.
     """
     given = system, products, square, newest, slot, new, held, ended
     return jax.lax.platform_dependent(*given, cpu=column_in_place, default=column_in_one_kernel)

@@ -83,7 +83,7 @@ def error_estimate(
 
     So where I − J is nearly singular, the error is much larger than the residual: with a discount of 0.999 a thousand
     times. (1) is solved by GMRES, in at most `products` Jacobian-vector products and `2 products` states of memory. In
-    `python -m experiments.error_study` the estimate is within a factor of 3 of the truth for all cells. `fixed_point`
+    `python -m experiments.studies.error` the estimate is within a factor of 3 of the truth for all cells. `fixed_point`
     and `solve` report it with `estimate_error=True`. It is not differentiable.
 
     Args:

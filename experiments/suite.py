@@ -16,39 +16,59 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import lm, plots
-from experiments.checkpoints import write_atomically
+from experiments import MOVED
+from experiments.benchmarks import report
+from experiments.paper import char_lm_report
+from experiments.shared import study
+from experiments.studies import gradient_report, robustness_report
+from experiments.training import cli
+from experiments.training.checkpoints import write_atomically
 
-RESULTS = Path("experiments/results")
+HERE = Path("experiments")
 
 
 class Part(NamedTuple):
-    module: str
+    module: str  # below experiments
     args: tuple[str, ...]
     minutes: float  # on one CPU core of a shared machine, rounded up
 
     @property
+    def short(self) -> str:
+        return self.module.rpartition(".")[2]
+
+    @property
     def name(self) -> str:
-        return " ".join((self.module, *(arg for arg in self.args if arg != "reduced")))
+        return self.named(self.short)
+
+    def named(self, module: str) -> str:
+        return " ".join((module, *(arg for arg in self.args if arg != "reduced")))
+
+    @property
+    def known_as(self) -> set[str]:
+        """Its short name, and those that the module had before."""
+        return {self.short, self.module, *(old for old, places in MOVED.items() if places[0] == self.module)}
+
+    def finished(self, kept: Path) -> bool:
+        return any((kept / f"{self.named(module)}.json").exists() for module in self.known_as)
 
 
 PAPER = (
-    Part("trained", (), 3),
-    Part("tolerance_study", ("reduced",), 6),
-    Part("initialization_study", ("reduced",), 5),
-    Part("stability_study", ("reduced",), 4),
-    Part("iterations_study", ("reduced",), 2),
-    Part("copy_memory", ("reduced",), 12),
-    Part("memory_study", ("reduced",), 15),
-    Part("runtime_study", ("reduced",), 8),
-    Part("word_lm", ("ptb-small",), 10),
-    Part("word_lm", ("ptb-trellisnet-small",), 13),
-    Part("word_lm", ("wikitext-2-small",), 9),
+    Part("shared.trained", (), 3),
+    Part("paper.tolerance", ("reduced",), 6),
+    Part("paper.initialization", ("reduced",), 5),
+    Part("paper.stability", ("reduced",), 4),
+    Part("paper.iterations", ("reduced",), 2),
+    Part("paper.copy_memory", ("reduced",), 12),
+    Part("paper.memory", ("reduced",), 15),
+    Part("paper.runtime", ("reduced",), 8),
+    Part("paper.word_lm", ("ptb-small",), 10),
+    Part("paper.word_lm", ("ptb-trellisnet-small",), 13),
+    Part("paper.word_lm", ("wikitext-2-small",), 9),
 )
 LIBRARY = (
-    Part("gradient_study", (), 8),
-    Part("robustness_study", (), 7),
-    Part("backward_study", (), 15),
+    Part("studies.gradient", (), 8),
+    Part("studies.robustness", (), 7),
+    Part("studies.backward", (), 15),
 )
 # What `python -m experiments.MODULE figure` redraws.
 REDRAWN = tuple(part.module for part in PAPER if part.args == ("reduced",))
@@ -59,18 +79,18 @@ def run(kept: Path = Path("runs/suite"), *, library: bool = False, only: tuple[s
 
     With `library` the studies of solvers and gradients instead; `only` names modules of either kind.
     """
-    parts = [part for part in PAPER + LIBRARY if part.module in only] if only else LIBRARY if library else PAPER
-    if unknown := set(only) - {part.module for part in PAPER + LIBRARY}:
-        known = ", ".join(part.module for part in PAPER + LIBRARY)
+    every = PAPER + LIBRARY
+    parts = [part for part in every if part.known_as & set(only)] if only else LIBRARY if library else PAPER
+    if unknown := set(only).difference(*(part.known_as for part in every)):
+        known = ", ".join(dict.fromkeys(part.short for part in every))
         raise ValueError(f"no experiment {', '.join(sorted(unknown))}; there are {known}")
     kept.mkdir(parents=True, exist_ok=True)
     print(f"{len(parts)} experiments, {sum(part.minutes for part in parts):g} minutes on one CPU core:")
     for part in parts:
-        done = (kept / f"{part.name}.json").exists()
-        print(f"  {part.name:28} {part.minutes:4g} min{'  finished before' if done else ''}")
+        done = "  finished before" if part.finished(kept) else ""
+        print(f"  {part.name:28} {part.minutes:4g} min{done}")
     for number, part in enumerate(parts, 1):
-        marker = kept / f"{part.name}.json"
-        if marker.exists():
+        if part.finished(kept):
             continue
         print(f"\n[{number}/{len(parts)}] python -m experiments.{' '.join((part.module, *part.args))}", flush=True)
         began = time.perf_counter()
@@ -78,7 +98,7 @@ def run(kept: Path = Path("runs/suite"), *, library: bool = False, only: tuple[s
         if code:
             raise SystemExit(code if code > 0 else 128 - code)  # it has said why
         minutes = round((time.perf_counter() - began) / 60, 1)
-        write_atomically(marker, json.dumps({"minutes": minutes}).encode())
+        write_atomically(kept / f"{part.name}.json", json.dumps({"minutes": minutes}).encode())
         print(f"[{number}/{len(parts)}] {part.name}: {minutes} minutes", flush=True)
 
 
@@ -86,23 +106,20 @@ def figures() -> None:
     """Every figure and table again, from the results that are committed."""
     for module in REDRAWN:
         importlib.import_module(f"experiments.{module}").main(["figure"])
-    from experiments import gradient_study, robustness_study
-    from experiments.benchmarks import report
-
     drawn = (
-        ("gradients", gradient_study.draw),
-        ("robustness", robustness_study.draw_figure),
-        ("benchmarks", report.draw),
+        ("studies/results/gradient", gradient_report.draw),
+        ("studies/results/robustness", robustness_report.draw_figure),
+        ("benchmarks/results/peers", report.draw),
     )
     for folder, draw in drawn:
-        draw(json.loads((RESULTS / folder / "results.json").read_text()), RESULTS / folder / "figure.png")
-        print(f"{RESULTS / folder}/: figure.png")
-    print(f"{plots.draw_demo(RESULTS / 'char_lm').parent}/: figure.png")
+        draw(study.read(HERE / folder / "results.json"), HERE / folder / "figure.png")
+        print(f"{HERE / folder}/: figure.png")
+    print(f"{char_lm_report.draw_demo(HERE / 'paper/results/char_lm').parent}/: figure.png")
 
 
 def main(args: Sequence[str] | None = None) -> None:
     commands = {"run": run, "figures": figures}
-    lm.run_command(commands, args, prog="python -m experiments.suite", description=__doc__)
+    cli.run_command(commands, args, prog="python -m experiments.suite", description=__doc__)
 
 
 if __name__ == "__main__":

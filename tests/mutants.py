@@ -26,7 +26,7 @@ class Mutant(NamedTuple):
     file: str  # under deq_jax/
     old: str
     new: str
-    tests: str  # arguments of pytest, relative to tests/
+    tests: str  # arguments of pytest: a file, in whatever folder of tests/ it is, and options
 
 
 CARRY, LOOP, STOPPING, IMPLICIT = "solvers/carry.py", "solvers/loop.py", "solvers/stopping.py", "adjoints/implicit.py"
@@ -464,6 +464,8 @@ def apply(mutant: Mutant, folder: pathlib.Path) -> None:
 
 def run(tests: str, folder: pathlib.Path) -> tuple[bool, str]:
     """Whether the tests pass on this copy, and the first that does not."""
+    file, *options = shlex.split(tests)
+    (path,) = folder.glob(f"tests/*/{file}")
     command = [
         sys.executable,
         "-m",
@@ -472,7 +474,8 @@ def run(tests: str, folder: pathlib.Path) -> tuple[bool, str]:
         "--tb=no",
         "-p",
         "no:cacheprovider",
-        *shlex.split(f"tests/{tests}"),
+        str(path.relative_to(folder)),
+        *options,
     ]
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     try:

@@ -42,7 +42,7 @@ class Implicit:
 
     `solver` solves the backward equilibrium, and may be any of the forward solvers. None takes Anderson with a longer
     history (the system is linear, so that is GMRES), a tenth of the forward tolerance and twice its budget, as
-    experiments/backward_study.py decided. An absolute forward tolerance counts as the relative one that it is at z*,
+    experiments/studies/backward.py decided. An absolute forward tolerance counts as the relative one that it is at z*,
     and the tolerance never asks for more than the state's dtype can hold. Reverse mode of any order; for forward mode
     use `ImplicitJVP`.
 
@@ -135,7 +135,7 @@ def with_backward_solver(adjoint: Any, problem: Problem, forward: ForwardResult)
 def default_backward(forward: Solver, z: PyTree, batch_ndim: int, over: tuple = ()) -> Solver:
     """Anderson as GMRES, with a tenth of the relative tolerance that `forward` had at z, and twice its budget."""
     # Anderson sees the GMRES residual multiplied by J, so it can grow while GMRES is converging. Restarting then lost
-    # backward solves of experiments/backward_study.py, hence `growth`; so did half the budget.
+    # backward solves of experiments/studies/backward.py, hence `growth`; so did half the budget.
     options: Any = dict(max_steps=_twice(forward.max_steps), history=16, growth=10.0)
     options |= dict(history_dtype=getattr(forward, "history_dtype", None))
     rtol: Any = 0.1 * _relative_tolerance(forward, jax.lax.stop_gradient(z), batch_ndim, over)

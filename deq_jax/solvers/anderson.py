@@ -34,7 +34,7 @@ from deq_jax.solvers.protocol import LoopOptions
 # until it is below RESTED times the mark, or grows. Without this 473 of 14,000 kinked contractions in one and two
 # dimensions (medians and maxima of affine maps; float64, 1e-9, at most 1000 evaluations) do not converge; with it all
 # do. A fixed number of plain steps leaves 453 of them where the history is 2. RESTED = 0.9 costs 5 % more evaluations
-# there. Of 909 random cells (experiments/robustness_cells.py, seeds 0 to 29), WINDOW = 2 lost 10 and WINDOW = 3 lost
+# there. Of 909 random cells (experiments/shared/cells.py, seeds 0 to 29), WINDOW = 2 lost 10 and WINDOW = 3 lost
 # one, both with type I, which was removed since.
 WINDOW, FALLEN, RESTED = 3, 0.9, 0.5
 
@@ -67,15 +67,15 @@ class Anderson(LoopOptions):
     followed by plain steps until it has fallen.
 
     Type I, which projects on the differences of z (Fang & Saad 2009), is not offered: it is less robust. In
-    experiments/robustness_study.py (seeds 1000 to 1019, float32) both types solved 95.0 % of the plain random cells,
+    experiments/studies/robustness.py (seeds 1000 to 1019, float32) both types solved 95.0 % of the plain random cells,
     but type I solved 40.5 % of the hard ones against 56.8 %, and 14 of the 54 classical systems against 18. On the
     symmetric families it saved no evaluations.
 
     With `history_dtype="bfloat16"` (or "float32" for float64 states) the differences take half the memory, and moving
     them half the time. What their rounding leaves out is part of the next difference, so that it does not add up, and
-    the residual that is tested remains exact. On the random cells of experiments/robustness_cells.py it costs 1 to 3 %
+    the residual that is tested remains exact. On the random cells of experiments/shared/cells.py it costs 1 to 3 %
     more evaluations (float32 states, rtol 1e-4 and 1e-5); of bfloat16 states at rtol 1e-2, 4 to 6 of 127 cells are no
-    longer solved. Hence it is not the default (`python -m experiments.history_study`). The backward solver that
+    longer solved. Hence it is not the default (`python -m experiments.studies.history`). The backward solver that
     `Implicit` derives has it too.
 
     With `test_every=k`, k − 1 plain steps lie between two iterates that are tested and mixed (Pratapa, Suryanarayana &

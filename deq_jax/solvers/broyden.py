@@ -87,7 +87,7 @@ class Broyden(Renewing, LoopOptions):
     by default (compare Broyden rank reduction, van de Rotten & Verduyn Lunel 2005); 0 restarts from −I. The
     update is damped where it would make B singular (Moré & Trangenstein 1976). A step that makes the residual grow by
     half, or f not finite, is taken back and shortened, up to `line_search` times in a row; its pair still improves B.
-    One cut solves more of the random cells of experiments/robustness_study.py at no more evaluations; four pay on
+    One cut solves more of the random cells of experiments/studies/robustness.py at no more evaluations; four pay on
     roots far away, and cost evaluations on linear problems, where good Broyden's residual grows before it falls. With
     0 a step is never taken back.
 

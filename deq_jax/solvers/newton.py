@@ -26,7 +26,7 @@ from deq_jax.solvers.protocol import LoopOptions, check_sees_all
 from deq_jax.solvers.trust_region import NEW, START, STUCK, TRIAL, Trial, assess_trial
 
 USEFUL = 0.5  # Newton's step by elimination leaves no more than this part of the linear model's ‖g‖, or J is singular
-# Chosen on the systems of experiments/root_study.py, all of which they solve in float64:
+# Chosen on the systems of experiments/studies/root.py, all of which they solve in float64:
 LONG = 30  # so many evaluations
 LOWER = 0.9  # without ‖g‖ at this part of what it was end an attempt,
 SHORTER = 0.1  # and the next one begins with a radius that is so much shorter

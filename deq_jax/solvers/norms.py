@@ -20,7 +20,7 @@ from deq_jax._states import Layout, eps_of, split, wide_dtype
 from deq_jax._vectors import Vec, Vector, largest, norm, reduced
 from deq_jax.solvers.protocol import member
 
-RTOL, RTOL_FLOAT64 = 1e-4, 1e-6  # the default of rtol; see experiments/tolerance_by_dtype.py
+RTOL, RTOL_FLOAT64 = 1e-4, 1e-6  # the default of rtol; see experiments/studies/tolerance_by_dtype.py
 
 
 def default_rtol(eps: float) -> float:

@@ -36,14 +36,14 @@ class Robust(LoopOptions):
     """Starts cheap and falls back: each problem goes through `stages`, each of which begins at z0.
 
     The point where one solver went astray is seldom a good start for another. Started from the best iterate of the
-    stage before, Newton–Krylov solved fewer of the classical systems of experiments/robustness_study.py, and no more
+    stage before, Newton–Krylov solved fewer of the classical systems of experiments/studies/robustness.py, and no more
     random cells. A problem moves on when its residual is not halved within as many evaluations as `stall` says for its
     stage, or when its residual blows up; the last stage keeps it. The problems of a batch that move on wait for each
     other, so that each stage has a loop of its own (not with a fold, in `compact`, or for an f that communicates: there
     a stage may take some evaluations more or less). The tolerances are those of the composite. Memory is that of all
     stages together, so this is a bad choice where memory is short or where one solver is known to work.
 
-    Broyden comes first because it was cheapest in evaluations as well (experiments/robustness_study.py); a short
+    Broyden comes first because it was cheapest in evaluations as well (experiments/studies/robustness.py); a short
     Anderson stage before it cost evaluations and solved fewer problems.
 
     >>> [type(stage).__name__ for stage in Robust(rtol=1e-6).stages]

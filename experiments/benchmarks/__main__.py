@@ -13,10 +13,11 @@ from typing import Any
 
 import tyro
 
-from experiments.benchmarks import problems, report
+from experiments.benchmarks import report
 from experiments.benchmarks.contenders import ALTERNATIVES, CONTENDERS, Contender
 from experiments.benchmarks.workers import HOPELESS, RESIDUAL, ROOT, TIGHTER, Worker, admitted, good, judged
-from experiments.lm import environment
+from experiments.shared import problems
+from experiments.training.environment import environment
 
 TUNED = Path(__file__).with_name("tuned.json")
 TOO_LONG = 60.0  # seconds of a trial, compilation included, after which a contender's tolerances are not sought
@@ -46,7 +47,7 @@ class Config:
     tiny: bool = False  # problems that a test can afford; the numbers mean nothing
     seed: int = 0
     peers: Path = Path(".venv-peers/bin/python")  # the environment of the peers
-    out: Path = Path("experiments/results/benchmarks")
+    out: Path = Path("experiments/benchmarks/results/peers")
 
 
 def main(config: Config) -> dict[str, Any]:

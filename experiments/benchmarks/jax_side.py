@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import jax_ops
 from experiments.benchmarks.contenders import CONTENDERS
-from experiments.benchmarks.problems import Problem
 from experiments.benchmarks.process import clock, leave
+from experiments.shared import jax_ops
+from experiments.shared.problems import Problem
 
 COUNTS = {"f": 0, "vjp": 0, "jvp": 0}
 

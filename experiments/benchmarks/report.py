@@ -12,10 +12,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
-from experiments import study
 from experiments.benchmarks.contenders import CONTENDERS
 from experiments.benchmarks.workers import good
-from experiments.plots import STYLE, markdown_table
+from experiments.shared import study
+from experiments.shared.plots import STYLE, markdown_table
 
 # One colour a library; ours is that of Anderson in the other figures.
 PACKAGES = {

@@ -10,8 +10,8 @@ import torch
 
 from experiments.benchmarks import torch_ops
 from experiments.benchmarks.contenders import CONTENDERS
-from experiments.benchmarks.problems import Problem
 from experiments.benchmarks.process import clock, leave, resident
+from experiments.shared.problems import Problem
 
 COUNTS = {"f": 0, "vjp": 0, "jvp": 0}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from experiments.benchmarks import problems
+from experiments.shared import problems
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def start(kind: str, sizes: str) -> dict[str, Callable]:
     if kind == "torch":
         from experiments.benchmarks.torch_side import commands
     elif kind == "referee":
-        from experiments.benchmarks.referee import commands
+        from experiments.benchmarks.judge import commands
     else:
         from experiments.benchmarks.jax_side import commands
     return commands(table)

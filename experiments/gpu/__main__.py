@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple
 from experiments.gpu import kept, report
 
 ROOT = Path(__file__).parents[2]
-RESULTS = Path("experiments/results/gpu")
+RESULTS = Path("experiments/gpu/results")
 SPARE = 25.0  # seconds of the budget to stop a part, and for the archive and the page
 GRACE = 10.0  # seconds that a part has to save what it can, once it is told to stop
 LIBRARY = "deq_jax/**/*.py"
@@ -42,17 +42,18 @@ def own(module: str, *others: str) -> tuple[str, ...]:
     return (LIBRARY, f"experiments/gpu/{module}.py", *others)
 
 
-RACE = own("peers", "experiments/benchmarks/*.py", "experiments/benchmarks/tuned.json")
-LM = tuple(f"experiments/{name}.py" for name in ("lm", "data", "training"))
-STUDIES = tuple(f"experiments/{name}.py" for name in ("runtime_study", "memory_study", "baselines"))
+PROBLEMS = tuple(f"experiments/shared/{name}.py" for name in ("jax_ops", "problems", "referee"))
+RACE = own("peers", "experiments/benchmarks/*.py", "experiments/benchmarks/tuned.json", *PROBLEMS)
+RUNTIME = ("experiments/paper/runtime*.py", "experiments/shared/models.py", "experiments/shared/timing.py")
+LM = ("experiments/training/*.py",)
 # The order is that of worth. A later issue adds its part here, and a module beside this one.
 PARTS = (
     Part("steps", "experiments.gpu.steps", 120, 200, own("steps", "experiments/gpu/timing.py")),
     Part("peers_large", "experiments.gpu.peers", 240, 330, RACE, ("large",)),
-    Part("paper", "experiments.gpu.paper", 110, 200, own("paper", *LM, *STUDIES)),
-    Part("ptb", "experiments.gpu.ptb", 240, 480, own("ptb", *LM, "experiments/*_lm.py")),
+    Part("paper", "experiments.gpu.paper", 110, 200, own("paper", *LM, *RUNTIME)),
+    Part("ptb", "experiments.gpu.ptb", 240, 480, own("ptb", *LM)),
     Part("peers", "experiments.gpu.peers", 200, 300, RACE, ("usual",)),
-    Part("core_tests", "experiments.gpu.core_tests", 300, 500, own("core_tests", "tests/*.py")),
+    Part("core_tests", "experiments.gpu.core_tests", 300, 500, own("core_tests", "tests/**/*.py")),
 )
 
 

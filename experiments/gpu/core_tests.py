@@ -26,7 +26,8 @@ NAMED = 30  # failures of a file, at most
 
 def measure(rows: kept.Rows, job: kept.Job) -> None:
     rows.about(seed="each test's own", dtype="float32, bfloat16, float64", gradient="by test", precision="highest")
-    files = [f"tests/test_{name}.py" for name in (TINY if job.tiny else FILES) if f"test_{name}.py" not in rows]
+    wanted = [f"test_{name}.py" for name in (TINY if job.tiny else FILES)]
+    files = [str(path) for name in wanted if name not in rows for path in ROOT.glob(f"tests/*/{name}")]
     if not files:
         return
     os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}

@@ -14,10 +14,12 @@ import jax
 from flax import nnx
 
 import deq_jax as deq
-from experiments import lm, runtime_study
 from experiments.gpu import kept, timing
-from experiments.memory_study import Shape, interleaved
-from experiments.training import TrainState, count_params
+from experiments.paper import runtime, runtime_contenders
+from experiments.shared.models import Shape
+from experiments.shared.timing import interleaved
+from experiments.training import lm
+from experiments.training.loop import TrainState, count_params
 
 FAMILY = "DEQTransformer"
 TRAINED = "Implicit"
@@ -32,29 +34,29 @@ def measure(rows: kept.Rows, job: kept.Job) -> None:
         batch=shape.batch, length=shape.length, corpus=config.data,
         trained=f"{config.shallow_steps} steps of two layers, {config.steps} at the equilibrium",
     )  # fmt: skip
-    table = runtime_study.contenders(config, FAMILY)
-    models = Models(rows, runtime_study.Task(config, FAMILY), table)
+    table = runtime_contenders.contenders(config, FAMILY)
+    models = Models(rows, runtime.Task(config, FAMILY), table)
     for name, contender in table.items():
         rows.measure(f"training, {name}", lambda contender=contender: train_row(models, contender))
     for name, (label, options) in inference(config, table).items():
         rows.measure(name, lambda label=label, options=options: infer_row(models, table[label], options))
 
 
-def paper_config(job: kept.Job) -> runtime_study.Config:
+def paper_config(job: kept.Job) -> runtime.Config:
     """The study's own configuration of the paper, on words of PTB, with half the batch and little training."""
-    _, config = runtime_study.PRESETS["paper"]
+    _, config = runtime.PRESETS["paper"]
     shape = dataclasses.replace(config.shape, batch=28)
     light = dict(shallow_steps=200, steps=50, explicit_steps=500, eval_every=50, eval_segments=6)
     run, calls = Path(job.work, "paper"), timing.CALLS
     return dataclasses.replace(config, run=run, shape=shape, data="ptb", repeats=calls, **light)
 
 
-def tiny_config(job: kept.Job) -> runtime_study.Config:
+def tiny_config(job: kept.Job) -> runtime.Config:
     shape = Shape(dim=16, heads=2, inner_dim=32, batch=2, length=8, mem_len=8)
-    return runtime_study.Config(run=Path(job.work, "paper"), shape=shape, layers=3, shallow_steps=2, steps=2, repeats=2)
+    return runtime.Config(run=Path(job.work, "paper"), shape=shape, layers=3, shallow_steps=2, steps=2, repeats=2)
 
 
-def inference(config: runtime_study.Config, table: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+def inference(config: runtime.Config, table: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
     rows: dict[str, tuple[str, dict[str, Any]]] = {
         f"inference, {name}": (name, {}) for name in ("own layers", "tied layers") if name in table
     }
@@ -67,10 +69,10 @@ def inference(config: runtime_study.Config, table: dict[str, Any]) -> dict[str, 
 class Models:
     """The two networks, each built when it is first asked for: (graph, state)."""
 
-    def __init__(self, rows: kept.Rows, task: runtime_study.Task, table: dict[str, runtime_study.Contender]):
+    def __init__(self, rows: kept.Rows, task: runtime.Task, table: dict[str, runtime_contenders.Contender]):
         self.rows, self.task, self.table = rows, task, table
 
-    def of(self, contender: runtime_study.Contender) -> tuple[Any, TrainState]:
+    def of(self, contender: runtime_contenders.Contender) -> tuple[Any, TrainState]:
         return self.explicit if contender.own else self.equilibrium
 
     @functools.cached_property
@@ -83,8 +85,8 @@ class Models:
         config, contender = self.task.config, self.table[TRAINED]
         graphdef, state = self.task.start(contender)
         done, metrics = 0, {}
-        for how, count in ((runtime_study.SHALLOW, config.shallow_steps), (contender, config.steps)):
-            step = runtime_study.training_step(config, graphdef, how)
+        for how, count in ((runtime_contenders.SHALLOW, config.shallow_steps), (contender, config.steps)):
+            step = runtime.training_step(config, graphdef, how)
             for _ in range(count):
                 state, metrics = step(state, self.task.batches[done])
                 done += 1
@@ -95,13 +97,13 @@ class Models:
         return graphdef, state
 
 
-def train_row(models: Models, contender: runtime_study.Contender) -> dict[str, Any]:
+def train_row(models: Models, contender: runtime_contenders.Contender) -> dict[str, Any]:
     task, (graphdef, state) = models.task, models.of(contender)
-    program = runtime_study.training_step(task.config, graphdef, contender).lower(state, task.batches[0]).compile()
+    program = runtime.training_step(task.config, graphdef, contender).lower(state, task.batches[0]).compile()
     return clocked(task, program, state) | {"parameters": count_params(state.params)}
 
 
-def infer_row(models: Models, contender: runtime_study.Contender, options: dict[str, Any]) -> dict[str, Any]:
+def infer_row(models: Models, contender: runtime_contenders.Contender, options: dict[str, Any]) -> dict[str, Any]:
     graphdef, state = models.of(contender)
 
     @jax.jit
@@ -113,7 +115,7 @@ def infer_row(models: Models, contender: runtime_study.Contender, options: dict[
     return clocked(models.task, infer.lower(state, models.task.batches[0]).compile(), state)
 
 
-def clocked(task: runtime_study.Task, program: Any, state: Any) -> dict[str, Any]:
+def clocked(task: runtime.Task, program: Any, state: Any) -> dict[str, Any]:
     interleaved({"": program}, {"": state}, task.batches[0], 1)  # a first call loads what the program needs
     row = interleaved({"": program}, {"": state}, task.batches[0], task.config.repeats)[""]
     solved = {name: row[name] for name in ("fwd_steps", "bwd_steps") if name in row}

@@ -17,7 +17,7 @@ from experiments.benchmarks.contenders import CONTENDERS
 from experiments.benchmarks.workers import Worker
 from experiments.gpu import kept
 
-# The fastest of ours and of each library in experiments/results/benchmarks, with one that accelerates.
+# The fastest of ours and of each library in experiments/benchmarks/results/peers, with one that accelerates.
 CHOSEN: dict[str, tuple[str, ...]] = {
     "P1": (
         "ours Picard, Picard", "ours Anderson 5", "jaxopt Anderson", "banax Picard", "optimistix Picard",

@@ -9,14 +9,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from experiments import char_lm, lm, word_lm
 from experiments.gpu import kept
+from experiments.training import lm, lm_presets, lm_train
 
 EVERY = 500  # steps between two rows of progress
 
 
 def measure(rows: kept.Rows, job: kept.Job) -> None:
-    config = dataclasses.replace(word_lm.PRESETS["ptb"][1], run=Path(job.work, "ptb"), save_every=2000, log_every=100)
+    config = dataclasses.replace(
+        lm_presets.PRESETS["ptb"][1], run=Path(job.work, "ptb"), save_every=2000, log_every=100
+    )
     if job.tiny:
         sizes: dict[str, Any] = dict(steps=4, batch=2, length=8, mem_len=8, dim=16, heads=2, inner_dim=32)
         config = dataclasses.replace(config, data="shakespeare", level="char", **sizes)
@@ -29,8 +31,8 @@ def measure(rows: kept.Rows, job: kept.Job) -> None:
         if step % EVERY == 0:
             rows.put("progress", {"step": step})
 
-    trained = char_lm.train(config, "ptb", keep=keep)
-    segments = lm.evaluation_segments(trained.corpus.test, char_lm.EVALUATION_BATCH, config.length)
+    trained = lm_train.train(config, "ptb", keep=keep)
+    segments = lm.evaluation_segments(trained.corpus.test, lm_train.EVALUATION_BATCH, config.length)
     test = lm.make_evaluate(trained.graphdef, segments, config.solver)(trained.state.params)
     report = trained.report
     row = {

@@ -1,0 +1,1 @@
+"""Studies of the library itself, a page each. `results/` is what they made."""

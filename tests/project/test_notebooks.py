@@ -1,0 +1,113 @@
+"""Notebooks: in step with their .py twins, safe to install from, and running from the first cell to the last."""
+
+import json
+import os
+import pathlib
+import re
+import sys
+import warnings
+
+import pytest
+from conftest import known_options
+
+ROOT = pathlib.Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
+CELL_TIMEOUT = 600  # seconds; generous, since tests share their machine
+
+pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells(path: pathlib.Path) -> list[tuple[str, str]]:
+    """(type, source) of each cell of an .ipynb, without Jupyter's help."""
+    return [(c["cell_type"], "".join(c["source"])) for c in json.loads(path.read_text())["cells"]]
+
+
+def test_pair_is_in_sync(path):
+    jupytext = pytest.importorskip("jupytext", reason="needs jupytext (the docs extra)")
+    twin = [(c.cell_type, c.source) for c in jupytext.read(path.with_suffix(".py")).cells]
+    assert cells(path) == twin, f"run `jupytext --sync` on {path.with_suffix('.py').name}"
+
+
+def test_badge_and_install_cell(path):
+    sources = cells(path)
+    badge = f"https://colab.research.google.com/github/deq-jax/deq_jax/blob/main/colabs/{path.name}"
+    assert badge in sources[0][1]
+
+    installs = [source for kind, source in sources if kind == "code" and re.search(r"\bpip3? install\b", source)]
+    assert len(installs) == 1
+    # Colab's own jax must stay where it is, and an installed deq_jax must not be replaced.
+    assert re.search(r"try:\s+import deq_jax", installs[0])
+    assert not re.search(r"\s(-U|--upgrade|--force-reinstall)\b", installs[0])
+    assert not re.search(r"install[^\n]*\bjax(lib)?\b *([\[=<>~\"']|$)", re.sub(r"deq[-_]jax", "", installs[0]))
+
+
+def test_committed_outputs(path):
+    text = path.read_text()
+    code = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in code), "commit it executed, so that GitHub shows its figures"
+    assert not any(output["output_type"] == "error" for cell in code for output in cell["outputs"])
+    outputs = json.dumps([cell["outputs"] for cell in code])
+    machine = re.search(r"/(?:home|root|tmp|work|Users)/|site-packages", outputs)
+    assert not machine, f"a path of some machine: {outputs[max(machine.start() - 60, 0) : machine.end() + 60]}"
+    assert len(text) < 1_000_000
+
+
+def test_runs(path, tmp_path, monkeypatch):
+    """All cells, in a fresh kernel of this interpreter and in an empty folder, with DEQ_JAX_FAST=1."""
+    for name in ("nbclient", "nbformat", "ipykernel", "matplotlib", "optax", "flax"):
+        pytest.importorskip(name, reason=f"needs {name} (the docs and experiments extras)")
+    with warnings.catch_warnings():
+        # Jupyter's own: its clients warn of platform directories and of event loops, each release of others.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+        error = run(path, tmp_path)
+    assert error is None, error
+
+
+def run(path: pathlib.Path, folder: pathlib.Path) -> str | None:
+    """The failing cell's number, source and traceback; None if all is well."""
+    import nbclient
+    import nbformat
+
+    # The kernel that is named python3 may be any on this machine, or none; ours is this interpreter.
+    spec = {
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": "Python 3",
+        "language": "python",
+    }
+    kernel = folder / "kernels" / "this-interpreter"  # where JUPYTER_PATH points
+    kernel.mkdir(parents=True)
+    (kernel / "kernel.json").write_text(json.dumps(spec))
+
+    # Without the tests' four devices; and compiled quickly, since what is asked is whether the cells run.
+    quickly = " ".join(f"--{name}={str(value).lower()}" for name, value in known_options().items())
+    environment = os.environ | {"XLA_FLAGS": quickly}
+    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # Inline figures, as on Colab; and Jupyter's history and settings are not the user's.
+    environment |= {"DEQ_JAX_FAST": "1", "PYTHONPATH": python_path, "IPYTHONDIR": str(folder / "ipython")}
+    environment.pop("MPLBACKEND", None)
+    (folder / "empty").mkdir()
+
+    notebook = nbformat.read(path, as_version=4)
+    client = nbclient.NotebookClient(
+        notebook,
+        kernel_name=kernel.name,
+        timeout=CELL_TIMEOUT,
+        resources={"metadata": {"path": str(folder / "empty")}},
+    )
+    try:
+        client.execute(env=environment)
+    except nbclient.exceptions.CellExecutionError:
+        pass  # found below, with its cell
+    except (nbclient.exceptions.DeadKernelError, nbclient.exceptions.CellTimeoutError) as error:
+        done = lambda cell: "shell.execute_reply" in cell.metadata.get("execution", {})
+        code = [cell.source for cell in notebook.cells if cell.cell_type == "code" and not done(cell)]
+        return f"{path.name}: {error}\n\nin\n\n{code[0] if code else ''}"
+    for number, cell in enumerate(notebook.cells):
+        for output in cell.get("outputs", ()):
+            if output["output_type"] == "error":
+                traceback = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(output["traceback"]))
+                return f"{path.name}, cell {number}:\n\n{cell.source}\n\n{traceback}"
+            if output["output_type"] == "stream" and "Warning" in output["text"]:
+                return f"{path.name}, cell {number} warns:\n\n{cell.source}\n\n{output['text']}"
+    return None
