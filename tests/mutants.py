@@ -32,6 +32,48 @@ class Mutant(NamedTuple):
 CARRY, LOOP, STOPPING, IMPLICIT = "solvers/carry.py", "solvers/loop.py", "solvers/stopping.py", "adjoints/implicit.py"
 MUTANTS = [
     Mutant(
+        "a compressed memory whose next point is the old one",
+        "solvers/renewal.py",
+        "z=jax.tree.map(put, carry.z, part.z), solver",
+        "solver",
+        "test_stepwise.py -k stream_has_the_bits",
+    ),
+    Mutant(
+        "a new problem with the counts of the one before",
+        "solvers/pieces.py",
+        "return choose(where, init_pieces(z0, solver, layout), carry)",
+        "return choose(where, init_pieces(z0, solver, layout), carry)._replace(solver=carry.solver)",
+        "test_stepwise.py -k stream_has_the_bits",
+    ),
+    Mutant(
+        "an optimizer that mixes at each step",
+        "_as_optimizer.py",
+        "state.count % every == 0",
+        "state.count >= 0",
+        "test_adapters.py -k optimizer_of_a_batch",
+    ),
+    Mutant(
+        "an optimizer whose problems share a history",
+        "_as_optimizer.py",
+        "layout = Layout(params, batch_ndim, flat=True)",
+        "layout = Layout(params, 0, flat=True)",
+        "test_adapters.py -k optimizer_of_a_batch",
+    ),
+    Mutant(
+        "a preconditioner of F taken for one of F over its scale",
+        "adjoints/preconditioner.py",
+        "preconditioner=Scaled(P, scale)",
+        "preconditioner=P",
+        "test_root.py -k precondition",
+    ),
+    Mutant(
+        "a scale of F measured on one device's piece",
+        "solvers/equation.py",
+        "top = jax.lax.pmax(top, over) if over else top",
+        "top = top",
+        "test_axis_name.py -k root",
+    ),
+    Mutant(
         "a problem of Robust that goes on while it waits",
         "solvers/robust.py",
         "self.whole.watch(residual, state, z, self.takes(state))",
@@ -55,8 +97,8 @@ MUTANTS = [
     Mutant(
         "weights gathered at each evaluation",
         LOOP,
-        "f, solver = gathered_once(f, z0), for_state(solver, z0, batch_ndim)",
-        "solver = for_state(solver, z0, batch_ndim)",
+        "f, solver = gathered_once(f, z0), for_state(solver, z0, batch_ndim, over)",
+        "solver = for_state(solver, z0, batch_ndim, over)",
         "test_gathers.py -k gathered_once",
     ),
     Mutant(

@@ -198,7 +198,8 @@ def pull_root(F, solver, **options):
 def test_a_root_that_is_split_is_found_as_on_one_device(name):
     scatter = functools.partial(jax.lax.psum_scatter, axis_name="model", scatter_dimension=1, tiled=True)
     whole, pieces = root_on(lambda x, w: x @ w), root_on(lambda x, w: scatter(x @ w))
-    solver, args = dataclasses.replace(ROOT_SOLVERS[name], rtol=1e-9, max_steps=300), problem()
+    # Far above rounding, to which the scale of F would be sensitive.
+    solver, args = dataclasses.replace(ROOT_SOLVERS[name], rtol=1e-6, max_steps=300), problem()
     want = jax.jit(pull_root(whole, solver))(*args)
     got = split(pull_root(pieces, solver, axis_name="model"), **OF_PULL)(*args)
     assert want[1].converged.all() and not want[2].status.any()
