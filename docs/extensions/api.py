@@ -1,0 +1,63 @@
+"""What autodoc lacks for this library: the fields of option objects and results, with the comments beside them."""
+
+import ast
+import enum
+import inspect
+import re
+import textwrap
+
+from sphinx.pycode import ModuleAnalyzer
+
+
+def fields(cls: type) -> list[str]:
+    """A reStructuredText list of the fields of a class, or of the members of an enum, with the comment beside each."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    lines, items = source.splitlines(), []
+    for node in ast.parse(source).body[0].body:
+        is_field = isinstance(node, ast.AnnAssign) or (isinstance(node, ast.Assign) and issubclass(cls, enum.Enum))
+        text = ast.unparse(node) if is_field else "_"
+        if not text.startswith("_"):
+            comment = re.search(r"  # (?!pyright)(.*)$", lines[node.end_lineno - 1])
+            items.append(f"* ``{text}``" + (f": {escaped(comment[1])}" if comment else ""))
+    title = "Members" if issubclass(cls, enum.Enum) else "Fields"
+    return ["", f".. rubric:: {title}", "", *items, ""] if items else []
+
+
+def add_fields(app, what, name, obj, options, lines):
+    if what == "class" and (issubclass(obj, tuple | enum.Enum) or hasattr(obj, "__dataclass_fields__")):
+        end = next((i for i, line in enumerate(lines) if line.startswith(">>>")), len(lines))
+        lines[end:end] = fields(obj)
+
+
+def plain_signature(app, what, name, obj, options, signature, returns):
+    """Without a result of any type: the docstring says what it is."""
+    return signature, None if returns == "Any" else returns
+
+
+def escape(app, what, name, obj, options, lines):
+    lines[:] = [line if re.match(r"\s*(>>>|\.\.\. )", line) else escaped(line) for line in lines]
+
+
+def escaped(line: str) -> str:
+    """Docstrings are Markdown: a star or a bar outside of `code` is that character and no markup."""
+    parts = line.split("`")
+    parts[::2] = [re.sub(r"([*|])(?=\S)", r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts)
+
+
+def without_overloads(analyze):
+    """One signature a function: that of its implementation, which names the options."""
+
+    def analyze_once(self):
+        analyze(self)
+        self.overloads = {}
+
+    return analyze_once
+
+
+def setup(app):
+    ModuleAnalyzer.analyze = without_overloads(ModuleAnalyzer.analyze)
+    app.connect("autodoc-process-signature", plain_signature)
+    app.connect("autodoc-process-docstring", escape, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", add_fields, priority=600)  # and after it
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
