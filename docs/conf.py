@@ -27,6 +27,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "api",
+    "gallery",
     "mathml",
 ]
 exclude_patterns = ["_build", "extensions"]

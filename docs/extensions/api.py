@@ -1,12 +1,15 @@
-"""What autodoc lacks for this library: the fields of option objects and results, with the comments beside them."""
+"""What autodoc lacks for this library: fields with the comments beside them, and the derivation that opens a module."""
 
 import ast
 import enum
+import importlib
 import inspect
 import re
 import textwrap
 
+from docutils import nodes
 from sphinx.pycode import ModuleAnalyzer
+from sphinx.util.docutils import SphinxDirective
 
 
 def fields(cls: type) -> list[str]:
@@ -55,7 +58,23 @@ def without_overloads(analyze):
     return analyze_once
 
 
+class Derivation(SphinxDirective):
+    """`.. derivation:: module` shows the docstring of a module, with its equations as they stand there."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        text = inspect.cleandoc(importlib.import_module(self.arguments[0]).__doc__ or "")
+        parts = []
+        for part in text.split("\n\n"):
+            is_equation = part.startswith(" ")
+            parts.append("::\n\n" + textwrap.indent(textwrap.dedent(part), "   ") if is_equation else escaped(part))
+        parts.append(f"Source: :py:mod:`!{self.arguments[0]}`")
+        return self.parse_text_to_nodes("\n\n".join(parts))
+
+
 def setup(app):
+    app.add_directive("derivation", Derivation)
     ModuleAnalyzer.analyze = without_overloads(ModuleAnalyzer.analyze)
     app.connect("autodoc-process-signature", plain_signature)
     app.connect("autodoc-process-docstring", escape, priority=400)  # before napoleon
