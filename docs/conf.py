@@ -28,7 +28,6 @@ extensions = [
     "sphinx_copybutton",
     "api",
     "gallery",
-    "mathml",
 ]
 exclude_patterns = ["_build", "extensions"]
 default_role = "py:obj"  # docstrings are Markdown in this: `name` is code, and a link where the name is documented
@@ -36,12 +35,10 @@ default_role = "py:obj"  # docstrings are Markdown in this: `name` is code, and 
 # Pages are Markdown. Their ```python blocks are the cells of a notebook: see extensions/programs.py.
 nb_custom_formats = {".md": "programs.read"}
 nb_execution_mode = "auto"  # every page with code: their outputs are nowhere kept
-nb_execution_raise_on_error = True
+nb_execution_show_tb = True  # in the warning, with the cell
 nb_execution_timeout = 300
-nb_execution_excludepatterns = ["tutorial*"]  # it keeps its outputs, and tests/test_notebooks.py runs it
 nb_output_stderr = "warn"  # and a warning is an error
 nb_merge_streams = True
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling is most of the time of a page

@@ -21,7 +21,8 @@ def fields(cls: type) -> list[str]:
         text = ast.unparse(node) if is_field else "_"
         if not text.startswith("_"):
             comment = re.search(r"  # (?!pyright)(.*)$", lines[node.end_lineno - 1])
-            items.append(f"* ``{text}``" + (f": {escaped(comment[1])}" if comment else ""))
+            if comment or not hasattr(cls, "__dataclass_fields__"):  # else the signature says it all
+                items.append(f"* ``{text}``" + (f": {escaped(comment[1])}" if comment else ""))
     title = "Members" if issubclass(cls, enum.Enum) else "Fields"
     return ["", f".. rubric:: {title}", "", *items, ""] if items else []
 
@@ -32,8 +33,13 @@ def add_fields(app, what, name, obj, options, lines):
         lines[end:end] = fields(obj)
 
 
+PLAIN = {r"Annotated\[float, '[^']*'\]": "float | PyTree", r"Annotated\[int, '[^']*'\]": "int | Array"}
+
+
 def plain_signature(app, what, name, obj, options, signature, returns):
-    """Without a result of any type: the docstring says what it is."""
+    """Without the notes of annotations, and without a result of any type: the docstring says what it is."""
+    for pattern, text in PLAIN.items():
+        signature = signature and re.sub(pattern, text, signature)
     return signature, None if returns == "Any" else returns
 
 
@@ -58,6 +64,16 @@ def without_overloads(analyze):
     return analyze_once
 
 
+def mend_source_links(app, pagename, templatename, context, doctree):
+    """From a module's source back to the reference, for names that are documented below their module."""
+    if pagename.startswith("_modules/"):
+        known = app.env.domains.python_domain.objects
+        full = lambda name: (
+            name if name in known else next((n for n in known if n.endswith(name[len("deq_jax") :])), name)
+        )
+        context["body"] = re.sub(r"(?<=\.html#)deq_jax\.[\w.]+", lambda match: full(match[0]), context["body"])
+
+
 class Derivation(SphinxDirective):
     """`.. derivation:: module` shows the docstring of a module, with its equations as they stand there."""
 
@@ -76,6 +92,7 @@ class Derivation(SphinxDirective):
 def setup(app):
     app.add_directive("derivation", Derivation)
     ModuleAnalyzer.analyze = without_overloads(ModuleAnalyzer.analyze)
+    app.connect("html-page-context", mend_source_links)
     app.connect("autodoc-process-signature", plain_signature)
     app.connect("autodoc-process-docstring", escape, priority=400)  # before napoleon
     app.connect("autodoc-process-docstring", add_fields, priority=600)  # and after it

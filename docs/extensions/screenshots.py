@@ -6,7 +6,14 @@ import subprocess
 import sys
 
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"
-PAGES = "index", "start/first_fixed_point", "guides/which_solver", "guides/which_gradient", "reference/solvers", "gallery"
+PAGES = (
+    "index",
+    "start/first_fixed_point",
+    "guides/which_solver",
+    "guides/which_gradient",
+    "reference/solvers",
+    "gallery",
+)
 SIZES = {"wide": "1440,1400", "narrow": "500,1400"}  # Chromium has no window that is narrower
 SCHEMES = {"dark": 0, "light": 1}
 
