@@ -163,3 +163,69 @@ def test_what_a_new_reader_asks_is_one_click_from_the_front_page(pages, page):
 def test_the_search_knows_names_and_words():
     index = (BUILT / "searchindex.js").read_text()
     assert all(word in index for word in ("fixed_point", "NewtonKrylov", "precondition", "guides/failures"))
+
+
+# ---- measured costs ----------------------------------------------------------------------------------------
+
+
+def rows(path):
+    """The cells of each row of the tables of a page, without marks."""
+    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def numbers(cells):
+    return [
+        float(match[0].replace(",", ""))
+        for match in (re.search(r"\d[\d.,]*(e-?\d+)?", cell) for cell in cells)
+        if match
+    ]
+
+
+SOLVERS = {
+    "`Picard()`": "Picard",
+    "`Anderson()`, the default": "Anderson",
+    "`Broyden()`": "Broyden",
+    "`Broyden(rank=10)`": "Broyden-10",
+    "`Broyden(rank=40)`": "Broyden-40",
+    "`Broyden(rank=100, line_search=4)`": "Broyden-search",
+    "`NewtonKrylov()`": "NewtonKrylov",
+    "`Robust()`": "Robust",
+}
+
+
+def test_the_costs_of_solvers_are_those_of_the_study():
+    (path,) = (ROOT / "experiments").rglob("robustness/results.md")
+    study = {cells[0].strip("`"): cells for cells in rows(path) if len(cells) == 11}
+    guide = [cells for cells in rows(DOCS / "guides" / "which_solver.md") if cells[0].startswith("`")]
+    assert [cells[0] for cells in guide] == list(SOLVERS)
+    for cells in guide:
+        _, solved, hard, _, mean, *_, classical, _, _ = study[SOLVERS[cells[0]]]
+        assert numbers(cells[2:]) == numbers([solved, hard, classical, mean]), cells[0]
+
+
+ADJOINTS = {
+    "Implicit()": "Implicit",
+    "Phantom(5, 0.8)": "Phantom(5, 0.8)",
+    "Neumann(5)": "Neumann(5)",
+    "JFB()": "JFB",
+} | {
+    "Unroll()": "Unroll",
+    "Unroll(checkpoint=True)": "Unroll, √L",
+    "Reversible()": "Reversible",
+    "Shine(0)": "Shine(0)",
+    "Shine(5)": "Shine(5)",
+}
+
+
+def test_the_costs_of_adjoints_are_those_of_the_study():
+    (path,) = (ROOT / "experiments").rglob("gradients/table.md")
+    study = {tuple(cells[:4]): cells[4:] for cells in rows(path) if len(cells) == 10}
+    guide = [cells for cells in rows(DOCS / "guides" / "which_gradient.md") if "`" in cells[0]]
+    assert len(guide) == 10
+    for cells in guide:
+        solver = "Broyden" if "Broyden" in cells[0] else "Anderson"
+        name = ADJOINTS[[n for n in re.findall(r"`([^`]+)`", cells[0]) if n in ADJOINTS][0]]
+        easy, hard = (study["float32", radius, solver, name] for radius in ("0.9", "1.2"))
+        want = numbers([*easy[:2], *hard[:2], *easy[3:]])
+        assert numbers(cells[1:]) == want, cells[0]

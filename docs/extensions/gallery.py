@@ -1,9 +1,10 @@
-"""`{gallery}`: every figure under experiments/, with the command that makes it.
+"""`{gallery}`: every figure under experiments/, with the command that makes it. `{commands}`: every command there.
 
 Nothing is listed by hand. The caption is the text that a Markdown page of the repository gives the figure, else the
 title of the table beside it; the command is the first one that a file beside it names.
 """
 
+import ast
 import os
 import pathlib
 import re
@@ -49,6 +50,30 @@ class Gallery(SphinxDirective):
         return self.parse_text_to_nodes("\n\n".join(text), allow_section_headings=True)
 
 
+def commands() -> list[tuple[str, str]]:
+    """(command, what it does) of each program under experiments/."""
+    found = []
+    for path in sorted((ROOT / "experiments").rglob("*.py")):
+        text, parts = path.read_text(), path.relative_to(ROOT).with_suffix("").parts
+        if path.name == "__main__.py" or '__name__ == "__main__"' in text:
+            name = ".".join(part for part in parts if part != "__main__")
+            told = (
+                path
+                if path.name != "__main__.py" or ast.get_docstring(ast.parse(text))
+                else path.parent / "__init__.py"
+            )
+            summary = (ast.get_docstring(ast.parse(told.read_text())) or "").split("\n\n")[0].replace("\n", " ")
+            found.append((f"python -m {name}", summary))
+    return found
+
+
+class Commands(SphinxDirective):
+    def run(self) -> list[nodes.Node]:
+        lines = [f"| `{command}` | {summary.replace('|', chr(92) + '|')} |" for command, summary in commands()]
+        return self.parse_text_to_nodes("\n".join(["| command | what it does |", "|---|---|", *lines]))
+
+
 def setup(app):
+    app.add_directive("commands", Commands)
     app.add_directive("gallery", Gallery)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
