@@ -10,9 +10,6 @@ from nbclient import NotebookClient
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "extensions")]  # the checkout, and the extensions beside this file
 
-import jax
-
-jax.Array.__module__ = "jax"  # its name in signatures
 import deq_jax
 
 project = "deq_jax"

@@ -202,8 +202,7 @@ class LoopOptions:
 
     Args:
       rtol, atol: a problem has converged where ‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ for each piece of its state. Either may
-        be an array `[*batch]`, with a number for each problem. By default rtol is 1e-4, or 1e-6 where all of z is
-        float64.
+        be an array `[*batch]`, one number a problem. By default rtol is 1e-4, or 1e-6 where all of z is float64.
       norm: what a piece is. A leaf ("leaf"), each at its own scale; the whole state, in the 2-norm ("l2"), the root
         mean square ("rms", which differs from "l2" in what atol means) or by its largest entry ("max"); the vectors
         along the last axis ("token"), so that no token hides behind the others; each entry ("entry"), as ODE solvers

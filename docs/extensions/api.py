@@ -33,22 +33,43 @@ def add_fields(app, what, name, obj, options, lines):
         lines[end:end] = fields(obj)
 
 
-PLAIN = {r"Annotated\[float, '[^']*'\]": "float | PyTree", r"Annotated\[int, '[^']*'\]": "int | Array"}
+PLAIN = {r"jaxlib\._jax\.": ""} | {
+    r"Annotated\[float, '[^']*'\]": "float | PyTree",
+    r"Annotated\[int, '[^']*'\]": "int | Array",
+}
 
 
 def plain_signature(app, what, name, obj, options, signature, returns):
     """Without the notes of annotations, and without a result of any type: the docstring says what it is."""
+    if what == "class" and signature == "(*args: Any, **kwargs: Any)":  # that of Flax's metaclass
+        init = ast.parse(textwrap.dedent(inspect.getsource(obj.__init__))).body[0]
+        init.args.args.pop(0)  # self
+        signature = f"({ast.unparse(init.args)})"
     for pattern, text in PLAIN.items():
-        signature = signature and re.sub(pattern, text, signature)
+        signature, returns = signature and re.sub(pattern, text, signature), returns and re.sub(pattern, text, returns)
     return signature, None if returns == "Any" else returns
 
 
-def escape(app, what, name, obj, options, lines):
-    lines[:] = [line if re.match(r"\s*(>>>|\.\.\. )", line) else escaped(line) for line in lines]
+def from_markdown(app, what, name, obj, options, lines):
+    """Docstrings are Markdown: an indented block after a colon is code, and a star is a star."""
+    if lines[:1] == ["Call self as a function."]:  # Python's own, of a method without a docstring
+        lines.clear()
+    if what in ("attribute", "property"):
+        lines.insert(0, "")  # else napoleon takes the words before a colon for a type
+    code = None  # the indentation above the block of code that we are in
+    for i, line in enumerate(lines):
+        indent = len(line) - len(line.lstrip())
+        if code is not None and line.strip() and indent <= code:
+            code = None
+        below = next((text for text in lines[i + 2 : i + 3] if lines[i + 1] == ""), "")
+        if code is None and line.endswith(":") and len(below) - len(below.lstrip()) > indent:
+            code, lines[i] = indent, escaped(line) + ":"
+        elif code is None and not re.match(r"\s*(>>>|\.\.\. )", line):
+            lines[i] = escaped(line)
 
 
 def escaped(line: str) -> str:
-    """Docstrings are Markdown: a star or a bar outside of `code` is that character and no markup."""
+    """A line in which a star or a bar outside of `code` is that character and no markup."""
     parts = line.split("`")
     parts[::2] = [re.sub(r"([*|])(?=\S)", r"\\\1", part) for part in parts[::2]]
     return "`".join(parts)
@@ -94,6 +115,6 @@ def setup(app):
     ModuleAnalyzer.analyze = without_overloads(ModuleAnalyzer.analyze)
     app.connect("html-page-context", mend_source_links)
     app.connect("autodoc-process-signature", plain_signature)
-    app.connect("autodoc-process-docstring", escape, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", from_markdown, priority=400)  # before napoleon
     app.connect("autodoc-process-docstring", add_fields, priority=600)  # and after it
     return {"parallel_read_safe": True, "parallel_write_safe": True}
