@@ -87,7 +87,7 @@ notebooks: .venv/.stamp ## check that every notebook and its .py twin hold the s
 	sys.exit(bad and "out of step: %s; run jupytext --sync on its .py" % ", ".join(bad) or None)'
 
 # Strict: a warning, a link without a target and an example that fails stop the build, with their page.
-docs: .venv/.stamp ## build the site in docs/_build/html, and run its examples (2 minutes)
+docs: .venv/.stamp ## build the site in docs/_build/html, and run its examples (4 minutes)
 	rm -rf docs/_build
 	.venv/bin/python -m sphinx -q -W --keep-going -j auto docs docs/_build/html
 	.venv/bin/python -m pytest tests/test_site.py

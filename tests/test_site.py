@@ -52,6 +52,22 @@ def test_the_reference_names_what_exists(page):
             owner = getattr(owner, name) if hasattr(owner, name) else importlib.import_module(f"deq_jax.{name}")
 
 
+PAGES = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
+MODULE = re.compile(r"python3? -m ((?:experiments|deq_jax|tests)\b[\w.]*)")
+FILE = re.compile(r"(?<![\w/.])(?:tests|experiments|colabs|deq_jax|docs)/[\w./]+\.(?:py|ipynb|md|csv)\b")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_the_commands_and_files_that_a_page_names_exist(page):
+    text = page.read_text()
+    for module in MODULE.findall(text):
+        path = ROOT / module.rstrip(".").replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"python -m {module}"
+    assert [file for file in FILE.findall(text) if not (ROOT / file).exists()] == []
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`make ([a-z-]+)", text)) <= targets
+
+
 def extension(name):
     pytest.importorskip("sphinx", reason="needs Sphinx (the docs extra)")
     pytest.importorskip("nbformat", reason="needs nbformat (the docs extra)")

@@ -85,8 +85,10 @@ def without_overloads(analyze):
     return analyze_once
 
 
-def mend_source_links(app, pagename, templatename, context, doctree):
-    """From a module's source back to the reference, for names that are documented below their module."""
+def mend(app, pagename, templatename, context, doctree):
+    """Links from a module's source to names that are documented below their module, and JAX's name of its arrays."""
+    if pagename.startswith("reference/"):
+        context["body"] = context["body"].replace("jaxlib._jax.Array", "Array")
     if pagename.startswith("_modules/"):
         known = app.env.domains.python_domain.objects
         full = lambda name: (
@@ -113,7 +115,7 @@ class Derivation(SphinxDirective):
 def setup(app):
     app.add_directive("derivation", Derivation)
     ModuleAnalyzer.analyze = without_overloads(ModuleAnalyzer.analyze)
-    app.connect("html-page-context", mend_source_links)
+    app.connect("html-page-context", mend)
     app.connect("autodoc-process-signature", plain_signature)
     app.connect("autodoc-process-docstring", from_markdown, priority=400)  # before napoleon
     app.connect("autodoc-process-docstring", add_fields, priority=600)  # and after it

@@ -12,7 +12,7 @@ PAGES = (
     "guides/which_solver",
     "guides/which_gradient",
     "reference/solvers",
-    "gallery",
+    "paper/gallery",
 )
 SIZES = {"wide": "1440,1400", "narrow": "500,1400"}  # Chromium has no window that is narrower
 SCHEMES = {"dark": 0, "light": 1}
