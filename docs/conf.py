@@ -38,7 +38,6 @@ nb_output_stderr = "warn"  # and a warning is an error
 nb_merge_streams = True
 myst_heading_anchors = 3
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling is most of the time of a page
 # A kernel warns that it listens on a socket of this machine, once a page.
 NotebookClient.extra_arguments.default_args = (["--IPKernelApp.log_level=ERROR"],)
 logging.getLogger("traitlets").setLevel(logging.WARNING)
