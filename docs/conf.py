@@ -1,9 +1,16 @@
 """How Sphinx builds the site: `make docs`."""
 
+import importlib.util
 import logging
 import os
 import pathlib
 import sys
+
+from sphinx.errors import ConfigError
+
+NEEDED = "myst_nb", "nbclient", "furo", "sphinx_copybutton", "flax", "optax", "equinox", "haiku"
+if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+    raise ConfigError(f"missing here: {', '.join(missing)}. In the checkout: pip install -e '.[docs]', or make docs")
 
 from nbclient import NotebookClient
 

@@ -5,9 +5,11 @@ What looks at the built pages is skipped where `make docs` has not built them.
 
 import html.parser
 import importlib
+import importlib.util
 import inspect
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 import urllib.parse
@@ -107,6 +109,14 @@ def test_a_page_that_fails_stops_the_build_and_is_named(tmp_path, block, message
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "-c", str(DOCS), str(tmp_path), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "index.md" in done.stderr and message in done.stderr, done.stderr
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
+    extension("programs")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "haiku" else find_spec(name))
+    with pytest.raises(Exception, match=r"missing here: haiku\. .*pip install -e '\.\[docs\]'"):
+        runpy.run_path(str(DOCS / "conf.py"))
 
 
 def test_without_a_browser_the_screenshots_are_left_out_with_a_line(tmp_path):
