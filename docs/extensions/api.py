@@ -5,6 +5,7 @@ import enum
 import importlib
 import inspect
 import re
+import sys
 import textwrap
 
 from docutils import nodes
@@ -14,9 +15,10 @@ from sphinx.util.docutils import SphinxDirective
 
 def fields(cls: type) -> list[str]:
     """A reStructuredText list of the fields of a class, or of the members of an enum, with the comment beside each."""
-    source = textwrap.dedent(inspect.getsource(cls))
+    source = inspect.getsource(sys.modules[cls.__module__])  # a class that is made anew has no lines of its own
+    (own,) = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef) and n.name == cls.__name__]
     lines, items = source.splitlines(), []
-    for node in ast.parse(source).body[0].body:
+    for node in own.body:
         is_field = isinstance(node, ast.AnnAssign) or (isinstance(node, ast.Assign) and issubclass(cls, enum.Enum))
         text = ast.unparse(node) if is_field else "_"
         if not text.startswith("_"):
