@@ -10,7 +10,7 @@ CORE_TESTS := $(wildcard $(addprefix tests/*/test_,$(addsuffix .py,\
 	sharding axis_name gathers carried gram history_dtype linear root error_estimate stepwise)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo experiments studies figures bench gpu test lint mutants notebooks corners corner-lowest corner-newest corner-kernels kernels constraints clean
+.PHONY: help setup demo experiments studies figures bench gpu test lint mutants notebooks docs corners corner-lowest corner-newest corner-kernels kernels constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -86,6 +86,13 @@ notebooks: .venv/.stamp ## check that every notebook and its .py twin hold the s
 	bad = [str(p) for p in sorted(pathlib.Path("colabs").glob("*.ipynb")) if cells(p) != cells(p.with_suffix(".py"))]; \
 	sys.exit(bad and "out of step: %s; run jupytext --sync on its .py" % ", ".join(bad) or None)'
 
+# Strict: a warning, a link without a target and an example that fails stop the build, with their page.
+docs: .venv/.stamp ## build the site in docs/_build/html, and run its examples (4 minutes)
+	rm -rf docs/_build
+	.venv/bin/python -m sphinx -q -W --keep-going -j auto docs docs/_build/html
+	.venv/bin/python -m pytest tests/test_site.py
+	.venv/bin/python docs/extensions/screenshots.py docs/_build/html docs/_build/screenshots
+
 # banax needs Python 3.12. A peer that cannot be installed is left out, and the table says so.
 PEERS_PYTHON ?= $(shell for v in 3.12 3.13; do \
 	for p in python$$v "$$(pyenv root 2>/dev/null)"/versions/$$v.*/bin/python$$v; do \
@@ -158,4 +165,4 @@ constraints: .venv/.stamp ## resolve constraints.txt anew, to the newest version
 	mv constraints.new constraints.txt
 
 clean: ## remove the environments and caches
-	rm -rf .venv .venv-lowest .venv-newest .venv-peers .venv-gpu .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-lowest .venv-newest .venv-peers .venv-gpu .pytest_cache .ruff_cache build dist docs/_build

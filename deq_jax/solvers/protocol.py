@@ -202,20 +202,22 @@ def member(solver: Solver, name: str) -> Any:
 class LoopOptions:
     """What the loop, rather than the method, reads from a solver. All solvers of this library have these fields.
 
-    rtol, atol: a problem has converged where ‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ for each piece of its state. Either may be
-      an array `[*batch]`, with a number for each problem. By default rtol is 1e-4, or 1e-6 where all of z is float64.
-    norm: what a piece is. A leaf ("leaf"), each at its own scale; the whole state, in the 2-norm ("l2"), the root mean
-      square ("rms", which differs from "l2" in what atol means) or by its largest entry ("max"); the vectors along the
-      last axis ("token"), so that no token hides behind the others; each entry ("entry"), as ODE solvers judge. Or
-      `Weighted(weights, norm)`. With "leaf", "token" and "entry", atol may be a pytree like z, of numbers or of arrays
-      that broadcast to the pieces of each leaf; for a z that is one array, such an array. `Stats` reports the largest
-      residual of a piece. The guards against growth and overflow are those of the leaves in every norm, and what is
-      zero to the rounding of the whole state is judged by the whole, but in "entry": there it takes an atol.
-    max_steps, min_steps: the budget of evaluations, which may be an array `[*batch]` too, and how many there must be
-      before a solve may end as CONVERGED or STALLED.
-    returns: "best", the iterate with the smallest residual, or "last", the last one at which f was evaluated (and was
-      finite), as a model with a fixed number of loops means it. Its residual is known, so `Picard(max_steps=n + 1,
-      returns="last")` gives f applied n times, as `Unroll` does with max_steps=n. "last" never ends as STALLED.
+    Args:
+      rtol, atol: a problem has converged where ‖f(z) − z‖ ≤ atol + rtol ‖f(z)‖ for each piece of its state. Either may
+        be an array `[*batch]`, one number a problem. By default rtol is 1e-4, or 1e-6 where all of z is float64.
+      norm: what a piece is. A leaf ("leaf"), each at its own scale; the whole state, in the 2-norm ("l2"), the root
+        mean square ("rms", which differs from "l2" in what atol means) or by its largest entry ("max"); the vectors
+        along the last axis ("token"), so that no token hides behind the others; each entry ("entry"), as ODE solvers
+        judge. Or `Weighted(weights, norm)`. With "leaf", "token" and "entry", atol may be a pytree like z, of numbers
+        or of arrays that broadcast to the pieces of each leaf; for a z that is one array, such an array. `Stats`
+        reports the largest residual of a piece. The guards against growth and overflow are those of the leaves in every
+        norm, and what is zero to the rounding of the whole state is judged by the whole, but in "entry": there it takes
+        an atol.
+      max_steps, min_steps: the budget of evaluations, which may be an array `[*batch]` too, and how many there must be
+        before a solve may end as CONVERGED or STALLED.
+      returns: "best", the iterate with the smallest residual, or "last", the last one at which f was evaluated (and was
+        finite), as a model with a fixed number of loops means it. Its residual is known, so `Picard(max_steps=n + 1,
+        returns="last")` gives f applied n times, as `Unroll` does with max_steps=n. "last" never ends as STALLED.
     """
 
     rtol: Number | None = None
