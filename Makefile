@@ -90,7 +90,7 @@ notebooks: .venv/.stamp ## check that every notebook and its .py twin hold the s
 docs: .venv/.stamp ## build the site in docs/_build/html, and run its examples (4 minutes)
 	rm -rf docs/_build
 	.venv/bin/python -m sphinx -q -W --keep-going -j auto docs docs/_build/html
-	.venv/bin/python -m pytest tests/test_site.py
+	.venv/bin/python -m pytest tests/project/test_site.py
 	.venv/bin/python docs/extensions/screenshots.py docs/_build/html docs/_build/screenshots
 
 # banax needs Python 3.12. A peer that cannot be installed is left out, and the table says so.

@@ -13,6 +13,7 @@ from typing import (
     Annotated,
     Any,
     Literal,
+    NamedTuple,
     TypeVar,
     Union,
     dataclass_transform,
@@ -268,3 +269,13 @@ def _cast(value: Any, dtype: Any) -> Any:
         return value
     weak = isinstance(value, jax.Array) and jax.typeof(value).weak_type
     return value if weak else value.astype(dtype)
+
+
+def plain_at_runtime(cls: T) -> T:
+    """The named tuple, generic for type checkers alone: beartype (0.23) refuses one whose bases include Generic."""
+    generic: Any = cls
+    plain: Any = NamedTuple(generic.__name__, list(generic.__annotations__.items()))
+    for name in ("__doc__", "__module__", "__qualname__"):
+        setattr(plain, name, getattr(generic, name))
+    plain.__class_getitem__ = classmethod(lambda cls, _: cls)
+    return plain

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from deq_jax._checks import check_arguments, check_axis_name, check_is_split, check_start
+from deq_jax._config import plain_at_runtime
 from deq_jax._hoisting import hoist_cell
 from deq_jax._programs import run_compiled
 from deq_jax._states import join, split
@@ -20,7 +21,6 @@ from deq_jax.diagnostics import with_error
 from deq_jax.halves import attach, solve
 from deq_jax.solvers import Anderson, Solver, Stats
 from deq_jax.solvers.norms import with_rtol
-from deq_jax.solvers.protocol import plain_at_runtime
 
 Z = TypeVar("Z")
 Aux = TypeVar("Aux")

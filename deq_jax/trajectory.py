@@ -11,14 +11,14 @@ from jaxtyping import Array, Float, PyTree
 
 from deq_jax._arrays import one_hot
 from deq_jax._checks import check_count
-from deq_jax._config import with_suggestions
+from deq_jax._config import plain_at_runtime, with_suggestions
 from deq_jax._hoisting import zero_residuals
 from deq_jax._states import choose, join, split
 from deq_jax._trace import flag
 from deq_jax.adjoints import Adjoint, Implicit, Phantom, Probe
 from deq_jax.halves import attach, solve
 from deq_jax.solvers import Anderson, Evaluation, Solver, Stats, Status
-from deq_jax.solvers.protocol import check_sees_all, plain_at_runtime
+from deq_jax.solvers.protocol import check_sees_all
 
 Z = TypeVar("Z")
 

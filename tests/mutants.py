@@ -397,7 +397,7 @@ MUTANTS = [
     ),
     Mutant(
         "compact takes the first options, not those of the problems left",
-        "solvers/staged.py",
+        "solvers/subset.py",
         "jnp.asarray(leaf)[who] if",
         "jnp.asarray(leaf)[: who.size] if",
         "test_compact.py -k an_option_may_be_an_array",

@@ -10,12 +10,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from deq_jax._checks import check_number, check_stopping
-from deq_jax._config import Budget, Number, Scales
+from deq_jax._config import Budget, Number, Scales, plain_at_runtime
 from deq_jax._scales import check_norm
 from deq_jax._values import concrete
 from deq_jax._vectors import Vec
 
-T = TypeVar("T")
 Z = TypeVar("Z")
 
 
@@ -47,16 +46,6 @@ class Stats(NamedTuple):
     def sound(self) -> Bool[Array, "*batch"]:
         """Converged, or stopped where rounding hides all progress."""
         return (self.status == Status.CONVERGED) | (self.status == Status.STALLED)
-
-
-def plain_at_runtime(cls: T) -> T:
-    """The named tuple, generic for type checkers alone: beartype (0.23) refuses one whose bases include Generic."""
-    generic: Any = cls
-    plain: Any = NamedTuple(generic.__name__, list(generic.__annotations__.items()))
-    for name in ("__doc__", "__module__", "__qualname__"):
-        setattr(plain, name, getattr(generic, name))
-    plain.__class_getitem__ = classmethod(lambda cls, _: cls)
-    return plain
 
 
 @plain_at_runtime

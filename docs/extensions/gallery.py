@@ -12,6 +12,8 @@ import re
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
+from experiments import renamed
+
 ROOT = pathlib.Path(__file__).parents[2]
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)#?:]+\.png)\)")
 COMMAND = re.compile(r"python -m experiments[\w.]*(?: (?:--[\w-]+ )?[\w.]+)*")
@@ -37,7 +39,7 @@ def figures() -> list[tuple[pathlib.Path, str, str]]:
         caption = known.get(path.resolve(), titles[-1])
         if not commands:
             raise ValueError(f"{path.relative_to(ROOT)}: no file beside it names the command that makes it")
-        found.append((path, caption[0].upper() + caption[1:], commands[0]))
+        found.append((path, caption[0].upper() + caption[1:], renamed(commands[0])))
     return found
 
 

@@ -1,7 +1,7 @@
 """Read a page of Markdown as a notebook: its ```python blocks are the cells, in order, of one program.
 
-The same blocks read well on a page of a code host, and tests/test_docs.py runs them without Sphinx. MyST-NB runs them
-here and shows what they print. A cell that fails is a warning with its page and its text, and so an error of
+The same blocks read well on a page of a code host, and tests/project/test_docs.py runs them without Sphinx. MyST-NB
+runs them here and shows what they print. A cell that fails is a warning with its page and its text, and so an error of
 `make docs`.
 """
 

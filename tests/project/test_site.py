@@ -18,7 +18,7 @@ import pytest
 
 import deq_jax
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 DOCS, BUILT = ROOT / "docs", ROOT / "docs" / "_build" / "html"
 DOCUMENTED = re.compile(r"^\.\. auto\w+:: deq_jax\.(\S+)$", re.M)
 OTHERS = ("nn", "models", "adapters", "diagnostics", "regularizers", "stability", "compat.jaxopt")
@@ -245,7 +245,7 @@ ADJOINTS = {
 
 
 def test_the_costs_of_adjoints_are_those_of_the_study():
-    (path,) = (ROOT / "experiments").rglob("gradients/table.md")
+    (path,) = (ROOT / "experiments").rglob("gradient/table.md")
     study = {tuple(cells[:4]): cells[4:] for cells in rows(path) if len(cells) == 10}
     guide = [cells for cells in rows(DOCS / "guides" / "which_gradient.md") if "`" in cells[0]]
     assert len(guide) == 10
