@@ -162,8 +162,8 @@ def refill(state: SolveState[Z], which: Any, new_z0: Z, new_args: tuple[Any, ...
 
     Each problem has the bits that it would have had in that place of a batch that began with it. The others keep
     theirs. Options of the solver that are arrays belong to the places. With problems that began apart, `Anderson` and
-    `Broyden` write their histories one by one, and `Broyden` compresses all whenever one is full: for what that costs,
-    see `python -m experiments.studies.streaming`.
+    `Broyden` write their histories one by one, and `Broyden` compresses those that are full in batches of an eighth:
+    for what that costs, see `python -m experiments.studies.streaming`.
 
     Args:
       which: booleans `[*batch]`: the problems to replace. They must be `finished`. Under a trace, where that cannot be

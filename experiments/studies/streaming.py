@@ -36,8 +36,10 @@ SOLVERS = {
 class Config:
     """About ten minutes on one CPU core. With slots that are refilled, f is evaluated about a third as often.
 
-    You should see plain iteration gain as much time, Anderson most of it if f is not too cheap (each problem writes its
-    history at a place of its own), and Broyden lose: it compresses all memories whenever one is full.
+    You should see plain iteration gain as much time, Anderson most of it if f is not too cheap, and Broyden less: each
+    problem writes its history at a place of its own, and the memories that are full are compressed in batches of an
+    eighth. XLA rounds those otherwise than whole batches, so that some of Broyden's problems take another number of
+    steps.
 
     python -m experiments.studies.streaming
     """
