@@ -36,7 +36,7 @@ MUTANTS = [
         "solvers/renewal.py",
         "z=jax.tree.map(put, carry.z, part.z), solver",
         "solver",
-        "test_stepwise.py -k stream_has_the_bits",
+        "test_stepwise.py -k 'pieces_of_any_size and broyden'",
     ),
     Mutant(
         "a new problem with the counts of the one before",
@@ -67,10 +67,10 @@ MUTANTS = [
         "test_root.py -k precondition",
     ),
     Mutant(
-        "a scale of F measured on one device's piece",
+        "a scale of F measured in a direction that repeats on all devices",
         "solvers/equation.py",
-        "top = jax.lax.pmax(top, over) if over else top",
-        "top = top",
+        "* math.prod(shape) if over else count",
+        "* 0 if over else count",
         "test_axis_name.py -k root",
     ),
     Mutant(
