@@ -291,7 +291,7 @@ def test_an_interrupt_outside_the_training_loop_is_one_line_and_130(monkeypatch,
 
 
 def documented_commands() -> list[str]:
-    pages = [char_lm.__doc__, Config.__doc__, word_lm.__doc__, (ROOT / "README.md").read_text()]
+    pages = [char_lm.__doc__, Config.__doc__, word_lm.__doc__, (ROOT / "docs/start/demo.md").read_text()]
     found = [
         re.findall(r"^ *python -m experiments\.paper\.((?:char|word)_lm\b.*?)(?:  +#.*)?$", page, re.M)
         for page in pages
