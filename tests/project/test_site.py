@@ -214,6 +214,7 @@ SOLVERS = {
     "`Broyden()`": "Broyden",
     "`Broyden(rank=10)`": "Broyden-10",
     "`Broyden(rank=40)`": "Broyden-40",
+    "`Broyden(rank=100)`": "Broyden-full",
     "`Broyden(rank=100, line_search=4)`": "Broyden-search",
     "`NewtonKrylov()`": "NewtonKrylov",
     "`Robust()`": "Robust",
