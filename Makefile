@@ -10,7 +10,7 @@ CORE_TESTS := $(wildcard $(addprefix tests/*/test_,$(addsuffix .py,\
 	sharding axis_name gathers carried gram history_dtype linear root error_estimate stepwise)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo experiments studies figures bench gpu test lint mutants notebooks docs corners corner-lowest corner-newest corner-kernels kernels constraints clean
+.PHONY: help setup demo experiments studies figures bench gpu test lint mutants notebooks docs package corners corner-lowest corner-newest corner-kernels kernels constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -92,6 +92,22 @@ docs: .venv/.stamp ## build the site in docs/_build/html, and run its examples (
 	.venv/bin/python -m sphinx -q -W --keep-going -j auto docs docs/_build/html
 	.venv/bin/python -m pytest tests/project/test_site.py
 	.venv/bin/python docs/extensions/screenshots.py docs/_build/html docs/_build/screenshots
+
+# $(call try_package,PYTHON,CONSTRAINTS): install each archive with that Python into an empty environment, and import it.
+define try_package
+	for archive in dist/*.whl dist/*.tar.gz; do \
+		$(1) -m venv --clear build/empty && build/empty/bin/python -m pip install -qq $(2) "$$archive[flax]" && \
+		(cd build && empty/bin/python -c 'import deq_jax as deq, deq_jax.nn, deq_jax.models, deq_jax.compat.jaxopt' && \
+			empty/bin/python -m deq_jax) || exit 1; done
+endef
+
+package: .venv/.stamp ## build the wheel and the sdist in dist/, and try each in empty environments
+	rm -rf dist build && mkdir -p build
+	.venv/bin/python -m hatchling build
+	$(call try_package,$(PYTHON))
+	$(call try_package,$(PYTHON),--constraint constraints-lowest.txt)
+	@if [ -z "$(NEWEST)" ]; then echo "no Python 3.12 or newer here: not tried on the newest"; fi
+	$(if $(NEWEST),$(call try_package,$(NEWEST)))
 
 # banax needs Python 3.12. A peer that cannot be installed is left out, and the table says so.
 PEERS_PYTHON ?= $(shell for v in 3.12 3.13; do \
