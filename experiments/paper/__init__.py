@@ -1,1 +1,1 @@
-"""The experiments of the paper and of its reviewers, a page each. `results/` is what they made."""
+"""The experiments of the paper and of its reviewers, one page each. Their output is in `results/`."""

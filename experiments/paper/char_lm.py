@@ -1,11 +1,11 @@
-"""Language modelling by characters with the DEQ-Transformer; `word_lm` is the same for words.
+"""Character-level language modeling with the DEQ-Transformer; `word_lm` is the same for words.
 
     python -m experiments.paper.char_lm demo
     python -m experiments.paper.char_lm train --run runs/mine --data my_text.txt
     python -m experiments.paper.char_lm train --steps 200 solver:broyden --solver.rank 12 adjoint:phantom
     python -m experiments.paper.char_lm sample --run runs/char_lm --prompt "ROMEO:" --length 400
 
-Without a word before the options, `train` is meant.
+Without a command before the options, `train` runs.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def train_command(config: Annotated[Config, tyro.conf.arg(name="")] = Config()) -> None:
-    """Train, or resume, one model; then measure it on the whole validation split. The report stays in the run."""
+    """Train or resume one model, then measure it on the whole validation split. The report is kept in the run."""
     train_and_report(config, "paper.char_lm")
 
 
@@ -60,7 +60,7 @@ def demo(
     max_evaluations: int = 30,
     sample_length: int = 400,
 ) -> None:
-    """The whole comparison: an equilibrium against `layers` unrolled layers of the same cell, in figures.
+    """Compare an equilibrium with `layers` unrolled layers of the same cell, and draw the figures.
 
     Both have the same parameters, data, steps and warm-up. Writes summary.json, figure.png and sample.txt.
     """
@@ -137,7 +137,7 @@ def residual_curves(
 def memory_by_depth(
     config: Config, graphdef: Any, state: TrainState, corpus: data.Corpus, depths: Sequence[int]
 ) -> dict[str, list]:
-    """Temporaries of the compiled training step in bytes, by max_steps: unrolled, and at the equilibrium."""
+    """Bytes of temporaries of the compiled training step by max_steps, unrolled and at the equilibrium."""
     batch = data.segments(corpus.train, config.batch, config.length, seed=config.seed)[0]
 
     def measured(solver, adjoint):

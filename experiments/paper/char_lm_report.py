@@ -1,4 +1,4 @@
-"""Table and figure of the demo, from the files of its run: `python -m experiments.paper.char_lm_report RUN`."""
+"""Figure and table of the demo, from the files of a run: `python -m experiments.paper.char_lm_report RUN`."""
 
 import sys
 import textwrap
@@ -33,10 +33,10 @@ def draw_demo(run: Path) -> Path:
 def draw_losses(by_step: Axes, by_time: Axes, summary: dict, logs: dict[str, list[dict]]) -> None:
     deq, unrolled = summary["deq"], summary["unrolled"]
     layers = f"{unrolled['layers']} unrolled layers"
-    # On a processor its own time is the fair one: who else ran there does not count.
+    # On a CPU, processor time is the fair measure: it does not count other processes.
     on_cpu = summary["machine"]["devices"][0] == "cpu"
     clock, name = ("train_cpu_seconds", "CPU time") if on_cpu else ("train_seconds", "time")
-    # The layers first, in a larger mark: where both end at one place, both can be seen.
+    # The layers are drawn first, with a larger mark, so that both marks are visible where they coincide.
     curves = (
         (unrolled, logs["unrolled"], layers, COLOURS["unrolled"], "s", 9),
         (deq, logs["deq"], "equilibrium", COLOURS[summary["config"]["solver"]["__type__"]], "o", 5),
@@ -55,13 +55,13 @@ def draw_losses(by_step: Axes, by_time: Axes, summary: dict, logs: dict[str, lis
     losses = [line["loss"] for log in logs.values() for line in log]
     ends = [deq["valid_loss"], unrolled["valid_loss"]]
     low, high = min(losses + ends), max(np.quantile(losses, 0.9), *ends)
-    for axes in (by_step, by_time):  # the first steps, from log(vocabulary) down, would flatten all the rest
+    for axes in (by_step, by_time):  # the first steps, from log(vocabulary) down, would flatten the rest of the curve
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     gap = unrolled["valid_loss"] - deq["valid_loss"]
     better = f"{abs(gap):.3f} nats {'below' if gap > 0 else 'above'}" if abs(gap) >= 0.0005 else "level with"
     by_step.set_title(fill(f"the equilibrium ends {better} {layers}"))
     by_time.set_title(fill(f"training it took {deq[clock] / max(unrolled[clock], 1e-9):.2f}× the {name} of the layers"))
-    by_time.legend(frameon=False, fontsize=8, loc="upper right")  # where both have come down, and there is room
+    by_time.legend(frameon=False, fontsize=8, loc="upper right")  # where both curves are low and there is room
     by_step.set(xlabel="optimizer step", ylabel="loss (nats/token)")
     by_time.set(xlabel=f"{name} of training (s)", ylabel="loss (nats/token)")
 

@@ -4,7 +4,7 @@
     python -m experiments.paper.copy_memory paper --delay 1000
     python -m experiments.paper.copy_memory figure
 
-A DEQ-Transformer against a TCN, an LSTM and a GRU of as many parameters, in one run.
+One run trains a DEQ-Transformer, a TCN, an LSTM and a GRU with the same number of parameters.
 """
 
 import dataclasses
@@ -33,11 +33,12 @@ MODELS = tuple(PUBLISHED)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Twelve minutes on one CPU core: the equilibrium below 1e-4, TCN too, LSTM and GRU at chance (0.0495).
+    """Twelve minutes on one CPU core: equilibrium and TCN below 1e-4, LSTM and GRU at chance (0.0495).
 
     python -m experiments.paper.copy_memory
 
-    The equilibrium is trained on few sequences, for its steps are dear; the others on 20 times as many, in less time.
+    The equilibrium trains on few sequences because its steps are expensive. The others train on 20 times as many, in
+    less time.
     """
 
     run: Path = Path("runs/copy_memory")
@@ -47,7 +48,7 @@ class Config:
     train_sequences: int = 20_000
     test_sequences: int = 256
     steps: int = 800  # of the equilibrium
-    shallow_steps: int = 200  # of them, first, through two unrolled layers: the paper's warm-up
+    shallow_steps: int = 200  # the first of these train two unrolled layers: the paper's warm-up
     batch: int = 4
     lr: float = 1.2e-2
     baseline_steps: int = 2000
@@ -99,9 +100,9 @@ class Batch(NamedTuple):
 
 
 def sequences(count: int, delay: int, rng: np.random.Generator) -> Batch:
-    """x = ten of 1 … 8, then silence, then 9 from the last eleven on; y = silence, then the ten of x.
+    """x = ten symbols of 1 … 8, then silence, then 9 at the last eleven places; y = silence, then the ten symbols of x.
 
-    The last eleven, as in the code of the TCN paper; its text has the delimiter at T + 10 alone.
+    The delimiter 9 is at the last eleven places, as in the code of the TCN paper; its text has it at T + 10 alone.
     """
     inputs = np.zeros((count, delay + 2 * COPIED), np.int32)
     targets = np.zeros_like(inputs)
@@ -111,7 +112,7 @@ def sequences(count: int, delay: int, rng: np.random.Generator) -> Batch:
 
 
 def chance(delay: int) -> float:
-    """The loss of knowing all but the symbols: ln 8 in ten of T + 20 places."""
+    """The loss of a model that knows all but the symbols: ln 8 at ten of T + 20 places."""
     return COPIED * float(np.log(DELIMITER - 1)) / (delay + 2 * COPIED)
 
 
@@ -135,7 +136,7 @@ def equilibrium(config: Config) -> DEQTransformer:
 
 
 def build(config: Config, name: str) -> nnx.Module:
-    """That model, a baseline with as many parameters as the equilibrium has or as nearly as its width allows."""
+    """Build the named model; a baseline has as many parameters as the equilibrium, as nearly as its width allows."""
     rngs = lambda: nnx.Rngs(config.seed)
     makers: dict[str, Callable[[int], nnx.Module]] = {
         "LSTM": lambda dim: Recurrent(nnx.OptimizedLSTMCell, vocab_size=SYMBOLS, dim=dim, rngs=rngs()),
@@ -149,13 +150,13 @@ def build(config: Config, name: str) -> nnx.Module:
 
 
 def levels(delay: int) -> int:
-    """The fewest levels of width 8 with which the last token sees the first, and the paper's 8 from T = 400 on."""
+    """The fewest levels of width 8 with which the last token sees the first; from T = 400 on, the paper's 8."""
     fewest = next(n for n in range(1, 32) if 1 + 14 * (2**n - 1) >= delay + 2 * COPIED)
     return max(8, fewest) if delay >= 400 else fewest
 
 
 def loss_fn(graphdef, call, params, probe, rest, batch, key, carry):
-    """The mean cross entropy over all T + 20 places, in nats."""
+    """The mean cross-entropy over all T + 20 places, in nats."""
     logits, metrics = call(nnx.merge(graphdef, params, rest, copy=True), batch.inputs, probe=probe)
     return lm_step.cross_entropy(logits, batch.targets), (rest, carry, metrics)
 
@@ -176,7 +177,7 @@ SHALLOW: dict[str, Any] = dict(solver=deq.Picard(max_steps=2), adjoint=deq.Unrol
 
 
 def train_and_test(config: Config, name: str) -> dict[str, Any]:
-    """The curve of the training loss, the loss on the test sequences, and what both cost."""
+    """The training loss curve, the loss on the test sequences, and the cost of training and testing."""
     deep = name == "DEQ-Transformer"
     steps, batch, lr = (
         (config.steps, config.batch, config.lr)
@@ -211,7 +212,7 @@ def train_and_test(config: Config, name: str) -> dict[str, Any]:
     measured = test_call(state, *([deq.Anderson(rtol=config.rtol, max_steps=config.max_steps)] if deep else []))
     otherwise = {}
     if deep:
-        # The same equilibrium, found more exactly: what was learned should be z*, not where the solver stops.
+        # Solve for the same equilibrium more exactly: the model should have learned z*, not where the solver stops.
         for rtol in (config.rtol / 10, config.rtol / 100):
             otherwise[f"rtol {rtol:g}"] = test_call(state, deq.Anderson(rtol=rtol, max_steps=100))
         otherwise["two layers"] = make_test(graphdef, functools.partial(solved, **SHALLOW), test)(state)
@@ -229,7 +230,7 @@ def train_and_test(config: Config, name: str) -> dict[str, Any]:
 
 def make_test(graphdef: Any, call: Callable, test: Batch, batch: int = 32) -> Callable:
     """`test(state, *solver)`: means over the sequences of the loss, of the share of the ten symbols that is right, and
-    of the solver's work. Another tolerance or budget does not compile anew."""
+    of the solver statistics. Another tolerance or budget does not recompile."""
 
     @jax.jit
     def measure(params, rest, batch, *solver):
@@ -239,7 +240,7 @@ def make_test(graphdef: Any, call: Callable, test: Batch, batch: int = 32) -> Ca
         return {"loss": lm_step.cross_entropy(logits, batch.targets), "right": right.mean(), **metrics}
 
     count = len(test.inputs)
-    batch = max(n for n in range(1, min(batch, count) + 1) if count % n == 0)  # equal parts: one program, plain means
+    batch = max(n for n in range(1, min(batch, count) + 1) if count % n == 0)  # equal parts: one program, a plain mean
     parts = [Batch(*(x[i : i + batch] for x in test)) for i in range(0, count, batch)]
 
     def run(state: Any, *solver: deq.Solver) -> dict[str, float]:
@@ -249,7 +250,7 @@ def make_test(graphdef: Any, call: Callable, test: Batch, batch: int = 32) -> Ca
     return run
 
 
-# ---- what is kept ------------------------------------------------------------------------------------------
+# ---- what is stored ----------------------------------------------------------------------------------------
 
 
 def measure(config: Config, cells: study.Cells) -> dict[str, Any]:
@@ -258,7 +259,7 @@ def measure(config: Config, cells: study.Cells) -> dict[str, Any]:
 
 
 def bars(config: Config, models: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each bar with what was measured, for the models that were run."""
+    """Each bar beside the measured value, for the models that were run."""
     rows = []
     for name, model in models.items():
         loss, level = model["test"]["loss"], chance(config.delay)

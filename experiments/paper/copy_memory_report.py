@@ -1,4 +1,4 @@
-"""Tables and figure of the copy memory page; the published losses that they stand beside."""
+"""Tables and figure of the copy memory page, with the published losses for comparison."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where training should begin (reviewer 2): scale × ensemble × weight norm × layer norm, before and after training.
+"""How the scale, ensemble and norms of the initialization matter, before and after training (reviewer 2).
 
 python -m experiments.paper.initialization reduced
 python -m experiments.paper.initialization figure
@@ -27,16 +27,16 @@ from experiments.shared.numerics import stretch
 from experiments.training import data, lm
 from experiments.training.loop import init_state, make_train_step
 
-# Of every kernel: the standard deviation of its entries times √fan_in. At a fan-in of 700, the paper's, the released
-# code's N(0, 0.01) is 0.26, what it begins from with weight norm (±1/√fan_in, uniform) is 0.58, and the paper's text,
-# N(0, 0.05), is 1.32.
+# The gain of every kernel: the standard deviation of its entries times √fan_in. At the paper's fan-in of 700,
+# N(0, 0.01) of the released code is 0.26, uniform ±1/√fan_in, from which the code starts with weight norm, is 0.58, and
+# N(0, 0.05) of the paper's text is 1.32.
 GAINS = (0.26, 0.58, 1.32, 2.6)
 ENSEMBLES = ("Gaussian", "orthogonal", "symmetric")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Spectral radius and evaluations before and after training, by initialisation, and whether training diverged.
+    """Spectral radius and evaluations before and after training, by initialization, and whether training diverged.
 
     python -m experiments.paper.initialization reduced
 
@@ -60,7 +60,7 @@ class Config:
     clip: float = 1.0
     rtol: float = 1e-3
     max_steps: int = 40
-    measure_steps: int = 100  # the budget of the solves that are measured, before and after
+    measure_steps: int = 100  # the budget of the measured solves, before and after training
     seed: int = 0
 
 
@@ -92,17 +92,17 @@ def no_norm_step(z: Float[Array, "batch time dim"], context: Any) -> Float[Array
 STEPS: dict[str, Callable] = {"post": post_norm_step, "pre": pre_norm_step, "none": no_norm_step}
 
 
-# ---- initialisation ----------------------------------------------------------------------------------------
+# ---- initialization ----------------------------------------------------------------------------------------
 
 
 def initialise(params: PyTree, ensemble: str, gain: float, key: Key[Array, ""]) -> PyTree:
-    """The same parameters with the cell's kernels drawn anew: entries of mean square gain²/fan_in, all ensembles."""
+    """The same parameters with the cell's kernels redrawn: entries of mean square gain²/fan_in in every ensemble."""
     cell = dict(params["cell"])
     dim, inner = cell["inner"]["kernel"].shape
     q, k, v, out, ff, positions = jax.random.split(key, 6)
     three = [matrix(ensemble, key, dim, dim) for key in (q, k, v)]
     W1 = matrix(ensemble, ff, dim, inner)
-    # Symmetric is W₂W₁: W₂ = W₁ᵀ but for the scale of its own fan-in.
+    # Symmetric means that W₂W₁ is: W₂ = W₁ᵀ up to the scale of its own fan-in.
     W2 = W1.T if ensemble == "symmetric" else matrix(ensemble, jax.random.fold_in(ff, 1), inner, dim)
     drawn = {
         "qkv": jnp.stack(three, 1),
@@ -137,11 +137,11 @@ def matrix(ensemble: str, key: Key[Array, ""], rows: int, columns: int) -> Float
     raise ValueError(f"no ensemble {ensemble!r}; there are {', '.join(ENSEMBLES)}")
 
 
-# ---- one program for each layer norm and weight norm ---------------------------------------------------------
+# ---- one program per layer norm and weight norm --------------------------------------------------------------
 
 
 def programs(config: Config, vocabulary: int, layer_norm: str, weight_norm: bool):
-    """(params, step, look): fresh parameters, a compiled step of training, a compiled measurement."""
+    """(params, step, look): fresh parameters, a compiled training step, a compiled measurement."""
     transformer = TransformerConfig(
         vocabulary,
         dim=config.dim,
@@ -198,7 +198,7 @@ def measure(config: Config, cells: study.Cells) -> dict[str, Any]:
     held_out = lm.evaluation_segments(corpus.valid, config.batch, config.length)[0]
     rows = []
     for layer_norm, weight_norm in itertools.product(config.layer_norms, config.weight_norms):
-        compiled: list[Any] = []  # made where a cell is missing
+        compiled: list[Any] = []  # filled when a cell is missing
 
         def one(ensemble: str, gain: float) -> dict[str, Any]:
             if not compiled:
@@ -235,7 +235,7 @@ def measure(config: Config, cells: study.Cells) -> dict[str, Any]:
 
 
 def divergence(loss: np.ndarray, bad: np.ndarray) -> int | None:
-    """The first step with a gradient that was not finite, or from which on the loss stayed above its start."""
+    """The first step whose gradient was not finite, or after which the loss stayed above its initial value."""
     wrong = bad.astype(bool) | ~np.isfinite(loss)
     if wrong.any():
         return int(np.argmax(wrong))

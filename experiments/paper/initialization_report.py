@@ -63,13 +63,13 @@ def row_of(row: dict[str, Any]) -> list[Any]:
     ]
 
 
-EDGE = 12.0  # of the panels of spectral radii: what is larger stands there
+EDGE = 12.0  # the panels of spectral radii end here; larger values are drawn at the edge
 MARKS = {"Gaussian": "o", "orthogonal": "s", "symmetric": "^"}
 NORM_COLOURS = {"post": "#0072B2", "pre": "#D55E00", "none": "0.4"}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Spectral radius before and after training, and the loss, by gain; a panel for each."""
+    """One panel each for the spectral radius before and after training, and for the loss, by gain."""
     plt = plots.plt
     panels = [
         ("before", "radius", "spectral radius at z*, before training"),
@@ -85,7 +85,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
                     continue
                 sure = (row[when]["converged"] or 0) >= 0.5
                 colour = NORM_COLOURS[row["layer_norm"]]
-                # Side by side: what shares a gain would hide each other.
+                # Points with the same gain would hide each other, so they stand side by side.
                 shift = 1 + 0.12 * (list(MARKS).index(row["ensemble"]) - 1) + (0.06 if row["weight_norm"] else 0)
                 panel.plot(
                     row["gain"] * shift,

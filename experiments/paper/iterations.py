@@ -1,4 +1,4 @@
-"""How many evaluations a solve takes: by training, by length, by depth (paper Figures 2 left and 4, appendix D).
+"""How many evaluations a solve takes, by training step, length and depth (paper Figures 2 left and 4, appendix D).
 
 python -m experiments.paper.iterations reduced
 python -m experiments.paper.iterations figure
@@ -21,7 +21,7 @@ from experiments.training import lm_model
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Evaluations of the forward and products of the backward solve, by milestone and by length; residual by depth.
+    """Forward evaluations and backward products by milestone and by length, and the residual by depth.
 
     python -m experiments.paper.iterations reduced
 
@@ -33,7 +33,7 @@ class Config:
     out: Path | None = None
     tolerances: tuple[float, ...] = (1e-1, 1e-2, 1e-3)  # relative
     lengths: tuple[int, ...] = (16, 32, 64, 128, 256)
-    tokens: int = 512  # at each length: so many sequences that they hold as many tokens
+    tokens: int = 512  # at each length, split into sequences of that length
     depth: int = 70  # layers of the weight-tied stack, as in the paper's Figure 4
     max_steps: int = 100
 
@@ -97,13 +97,13 @@ def solvers(config: Config) -> dict[str, Any]:
 
 
 def counter(config: Config, model: trained.Trained, length: int) -> Callable:
-    """A compiled (params, solver) -> evaluations and products to its tolerance, on held-out text of this length."""
+    """A compiled (params, solver) -> evaluations and products to the solver's tolerance, on held-out text."""
     f, context_of, z0 = trained.held_out(model, max(1, config.tokens // length), length)
     z_bar = jax.random.normal(jax.random.key(0), z0.shape, z0.dtype)
 
     @jax.jit
     def run(context, solver):
-        # The gradient in the injection is enough of one: the backward equation is that of all of them.
+        # The gradient in the injection suffices: all gradients share one backward equation.
         def loss(injection, probe):
             there = context._replace(injection=injection)
             options: dict[str, Any] = dict(solver=solver, adjoint=deq.Implicit(solver), batch_ndim=1, probe=probe)
@@ -123,7 +123,7 @@ def counter(config: Config, model: trained.Trained, length: int) -> Callable:
 
 
 def by_depth(config: Config, model: trained.Trained, steps: Sequence[int], cells: study.Cells) -> list[dict[str, Any]]:
-    """‖f(z) − z‖ / ‖f(z)‖ after each of `depth` layers of the same cell: what another layer still changes."""
+    """‖f(z) − z‖ / ‖f(z)‖ after each of `depth` layers of the same cell: how much one more layer still changes."""
     rows = []
     for length in config.lengths:
         f, context_of, z0 = trained.held_out(model, max(1, config.tokens // length), length)
@@ -138,7 +138,7 @@ def by_depth(config: Config, model: trained.Trained, steps: Sequence[int], cells
     return rows
 
 
-# ---- what is kept ------------------------------------------------------------------------------------------
+# ---- what is stored ----------------------------------------------------------------------------------------
 
 
 def count(row: dict[str, Any], key: str, converged: str) -> str:
@@ -200,9 +200,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def draw_counts(axes: Any, rows: list[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:
-    """Evaluations and products to the tightest tolerance; what most sequences did not reach has no count.
+    """Draw evaluations and products to the tightest tolerance. No count where most sequences did not reach it.
 
-    Returns, by solver, the rows of those that all sequences reached.
+    Returns, by solver, the rows where all sequences reached it.
     """
     rtol, kept = min(row["rtol"] for row in rows), {}
     kinds = ("evaluations", "converged", "o-", "forward"), ("products", "backward_converged", "s:", "backward")
@@ -218,12 +218,12 @@ def draw_counts(axes: Any, rows: list[dict[str, Any]], key: str) -> dict[str, li
 
 
 def draw_training(axes: Any, results: dict[str, Any]) -> None:
-    """Figure 2 left. Grey: as training itself counted, up to its cap; marks: without one."""
+    """Figure 2 left. Gray: counts during training, up to its cap. Marks: counts without a cap."""
     log = results["in_training"]
     axes.plot(log["step"], log["evaluations"], color="0.6", lw=1, label=f"in training, forward (cap {log['cap']})")
     axes.plot(log["step"], log["products"], color="0.6", lw=1, ls=":", label="in training, backward")
     kept = draw_counts(axes, results["by_step"], "step")
-    # From the first milestone of the equilibrium: at the end of the warm-up the cell was two layers.
+    # Start at the first milestone of the equilibrium: at the end of the warm-up the model was two layers.
     ends = {name: [row for row in rows if row["step"] > results["warm_up"]] for name, rows in kept.items()}
     words = [f"{n} {r[0]['evaluations']:.0f} to {r[-1]['evaluations']:.0f}" for n, r in ends.items() if len(r) > 1]
     lost = [name for name, rows in ends.items() if not rows]
@@ -249,7 +249,7 @@ def draw_lengths(axes: Any, results: dict[str, Any]) -> None:
 
 
 def draw_depth(axes: Any, results: dict[str, Any]) -> None:
-    """Figure 4: the change from layer to layer, of the stack as the warm-up left it and at the end."""
+    """Figure 4: the change from layer to layer of the stack, after the warm-up and at the end."""
     lengths = sorted({row["length"] for row in results["by_depth"]})
     first, last = min(r["step"] for r in results["by_depth"]), max(r["step"] for r in results["by_depth"])
     shades = plots.plt.get_cmap("viridis")(np.linspace(0.1, 0.9, len(lengths)))

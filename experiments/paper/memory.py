@@ -1,11 +1,11 @@
-"""Memory, time and quality of every way to train a deep weight-tied network: an answer to the paper's first reviewer.
+"""Memory, time and quality of every way to train a deep weight-tied network, as the paper's first reviewer asked.
 
     python -m experiments.paper.memory
     python -m experiments.paper.memory paper --families DEQTransformer
     python -m experiments.paper.memory figure
 
-Gradient checkpointing saves memory too, with explicit layers. What does it cost in time, what does the equilibrium
-cost, and what of the larger model that the time saved would train? The paper answered with memory alone.
+Gradient checkpointing saves memory too, with explicit layers. How much time does it cost, how much does the equilibrium
+cost, and how good is a larger model trained in the time saved? The paper answered with memory alone.
 """
 
 import ctypes
@@ -34,11 +34,11 @@ from experiments.training.loop import init_state, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Fifteen minutes on one CPU core: flat memory for the equilibrium, and its time and loss beside it.
+    """Fifteen minutes on one CPU core. You should see memory that does not grow with depth for the equilibrium.
 
     python -m experiments.paper.memory
 
-    The paper's shape is compiled, never run. Times are of the shape `measured`, losses of the shape `trained`.
+    The paper's shape is compiled, never run. Times are for the shape `measured`, losses for the shape `trained`.
     """
 
     run: Path = Path("runs/memory")
@@ -46,7 +46,7 @@ class Config:
     families: tuple[str, ...] = ("DEQTransformer",)
     depths: tuple[int, ...] = (2, 16, 70, 128)  # of the unrolled layers: compiled
     solved_depths: tuple[int, ...] = (2, 128)  # likewise, max_steps of the equilibrium
-    # What the published bytes are of: compiled at their depth alone.
+    # The network whose bytes were published, compiled at its own depth alone.
     published: Shape = Shape(dim=1600, heads=1, inner_dim=512, batch=15, length=150, mem_len=1)
     compiled: Shape = Shape(dim=700, heads=10, inner_dim=48_000, batch=15, length=150, mem_len=150)
     measured: Shape = Shape(dim=64, heads=4, inner_dim=256, batch=8, length=64, mem_len=64)
@@ -57,8 +57,8 @@ class Config:
     level: Literal["char", "word"] = "char"
     data_dir: Path | None = None
     layers: int = 12  # of the explicit networks that are trained
-    shallow_steps: int = 300  # once, through two layers: where all of them start
-    steps: int = 240  # of each
+    shallow_steps: int = 300  # once, through two layers; all modes start there
+    steps: int = 240  # of each mode
     eval_every: int = 40
     eval_segments: int = 6
     lr: float = 1e-3
@@ -104,19 +104,19 @@ PRESETS = {
 
 
 def mode(config: Config, name: str, depth: int) -> dict[str, Any]:
-    """Solver and adjoint of one way to train: `depth` layers, or an equilibrium with that many evaluations."""
+    """The solver and adjoint of one training mode: `depth` layers, or an equilibrium with that many evaluations."""
     if name in EXPLICIT:
         return dict(solver=deq.Picard(max_steps=depth), adjoint=TIED[name](depth))
     anderson = deq.Anderson(rtol=config.rtol, max_steps=depth, history=6)
     implicit = deq.Implicit(deq.Anderson(rtol=config.rtol, max_steps=depth, history=6))
     return {
         "Implicit": dict(solver=anderson, adjoint=implicit),
-        # The paper's solver, which remembers up to 30 steps.
+        # The paper's solver, which stores up to 30 steps.
         "Implicit, Broyden": dict(
             solver=deq.Broyden(rtol=config.rtol, max_steps=depth, rank=min(depth, 30)), adjoint=implicit
         ),
         "Phantom(5)": dict(solver=anderson, adjoint=deq.Phantom(steps=5, damping=0.8)),
-        # Two evaluations a step. Anderson's accelerations cannot be walked back, so this one iterates plainly.
+        # Two evaluations a step. Anderson's steps cannot be reversed, so this mode iterates plainly.
         "Reversible": dict(solver=deq.Picard(rtol=config.rtol, max_steps=depth), adjoint=deq.Reversible(0.5)),
     }[name]
 
@@ -125,7 +125,7 @@ def mode(config: Config, name: str, depth: int) -> dict[str, Any]:
 
 
 class Step(NamedTuple):
-    """A training step of one mode, and the arguments or the shapes that it is compiled for."""
+    """A training step of one mode, and the arguments or shapes to compile it for."""
 
     step: Any
     state: Any
@@ -138,7 +138,7 @@ def training_step(config: Config, graphdef: Any, how: dict[str, Any], shape: Sha
 
 
 def abstract_step(config: Config, family: str, shape: Shape, how: dict[str, Any]) -> Step:
-    """Shapes alone: nothing of the model is computed, so it may be larger than this machine."""
+    """Shapes alone: nothing is computed, so the model may be larger than this machine's memory."""
     model = nnx.eval_shape(lambda: FAMILIES[family](shape))
     graphdef, params = nnx.split(model, nnx.Param)
     history = jax.eval_shape(lambda: FAMILIES[family](shape).empty_history(shape.batch))
@@ -150,9 +150,9 @@ def abstract_step(config: Config, family: str, shape: Shape, how: dict[str, Any]
 
 
 def compiled_bytes(config: Config, family: str, name: str, depth: int, shape: Shape) -> dict[str, float]:
-    """Temporaries of the compiled training step at that shape."""
+    """Bytes of temporaries of the compiled training step at that shape."""
     with warnings.catch_warnings():
-        # Reversible warns of depths that float32 cannot walk back; their memory is the question here.
+        # Reversible warns of depths that float32 cannot reverse; here only their memory matters.
         warnings.filterwarnings("ignore", message="Reversible")
         built = abstract_step(config, family, shape, mode(config, name, depth))
         program = built.step.lower(built.state, built.batch).compile()
@@ -167,7 +167,7 @@ def corpus_of(config: Config) -> data.Corpus:
 
 
 def start(config: Config, family: str, shape: Shape, corpus: data.Corpus) -> tuple[Any, Any, data.Segments]:
-    """The graph, the state before the first step, and the segments; the vocabulary is the corpus's."""
+    """The graph, the state before the first step, and the segments. The vocabulary is that of the corpus."""
     model = FAMILIES[family](dataclasses.replace(shape, vocab_size=len(corpus.vocabulary)))
     graphdef, params = nnx.split(model, nnx.Param)
     history = model.empty_history(shape.batch)
@@ -176,7 +176,7 @@ def start(config: Config, family: str, shape: Shape, corpus: data.Corpus) -> tup
 
 
 def timed_steps(config: Config, family: str, depth: int) -> dict[str, Any]:
-    """Time of a training step by mode: all of them in turn, `repeats` times, so that load is shared by all."""
+    """Time of a training step by mode. All modes run in turn, `repeats` times, so that other load affects all alike."""
     graphdef, state, batches = start(config, family, config.measured, corpus_of(config))
     programs, rows = {}, {}
     for name in MODES if depth == config.layers else (*EXPLICIT, "Implicit"):
@@ -188,7 +188,7 @@ def timed_steps(config: Config, family: str, depth: int) -> dict[str, Any]:
 
 
 def used_bytes(config: Config, family: str, depth: int) -> dict[str, dict[str, Any]]:
-    """What was planned, and by how much the process's resident memory grew in a step; None where none tells."""
+    """Planned bytes, and by how much the process's resident memory grew in a step. None where it cannot be read."""
     graphdef, state, batches = start(config, family, config.measured, corpus_of(config))
     rows = {}
     for name in (*EXPLICIT, "Implicit"):
@@ -202,8 +202,8 @@ def growth(program: Any, state: Any, batch: Any) -> int | None:
     own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
     gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what the step before has freed goes back to the system
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+        ctypes.CDLL(None).malloc_trim(0)  # return what the previous step freed to the system
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the high-water mark
         before = resident("VmRSS")
         jax.block_until_ready(program(own, batch))
         return resident("VmHWM") - before
@@ -221,7 +221,7 @@ def resident(field: str) -> int:
 
 @functools.lru_cache(maxsize=1)
 def warmed(config: Config, family: str, shape: Shape) -> tuple[Any, Any, data.Segments]:
-    """The state after the steps through two layers, from which every mode goes on; to be copied before a step."""
+    """The state after the warm-up through two layers, where every mode starts. Copy it before a step donates it."""
     graphdef, state, batches = start(config, family, shape, corpus_of(config))
     shallow = training_step(config, graphdef, mode(config, "plain", 2), shape)
     for step in range(config.shallow_steps):
@@ -230,7 +230,7 @@ def warmed(config: Config, family: str, shape: Shape) -> tuple[Any, Any, data.Se
 
 
 def trained(config: Config, family: str, name: str, shape: Shape) -> dict[str, Any]:
-    """The validation loss by step and by time; the time of the warm-up, the same for all, is not in it."""
+    """The validation loss by step and by time. Time excludes the warm-up, which all modes share."""
     corpus = corpus_of(config)
     how = trained_mode(config, name)
     graphdef, state, batches = warmed(config, family, shape)
@@ -259,7 +259,7 @@ def trained(config: Config, family: str, name: str, shape: Shape) -> dict[str, A
 
 
 def trained_mode(config: Config, name: str) -> dict[str, Any]:
-    """The explicit ones at their depth, the equilibrium at its budget; ten reversible steps, as float32 can bear."""
+    """Explicit modes at their depth, the equilibrium at its budget. Reversible takes ten steps, float32's limit."""
     if name.startswith(LARGER):
         name = name.removeprefix(LARGER).strip()
     budgets = dict.fromkeys(EXPLICIT, config.layers) | {"Reversible": 21}
@@ -267,7 +267,7 @@ def trained_mode(config: Config, name: str) -> dict[str, Any]:
 
 
 def choose_larger(config: Config, family: str) -> dict[str, Any]:
-    """Which of the checkpointed network and the equilibrium is the faster, and the width that uses what it saves.
+    """Whether the checkpointed network or the equilibrium is faster, and the width that uses the time it saves.
 
     Processor time of a step, all programs in turn, at the state where training begins.
     """
@@ -295,12 +295,12 @@ def choose_larger(config: Config, family: str) -> dict[str, Any]:
 
 
 def widened(shape: Shape, width: float) -> Shape:
-    """The same, with heads of a width that is even and `width` times as much in all."""
+    """The same shape, `width` times as wide, with an even width of each head."""
     head = max(2, 2 * round(width * shape.dim / shape.heads / 2))
     return dataclasses.replace(shape, dim=head * shape.heads, inner_dim=round(width * shape.inner_dim))
 
 
-# ---- what is kept ------------------------------------------------------------------------------------------
+# ---- what is stored ----------------------------------------------------------------------------------------
 
 TRAINED = ("plain", "Implicit", "Phantom(5)", "Reversible")
 
@@ -311,7 +311,7 @@ def measure(config: Config, cells: study.Cells) -> dict[str, Any]:
 
 
 def published_bytes(config: Config, cells: study.Cells) -> dict[str, float]:
-    """The bytes of the network whose bytes are published, by mode."""
+    """Bytes by mode of the network whose bytes were published."""
     found = {}
     for name in (*EXPLICIT, "Implicit", "Implicit, Broyden"):
         measured = lambda: compiled_bytes(config, "DEQTrellisNet", name, PUBLISHED_DEPTH, config.published)
@@ -340,7 +340,7 @@ def measure_family(config: Config, family: str, cells: study.Cells) -> dict[str,
     runs["√L-checkpointed"] = slowed(runs["plain"], larger["times"])
     if larger["width"] > 1:
         shape = widened(config.trained, larger["width"])
-        # The layers as wide too: what does the width do, and what the gradient?
+        # Plain layers of that width too, to separate the effect of the width from that of the gradient.
         for name in dict.fromkeys((larger["fast"], "plain")):
             label = f"{LARGER} {name}"
             runs[label] = cells(f"{family}: training, {label}", lambda: trained(config, family, label, shape))
@@ -349,7 +349,7 @@ def measure_family(config: Config, family: str, cells: study.Cells) -> dict[str,
 
 
 def slowed(run: dict[str, Any], times: dict[str, Any]) -> dict[str, Any]:
-    """The curve of the checkpointed network: that of the plain one, of the same arithmetic, at its own pace."""
+    """The curve of the checkpointed network: the losses of the plain one (same arithmetic), at its own step time."""
     ratio = {
         clock: times["√L-checkpointed"][f"{short}_min"] / times["plain"][f"{short}_min"]
         for clock, short in (("seconds", "wall"), ("cpu_seconds", "cpu"))
@@ -359,7 +359,7 @@ def slowed(run: dict[str, Any], times: dict[str, Any]) -> dict[str, Any]:
 
 
 def equal_time(runs: dict[str, Any]) -> dict[str, Any]:
-    """Every loss when the fastest mode has ended, on the line between the two nearest measurements."""
+    """Every loss when the fastest mode ends, interpolated between the two nearest measurements."""
     at = min(run["curve"][-1]["cpu_seconds"] for run in runs.values())
     curves = {name: [[p["cpu_seconds"], p["valid_loss"]] for p in run["curve"]] for name, run in runs.items()}
     losses = {name: float(np.interp(at, *np.array(curve).T)) for name, curve in curves.items()}

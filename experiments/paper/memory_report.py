@@ -1,4 +1,4 @@
-"""Tables and figure of the memory page; the published numbers that they stand beside."""
+"""Tables and figure of the memory page, with the published numbers for comparison."""
 
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def megabytes(size: float | None) -> str:
 
 
 def break_even(sizes: dict[str, float], size: float) -> float | None:
-    """The depth at which `sizes` pass `size`, on the line between two depths; None if it is not within them."""
+    """The depth at which `sizes` exceed `size`, interpolated between two depths; None if outside their range."""
     depths, known = np.array([int(d) for d in sizes]), np.array(list(sizes.values()))
     above = int(np.searchsorted(known, size))
     if above in (0, len(known)):
@@ -107,7 +107,7 @@ def break_even(sizes: dict[str, float], size: float) -> float | None:
 
 
 def against_published(memory: dict[str, Any]) -> list[list[Any]]:
-    """Rows of published ratio and ours, where both have that depth; an equilibrium's memory has no depth."""
+    """Rows of the published ratio and ours, where both have that depth; an equilibrium's memory is the same at all."""
     plain = memory["plain"].get(str(PUBLISHED_DEPTH))
     if plain is None:
         return []
@@ -158,7 +158,7 @@ DASHES = {"plain": "-", "checkpointed": ":", "√L-checkpointed": "--"}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """A row for each family: bytes by depth, time by depth, validation loss by processor time."""
+    """One row per family: bytes by depth, time by depth, validation loss by processor time."""
     plt = plots.plt
     config, families = results["config"], results["families"]
     with plt.rc_context(plots.STYLE):
@@ -179,7 +179,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def style(name: str) -> dict[str, Any]:
     kind = name.removeprefix(LARGER).strip()
     wide = dict(marker="D", lw=2) if name.startswith(LARGER) else dict(marker="o", lw=1.3)
-    # Implicit lies over what has the same memory.
+    # Draw Implicit above modes that have the same memory.
     return dict(
         color=COLOURS[kind], ls=DASHES.get(kind, "-"), ms=4, label=name, zorder=3 + (kind == "Implicit"), **wide
     )
@@ -234,7 +234,7 @@ def draw_quality(axes: Any, part: dict[str, Any], layers: int) -> None:
     runs, at = part["runs"], part["equal_time"]
     base = runs["plain"]["curve"][-1]["cpu_seconds"]
     for name, run in runs.items():
-        points = run["curve"][1:]  # they begin alike, and far above
+        points = run["curve"][1:]  # all start at the same loss, far above the rest
         axes.plot([p["cpu_seconds"] / base for p in points], [p["valid_loss"] for p in points], **style(name))
     axes.axvline(at["cpu_seconds"] / base, color="0.6", lw=0.8, ls=":")
     told = [name for name in runs if name in ("plain", "√L-checkpointed", "Implicit") or name.startswith(LARGER)]

@@ -1,11 +1,11 @@
-"""What an equilibrium costs in time: training and inference over the explicit network's, and time to a fixed loss.
+"""The time of an equilibrium's training and inference relative to an explicit network, and the time to a fixed loss.
 
     python -m experiments.paper.runtime
     python -m experiments.paper.runtime paper
     python -m experiments.paper.runtime figure
 
-The explicit network has as many parameters, in layers with weights of their own; beside it stands the weight-tied one
-of the equilibrium's own cell. Times are of the processor, all programs in turn, and only their ratios are told.
+The explicit network has as many parameters, in layers that each have their own weights. A weight-tied network of the
+equilibrium's own cell is timed too. Times are processor time, all programs run in turn, and only ratios are reported.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from experiments.training.loop import TrainState, count_params, init_state, make
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Eight minutes on one CPU core: how many times an explicit step is a step at the equilibrium?
+    """Eight minutes on one CPU core: how many times as long as an explicit step is a step at the equilibrium?
 
     python -m experiments.paper.runtime
 
@@ -41,14 +41,14 @@ class Config:
     run: Path = Path("runs/runtime")
     out: Path | None = None
     families: tuple[str, ...] = ("DEQTransformer",)
-    # Wide inside, as the paper's: one layer has all the parameters.
+    # A wide feed-forward layer, as in the paper: one layer holds all the parameters.
     shape: Shape = Shape(dim=64, heads=4, inner_dim=512, batch=16, length=64, mem_len=64)
     layers: int = 6  # of the explicit networks
     data: str = "shakespeare"
     level: Literal["char", "word"] = "char"
     data_dir: Path | None = None
-    shallow_steps: int = 100  # of the equilibrium, first, through two layers; its time counts
-    steps: int = 200  # at the equilibrium, after them
+    shallow_steps: int = 100  # warm-up of the equilibrium through two layers; its time counts
+    steps: int = 200  # at the equilibrium, after the warm-up
     explicit_steps: int = 500
     eval_every: int = 50
     eval_segments: int = 6
@@ -94,14 +94,14 @@ PRESETS = {
 
 
 def loss_fn(graphdef, contender, params, probe, rest, batch, key, carry):
-    """The mean cross entropy of a segment in nats, with the detached history of the segment before."""
+    """The mean cross-entropy of a segment in nats, with the detached history of the previous segment."""
     model, before = nnx.merge(graphdef, params), lm_step.forget_at_start(carry, batch.is_start)
     logits, history, metrics = contender.call(model, batch.inputs, before, probe)
     return lm_step.cross_entropy(logits, batch.targets), (rest, history, metrics)
 
 
 def training_step(config: Config, graphdef: Any, contender: Contender) -> Any:
-    """Probed where there is a backward solve, for its evaluations."""
+    """A training step. Where there is a backward solve, a probe counts its products."""
     probe = None if contender.own else lm_step.backward_probe(contender.how["adjoint"], config.shape.batch)
     return make_train_step(functools.partial(loss_fn, graphdef, contender), optimizer(config), probe=probe)
 
@@ -110,7 +110,7 @@ def training_step(config: Config, graphdef: Any, contender: Contender) -> Any:
 
 
 class Task:
-    """A corpus and the models of one family for it: what several cells share."""
+    """A corpus and one family's models for it, shared by several cells."""
 
     def __init__(self, config: Config, family: str):
         self.config, self.family = config, family
@@ -158,7 +158,7 @@ class Task:
         return self.config.run / f"{self.family} {name.replace('(', '').replace(')', '')}.npz"
 
     def trained(self, name: str, contender: Contender) -> tuple[Any, TrainState]:
-        """What `train` has kept."""
+        """What `train` stored."""
         graphdef, state = self.start(contender)
         with np.load(self.path(name)) as kept:
             leaves = [jnp.asarray(kept[key]) for key in kept.files]
@@ -166,7 +166,7 @@ class Task:
 
 
 def train(task: Task, name: str, contender: Contender) -> dict[str, Any]:
-    """The validation loss by time of training, from the first step on; the parameters are kept for the timing."""
+    """The validation loss by training time, from the first step on. The parameters are stored for the timing."""
     config = task.config
     graphdef, state = task.start(contender)
     shallow = 0 if contender.own or name == "tied layers" else config.shallow_steps
@@ -194,7 +194,7 @@ def train(task: Task, name: str, contender: Contender) -> dict[str, Any]:
 
 
 def time_training(task: Task, table: dict[str, Contender]) -> dict[str, Any]:
-    """A training step of each, all in turn: at trained parameters, for an equilibrium grows harder in training."""
+    """Time a training step of each, in turn, at trained parameters: training makes an equilibrium harder to solve."""
     states, programs = {}, {}
     for name, contender in table.items():
         graphdef, states[name] = task.trained(weights_of(name), contender)
@@ -203,7 +203,7 @@ def time_training(task: Task, table: dict[str, Contender]) -> dict[str, Any]:
 
 
 def time_inference(task: Task, table: dict[str, Contender]) -> dict[str, Any]:
-    """Logits of one batch; the equilibrium as it was trained, and at each tolerance with four times the budget."""
+    """Time the logits of one batch: the equilibrium as trained, and at each tolerance with four times the budget."""
     programs: dict[str, Any] = {}
     states: dict[str, Any] = {}
 
@@ -227,7 +227,7 @@ def time_inference(task: Task, table: dict[str, Contender]) -> dict[str, Any]:
     return interleaved(programs, states, task.batches[0], task.config.repeats)
 
 
-# ---- what is kept ------------------------------------------------------------------------------------------
+# ---- what is stored ----------------------------------------------------------------------------------------
 
 
 def measure(config: Config, cells: study.Cells) -> dict[str, Any]:
@@ -247,14 +247,14 @@ def measure_family(config: Config, family: str, cells: study.Cells) -> dict[str,
 
 
 def to_loss(runs: dict[str, Any]) -> dict[str, Any]:
-    """The loss that all have reached, and when each first did, on the line between two measurements."""
+    """The loss that all have reached, and when each first did, interpolated between two measurements."""
     wanted = max(min(point["valid_loss"] for point in run["curve"]) for run in runs.values())
     when = {name: first_at(run["curve"], wanted) for name, run in runs.items()}
     return {"loss": wanted, "cpu_seconds": when}
 
 
 def first_at(curve: list[dict[str, float]], wanted: float) -> float:
-    """The processor time at which the curve first is at `wanted` or below."""
+    """The processor time at which the curve first reaches `wanted`."""
     before = curve[0]
     for point in curve:
         if point["valid_loss"] <= wanted:

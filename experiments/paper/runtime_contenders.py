@@ -1,4 +1,4 @@
-"""Who is timed by the runtime page: the explicit networks, and the ways to train an equilibrium."""
+"""What the runtime page times: the explicit networks, and the ways to train an equilibrium."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,8 +16,8 @@ def stack(shape: Shape, layers: int) -> TransformerStack:
     return TransformerStack(transformer_config(shape), layers=layers, rngs=nnx.Rngs(0))
 
 
-# Of a family: the explicit network with weights of its own in each layer. Without an entry the weight-tied one alone is
-# compared with, as the paper does for TrellisNet.
+# By family: the explicit network whose layers have their own weights. A family without an entry is compared only with
+# the weight-tied network, as the paper does for TrellisNet.
 RIVALS: dict[str, Callable[[Shape, int], Any]] = {"DEQTransformer": stack}
 
 
@@ -25,9 +25,9 @@ RIVALS: dict[str, Callable[[Shape, int], Any]] = {"DEQTransformer": stack}
 
 
 class Contender(NamedTuple):
-    """How a model is called in training; in inference without the adjoint."""
+    """How a model is called in training. Inference uses the same without the adjoint."""
 
-    own: bool  # weights of its own in each layer: the rival, not the equilibrium's cell
+    own: bool  # each layer has its own weights: the explicit network, not the equilibrium's cell
     how: dict[str, Any]
 
     def call(self, model, tokens, history, probe=None, **options):
@@ -35,7 +35,7 @@ class Contender(NamedTuple):
             logits, history = model(tokens, history)
             return logits, history, {}
         logits, history, solution = model(tokens, history, probe=probe, **{**self.how, **options})
-        # What nobody reads XLA drops: layers are not charged for measuring their last residual.
+        # XLA drops unused outputs, so layers do not pay for measuring their last residual.
         unrolled = isinstance(self.how["adjoint"], deq.Unroll)
         return logits, history, {} if unrolled else lm_step.solve_metrics(solution.stats)
 
@@ -56,7 +56,7 @@ SHALLOW = Contender(False, dict(solver=deq.Picard(max_steps=2), adjoint=deq.Unro
 
 
 def rival_shape(config: Any, family: str) -> Shape:
-    """The width at which `layers` layers have as many parameters as the equilibrium, each four times as wide inside."""
+    """The width at which `layers` layers, each four times as wide inside, have the equilibrium's parameter count."""
     shape, heads = config.shape, config.shape.heads
     at = lambda dim: dataclasses.replace(shape, dim=dim, inner_dim=4 * dim)
     build = lambda dim: RIVALS[family](at(dim), config.layers)

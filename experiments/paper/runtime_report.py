@@ -1,4 +1,4 @@
-"""Tables and figure of the runtime page; the published ratios that they stand beside."""
+"""Tables and figure of the runtime page, with the published ratios for comparison."""
 
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,13 @@ import numpy as np
 from experiments.shared import plots, study
 from experiments.shared.timing import over
 
-# Training and inference over the explicit network's: the paper, section 5.3. Both of 18 and of 70 explicit layers.
+# Training and inference time over the explicit network's of 18 and of 70 layers: the paper, section 5.3.
 PUBLISHED = {"DEQTransformer": (2.82, 1.76), "DEQTrellisNet": (2.40, 1.64)}
 TRAINED = ("own layers", "tied layers", "Implicit", "Phantom(5)")
 
 
 def weights_of(name: str) -> str:
-    """JFB is timed at the weights that Implicit has trained."""
+    """The run whose weights are timed: JFB uses the weights that Implicit trained."""
     return name if name in TRAINED else "Implicit"
 
 
@@ -78,7 +78,7 @@ COLOURS = {
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """A row for each family: bars of training and inference, and the validation loss by processor time."""
+    """One row per family: bars of training and inference, and the validation loss by processor time."""
     plt = plots.plt
     config, families = results["config"], results["families"]
     with plt.rc_context(plots.STYLE):

@@ -1,4 +1,4 @@
-"""What happens where the fixed point is unstable, or where there is none (reviewers 1 and 3; paper Figure 2 right).
+"""What happens where the fixed point is unstable or does not exist (reviewers 1 and 3; paper Figure 2 right).
 
 python -m experiments.paper.stability reduced
 python -m experiments.paper.stability figure
@@ -25,11 +25,12 @@ from experiments.training import lm, lm_model, lm_train
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Scalar maps with known answers, the trained model's residuals, failures put in, remedies, path independence.
+    """Scalar maps with known answers, the trained model's residuals, injected failures, remedies, path independence.
 
     python -m experiments.paper.stability reduced
 
-    You should see a spectral radius above 1 after training: plain iteration stops falling, Anderson and Broyden go on.
+    You should see a spectral radius above 1 after training. The residual of plain iteration then stops falling; the
+    residuals of Anderson and Broyden keep falling.
     """
 
     model: lm_model.Config = trained.REDUCED
@@ -38,7 +39,7 @@ class Config:
     evaluations: int = 150  # of a trace, as in the paper's figure
     sequences: int = 8
     injected: tuple[int, ...] = (1, 2, 3, 5, 10, 20, 40)  # budgets of both solves, for the gradient's error
-    cap: int = 3  # in training
+    cap: int = 3  # of the cut-off solves in training
     train_steps: int = 100
     rtol: float = 1e-3
     jacobian_weight: float = 1.0
@@ -83,7 +84,7 @@ def trace_solvers(config: Config) -> dict[str, Any]:
 
 
 def state_of_affairs(config: Config, model: trained.Trained) -> Callable:
-    """A compiled look at parameters: spectral radius, norm of the Jacobian, path independence, at held-out text."""
+    """A compiled measurement on held-out text: spectral radius, norm of the Jacobian, path independence."""
     f, context_of, z0 = trained.held_out(model, config.sequences)
     tight = deq.Anderson(rtol=1e-4, max_steps=config.evaluations, history=12)
 
@@ -104,7 +105,7 @@ def state_of_affairs(config: Config, model: trained.Trained) -> Callable:
             "stretch": stretch(f, found.value, context),
             "converged": found.stats.converged.mean(),
             "residual": found.stats.relative_residual,
-            # Anil et al. (2022): the asymptotic alignment of what different starts lead to.
+            # Anil et al. (2022): the asymptotic alignment of the equilibria found from different starts.
             "alignment_shuffled": cosine(found.value, other.value),
             "alignment_noise": cosine(found.value, noise.value),
             "shuffled_converged": other.stats.converged.mean(),
@@ -115,7 +116,7 @@ def state_of_affairs(config: Config, model: trained.Trained) -> Callable:
 
 
 def traces(config: Config, model: trained.Trained, steps: Sequence[int], cells: study.Cells) -> list[dict[str, Any]]:
-    """The residual of every solver by evaluations, at each milestone, and how stable the equilibrium is there."""
+    """The residual of every solver by evaluations at each milestone, and the stability of the equilibrium there."""
     f, context_of, z0 = trained.held_out(model, config.sequences)
     look = state_of_affairs(config, model)
     fold = deq.ResidualTrace(config.evaluations)
@@ -143,7 +144,7 @@ def traces(config: Config, model: trained.Trained, steps: Sequence[int], cells: 
 
 
 def injected(config: Config, model: trained.Trained, cells: study.Cells) -> list[dict[str, Any]]:
-    """The gradient where both solves are cut off, against the float64 one, under each policy."""
+    """The gradient with both solves cut off, compared with the float64 gradient, under each policy."""
     state, gradient = model.last, gradient_of(model.graphdef)
     segment = model.batches[int(state.step)]
     exact: list[np.ndarray] = []
@@ -164,7 +165,7 @@ def injected(config: Config, model: trained.Trained, cells: study.Cells) -> list
 
 
 def training(config: Config, model: trained.Trained, first: int, cells: study.Cells) -> list[dict[str, Any]]:
-    """Training goes on from one state: sound, with solves cut off, with a penalty on the Jacobian."""
+    """Continue training from one state: with sound solves, with solves cut off, with a penalty on the Jacobian."""
     segments = lm.evaluation_segments(model.corpus.valid, lm_train.EVALUATION_BATCH, model.config.length)
     evaluate = lm.make_evaluate(model.graphdef, segments, deq.Anderson())
     look = state_of_affairs(config, model)

@@ -154,14 +154,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def draw_scalars(axes: Any, results: dict[str, Any]) -> None:
-    """A map a row, a solver a column: what the status said, and whether it was right."""
+    """One row per map, one column per solver: the status, and whether it was right."""
     names = list(dict.fromkeys(row["solver"] for row in results["scalars"]))
     maps = list(dict.fromkeys(row["map"] for row in results["scalars"]))
     false = 0
     for row in results["scalars"]:
         x, y = names.index(row["solver"]), maps.index(row["map"])
         claimed = row["status"] == "CONVERGED"
-        # A root where f′ = 1 is met with a residual that is the cube of the distance: near enough counts there.
+        # At a root where f′ = 1 the residual is the cube of the distance, so an approximate root counts there.
         near = row["distance"] is not None and row["distance"] <= (1e-2 if row["tangent"] == 1 else 1e-6)
         false += claimed and not near
         colour = "#009E73" if claimed and near else "#D55E00" if claimed else "0.75"

@@ -1,4 +1,4 @@
-"""Scalar maps whose fixed points are known: what each solver says of them, and the gradient it gives."""
+"""Scalar maps with known fixed points: what each solver reports on them, and the gradient it gives."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ def scalar_maps() -> list[Scalar]:
     maps = [Scalar("1.2 z + 1", (1.0, 1.2, 0.0, 0.0), 0.0, 0.0, (-5.0,))]
     maps += [Scalar(f"{r:g} z (1 − z)", (0.0, r, -r, 0.0), 0.0, 0.4, (0.0, 1 - 1 / r)) for r in (2.8, 3.2, 3.5, 3.9)]
     for a in (0.5, 0.9, 1.1, 2.0, 4.0):
-        # z = tanh(a z): one root up to a = 1, where two others leave it and 0 becomes unstable
+        # z = tanh(a z): one root up to a = 1, where two more branch off and 0 becomes unstable
         z = 1.0
         for _ in range(2000):
             z = float(np.tanh(a * z))
@@ -45,7 +45,7 @@ def scalar_cell(z, c, a):
     return c[:, 0] + c[:, 1] * z + c[:, 2] * z**2 + c[:, 3] * z**3 + jnp.tanh(a * z)
 
 
-# The absolute one for roots at zero, where a relative tolerance is never met.
+# The absolute tolerance is for roots at zero, where a relative one is never met.
 SCALAR_BUDGET: dict[str, Any] = dict(rtol=1e-10, atol=1e-10, max_steps=200)
 SCALAR_SOLVERS: dict[str, Any] = {
     "Picard": deq.Picard(),
@@ -58,7 +58,7 @@ SCALAR_SOLVERS: dict[str, Any] = {
 
 
 def solve_scalars(solver: Any, adjoint: Any) -> tuple[np.ndarray, Any, np.ndarray, Any]:
-    """(z, forward statistics, dz/dc₀, backward statistics) of all maps, each a problem of its own."""
+    """(z, forward statistics, dz/dc₀, backward statistics) of all maps, each an independent problem."""
     maps = scalar_maps()
     c, a, z0 = (jnp.array([getattr(m, name) for m in maps]) for name in ("c", "a", "z0"))
 
@@ -98,7 +98,7 @@ def scalar_rows(name: str) -> list[dict[str, Any]]:
             "tangent": None if root is None else tangent,
             "gradient": slope[i],
             "expected": None if root is None or tangent == 1 else 1 / (1 - tangent),
-            # Here, for what is kept has six digits.
+            # Computed here, because stored numbers have six digits.
             "error": None if root is None or tangent == 1 else abs(slope[i] * (1 - tangent) - 1),
             "backward": deq.Status(int(backward.status[i])).name,
         })  # fmt: skip
@@ -106,7 +106,7 @@ def scalar_rows(name: str) -> list[dict[str, Any]]:
 
 
 def policy_rows() -> list[dict[str, Any]]:
-    """The gradient of the maps without a root, under each policy: finite, and with a flag."""
+    """The gradient of the maps without a root under each policy: finite, and flagged."""
     rows = []
     for name in ("Picard", "Anderson", "Broyden"):
         for policy in deq.OnFailure:

@@ -1,7 +1,7 @@
-"""How much the tolerances matter (reviewer 2; paper Figure 3): of inference, of training, and of both for the gradient.
+"""How much the tolerances matter for inference, for training and for the gradient (reviewer 2; paper Figure 3).
 
 python -m experiments.paper.tolerance reduced
-python -m experiments.paper.tolerance figure       # table and figure again, from the results that are kept
+python -m experiments.paper.tolerance figure       # table and figure again, from the stored results
 python -m experiments.paper.tolerance paper        # WikiText-103, on accelerators
 """
 
@@ -28,7 +28,7 @@ class Config:
     """
 
     model: lm_model.Config = trained.REDUCED
-    run: Path = Path("runs/studies/tolerance")  # where finished cells are kept; continued if it is there
+    run: Path = Path("runs/studies/tolerance")  # finished cells are stored here; an existing run is continued
     out: Path | None = None
     tolerances: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.15, 0.3)  # relative
     caps: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50)
@@ -36,12 +36,12 @@ class Config:
     max_steps: int = 100  # of a solve to a tolerance
     gradient_tolerances: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     gradient_caps: tuple[int, ...] = (3, 5, 10, 20, 40)
-    train_steps: int = 100  # from the first milestone of the equilibrium, at each of the settings below
+    train_steps: int = 100  # from the first milestone of the equilibrium, for each setting below
     train_tolerances: tuple[tuple[float, float], ...] = (
         (1e-1, 1e-1), (1e-2, 1e-2), (1e-3, 1e-3), (1e-4, 1e-4), (1e-3, 1e-1), (1e-1, 1e-3),
     )  # forward, backward  # fmt: skip
     train_caps: tuple[tuple[int, int], ...] = ((5, 5), (10, 10), (15, 15), (20, 20), (30, 30), (50, 50), (30, 5))
-    tight: float = 1e-4  # the tolerance that trained models are compared at
+    tight: float = 1e-4  # the tolerance at which trained models are compared
 
 
 PRESETS = {
@@ -78,7 +78,7 @@ def measure(config: Config, cells: study.Cells) -> dict[str, Any]:
 
 
 def inference(config: Config, model: trained.Trained, cells: study.Cells) -> dict[str, Any]:
-    """The validation loss by tolerance, and by budget alone; each segment's history is solved for likewise."""
+    """The validation loss by tolerance, and by budget alone. Each segment's history is solved in the same way."""
     segments = lm.evaluation_segments(model.corpus.valid, lm_train.EVALUATION_BATCH, model.config.length)
     found: dict[str, Any] = {"by_tolerance": [], "by_cap": []}
     for name, solver in SOLVERS.items():
@@ -98,7 +98,7 @@ def inference(config: Config, model: trained.Trained, cells: study.Cells) -> dic
 
 
 def gradients(config: Config, model: trained.Trained, cells: study.Cells) -> dict[str, Any]:
-    """The angle to the float64 gradient by forward and backward tolerance, and by budget, at the trained model."""
+    """The angle to the float64 gradient at the trained model, by forward and backward tolerance and by budget."""
     state = model.last
     segment = model.batches[int(state.step)]
     gradient = gradient_of(model.graphdef)

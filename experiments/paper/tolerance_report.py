@@ -1,4 +1,4 @@
-"""Tables and figure of the tolerance page, beside the paper's curve."""
+"""Tables and figure of the tolerance page, with the paper's curve for comparison."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,8 +16,8 @@ PAPER_DIM = 700
 def paper_curve() -> tuple[np.ndarray, np.ndarray]:
     """Figure 3 left as (relative tolerance, excess loss in nats).
 
-    The paper's ε is √T times the printed one, of a sequence whose ‖f(z)‖ is √(T·700): the residual relative to
-    that is ε/√700. Its text leaves that reading open; another one shifts the curve sideways.
+    We read the paper's tolerance as √T times the printed ε, for a sequence whose ‖f(z)‖ is √(T·700), so the relative
+    residual is ε/√700. The paper's text leaves this open; another reading shifts the curve sideways.
     """
     eps, perplexity = study.published("valppl_vs_eps_stepavg", "deq_transformer").T
     return eps / PAPER_DIM**0.5, np.log(perplexity / perplexity[0])
@@ -41,7 +41,7 @@ def excess(results: dict[str, Any], part: str, name: str) -> tuple[np.ndarray, n
 
 
 def best_loss(results: dict[str, Any]) -> float:
-    """At the tightest tolerance, by the first solver: not the smallest, which would make noise look like a gain."""
+    """The loss of the first solver at the tightest tolerance. The smallest loss would make noise look like a gain."""
     return min(results["by_tolerance"], key=lambda row: row["rtol"])["loss"]
 
 

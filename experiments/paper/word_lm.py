@@ -1,4 +1,4 @@
-"""Language modelling by words with both models of the paper; everything but the presets is `char_lm`'s.
+"""Word-level language modeling with both models of the paper; everything but the presets is from `char_lm`.
 
     python -m experiments.paper.word_lm ptb                    # Penn Treebank, below $DEQ_JAX_DATA or --data-dir
     python -m experiments.paper.word_lm ptb-small              # the same for one CPU core, about 10 minutes
@@ -7,7 +7,7 @@
     python -m experiments.paper.word_lm wikitext-2 --steps 2000 solver:broyden adjoint:phantom
     python -m experiments.paper.word_lm sample --run runs/word_lm/ptb --prompt "the company said"
 
-A newline is `<eos>`, and the loss is reported as perplexity: exp of nats a word, `<eos>` counted.
+A newline is `<eos>`. The loss is reported as perplexity: exp of nats per word, with `<eos>` counted as a word.
 """
 
 from collections.abc import Callable, Sequence
