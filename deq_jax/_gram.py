@@ -45,7 +45,8 @@ def with_column(
 ) -> Float[Array, "*batch rows m"]:
     """The system with one more column d at `slot`, where `new`, and with g + d in place of g, except where `held`.
 
-    Given are the products ⟨dᵢ, d⟩, ⟨d, d⟩ and ⟨d, g + d⟩. Where `ended`, the columns before it are in use no longer.
+    The products are ⟨dᵢ, d⟩, the square is ⟨d, d⟩, and newest is ⟨d, g + d⟩. Where `ended`, the columns before it are
+    no longer in use.
 
     ⟨dᵢ, g + d⟩ is updated from the stored products; only that with d itself is computed from scratch. Rounding errors
     add up for as long as a column is held, and cost no evaluation (experiments/studies/gains.py, 6). All is kept

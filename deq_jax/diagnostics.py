@@ -75,7 +75,7 @@ def error_estimate(
     axis_name: Hashable | tuple[Hashable, ...] | None = None,
     products: int = PRODUCTS,
 ) -> ErrorEstimate:
-    """How far z is from the fixed point of f near it: the error, where a solver knows the residual alone.
+    """The error of z, its distance from the fixed point of f near it. (A solver knows only the residual.)
 
     To first order the error e = z* − z of a z near z* is found from the residual r = f(z) − z:
 

@@ -102,10 +102,10 @@ def fixed_point(
       batch_ndim: how many leading axes of every leaf index independent problems, each with its own tolerance
         test and stopping time.
       has_aux: return aux of one more evaluation, at the solution. It does not advance carried leaves.
-      gather: whether args that f gathers over devices (weights sharded for storage, with `all_gather` in `shard_map` or
-        a sharding constraint) are gathered once, before the loop, or for "each" evaluation, where memory is short.
+      gather: when to gather args that f gathers over devices (weights sharded for storage, by `all_gather` in
+        `shard_map` or a sharding constraint): "once", before the loop, or at "each" evaluation if memory is short.
       axis_name: the named axes of an enclosing `shard_map` over which each problem is split: every device then holds a
-        piece of z, and norms and inner products are summed over them. Not those over which problems are distributed.
+        piece of z, and norms and inner products are summed over them. Do not name axes that distribute problems.
       estimate_error: also return `stats.error`, an estimate of ‖z − z*‖₂, for up to 17 evaluations more of f or its
         derivative, which are not counted in `stats.steps`. See `diagnostics.error_estimate`.
       probe: zeros, shaped as `Probe.zeros(batch_shape)`; its cotangent is the backward solve's statistics.
@@ -120,10 +120,10 @@ def fixed_point(
 
     Carried leaves: f is given the integers, booleans and keys of z0 and returns their next values. So a cell counts its
     evaluations, draws noise at each of them, or halts. No norm, tolerance or solver looks at them. Like all leaves they
-    have the batch axes, and a problem that has stopped keeps its own. `value` has them as f returned them last.
+    have the batch axes, and a problem that has stopped keeps its own. `value` holds what f returned last for them.
     Derivatives take them as constants: f is linearized at the floats of `value` with the carried leaves that f was
     given there, that is, under the noise in which they were found. With a new noise at each evaluation, residuals stay
-    as large as the noise, and the tolerance must be larger. A key that f returns unchanged gives the same noise always.
+    as large as the noise, so the tolerance must be larger. If f returns a key unchanged, the noise stays the same.
 
     Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models", section 3.
 

@@ -42,11 +42,11 @@ class Implicit:
 
     `solver` solves the backward equilibrium, and may be any of the forward solvers. None takes Anderson with a longer
     history (the system is linear, so that is GMRES), a tenth of the forward tolerance and twice its budget, as
-    experiments/studies/backward.py decided. An absolute forward tolerance counts as the relative one that it is at z*,
-    and the tolerance never asks for more than the state's dtype can hold. Reverse mode of any order; for forward mode
-    use `ImplicitJVP`.
+    experiments/studies/backward.py decided. An absolute forward tolerance is first converted to the relative one that
+    it is at z*. The tolerance never asks for more than the state's dtype can hold. Reverse mode of any order; for
+    forward mode use `ImplicitJVP`.
 
-    `linear` takes another solver for that linear system, (I − Jᵀ) u = z̄: `Dense()` for small problems, a solver of
+    `linear` is another solver for the linear system, (I − Jᵀ) u = z̄: `Dense()` for small problems, a solver of
     lineax (with tags, `Lineax(solver, tags)`), or a callable (matvec, rmatvec, b) -> (u, info). matvec is v ↦ v − Jᵀ v,
     rmatvec its transpose v ↦ v − J v, and b and u are pytrees like z, of floats alone, with all its batch axes: f takes
     a whole batch, so a callable sees one block-diagonal system, and problems share its inner products. Where f
@@ -54,9 +54,9 @@ class Implicit:
     one where it reads traced arrays. `preconditioner` is a linear function P ≈ (I − J)⁻¹ of a state like z, whose
     transpose is used here: by our solvers on the left, by others on the right. It may capture any array.
 
-    Whoever solves, one more product measures the residual ‖z̄ + Jᵀu − u‖ of each problem, and the tolerance of `solver`
-    judges it: CONVERGED, MAX_STEPS where it is not met, or NONFINITE, in which case u = z̄ is taken. info is not read.
-    `Probe.steps` counts that product and those of our solvers and of `Dense`. Those of a callable are not known.
+    For any of these solvers, one more product measures the residual ‖z̄ + Jᵀu − u‖ of each problem, and the tolerance of
+    `solver` judges it: CONVERGED, MAX_STEPS if it is not met, or NONFINITE, in which case u = z̄ is taken. info is not
+    read. `Probe.steps` counts this product and those of our solvers and of `Dense`. A callable's are not known.
 
     `on_failure` decides, problem by problem, what happens when a solve did not converge, in either direction. The
     default keeps the best iterate, which is finite and no larger than its residual allows, and leaves the flag to

@@ -34,9 +34,9 @@ class Unroll:
     `stop=True` a problem keeps the first iterate that meets the tolerances, and f is not called once all problems have
     stopped. A value that has converged says nothing about its derivative, so the residual must also meet the tolerance
     relative to the distance from z0: a problem that starts near the solution goes on, and one that starts at the
-    solution runs to the end of the budget. A start at zero changes nothing. A solver with a memory stands still once
-    the residual is rounding, and the derivative is that of the steps before: in a direction along which the solve never
-    moved it may be far from that of the fixed point.
+    solution runs to the end of the budget. With z0 = 0 the two conditions are the same. Once the residual is rounding,
+    a solver with a memory stands still, and the derivative is that of the steps before. In a direction along which the
+    solve never moved, this derivative may be far from that of the fixed point.
 
     For a solver that may take a step back (`Broyden` with its line search, `NewtonKrylov`, `Robust`) the value is the
     best iterate it has seen. Which steps it took, and how far a trust region let them go, are constants. `Stats.steps`

@@ -84,8 +84,8 @@ class AndersonAcceleration(IterativeSolver):
 class AndersonWrapper(IterativeSolver):
     """Anderson acceleration of another solver with jaxopt's interface, as jaxopt's own.
 
-    The map is `mixing_frequency` steps of the solver, which begins anew after each of them at the point that the mix of
-    the maps before has led to.
+    It accelerates a map that consists of `mixing_frequency` steps of the solver. After each application of this map the
+    iterates are mixed, and the solver starts anew at the mixed point.
     """
 
     solver: Any

@@ -78,11 +78,11 @@ class Broyden(Renewing, LoopOptions):
     """Broyden's good method, paper Eq 10, holding `rank` updates; when they are full, their sum is compressed.
 
     Memory is rank + 1 states, half of what pairs take. A problem of few entries holds twice as many updates as entries,
-    for no more are of use (Gay 1979). An update adds a multiple of (dz − B dg) dzᵀB. Where dz = −t B g was a step of
-    this method, dz − B dg is in the span of dz and of the next step: so steps are all that is kept of the past
-    (Kelley 1995, §7.3), around a small matrix (Byrd, Nocedal & Schnabel 1994).
+    because more are of no use (Gay 1979). An update adds a multiple of (dz − B dg) dzᵀB. If dz = −t B g was a step of
+    this method, dz − B dg is in the span of dz and the next step. So the solver keeps only its past steps (Kelley
+    1995, §7.3) and a small matrix between them (Byrd, Nocedal & Schnabel 1994).
 
-    A full memory is never overwritten as a ring: what is left after dropping the oldest update is not an inverse of
+    A full memory is never overwritten as a ring, because B without its oldest update is not an inverse of
     anything. Instead B + I is projected on the `keep` directions that lead in it and in its transpose, half of `rank`
     by default (compare Broyden rank reduction, van de Rotten & Verduyn Lunel 2005); 0 restarts from −I. The
     update is damped where it would make B singular (Moré & Trangenstein 1976). A step that makes the residual grow by

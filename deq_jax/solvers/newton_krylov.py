@@ -54,7 +54,7 @@ class NewtonKrylovState(NamedTuple):
 
 @config
 class NewtonKrylov(LoopOptions):
-    """Newton's method whose linear systems are solved in a Krylov space, of f's own differences or derivatives.
+    """Newton's method whose linear systems are solved in a Krylov space, from differences or derivatives of f.
 
     For roots where the secant solvers fail: Brown & Saad (1990), with Powell's dogleg in the Krylov space. The step
     never leaves a region where the linear model has predicted well, and a step to where f is not finite is cut. Between

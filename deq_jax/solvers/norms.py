@@ -77,7 +77,7 @@ def is_whole(kind: str, layout: Layout) -> bool:
 
 
 def without_tolerances(solver: Any, layout: Layout) -> Any:
-    """The solver as its own `update` may read it, which knows 2-norms alone: where others judge it has no tolerance."""
+    """The solver as its own `update` reads it: without tolerances where another norm than a 2-norm judges."""
     kind, weights = norm_of(solver)
     known = weights is None and not isinstance(solver.atol, tuple) and kind in ("leaf", "l2")
     return solver if known else with_options(solver, rtol=0.0, atol=0.0)

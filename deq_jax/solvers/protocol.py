@@ -141,7 +141,7 @@ class Defaults:
     # defines these three takes its `update` from `Renewing`, for those who call it outside of the loop.
 
     round = None
-    """`update` without it, which the loop calls instead."""
+    """`update` without the renewal of the memory. The loop calls `round` in place of `update`."""
 
     @staticmethod
     def is_full(state: Any) -> Bool[Array, "*#batch"] | bool:
@@ -199,13 +199,13 @@ class LoopOptions:
         along the last axis ("token"), so that no token hides behind the others; each entry ("entry"), as ODE solvers
         judge. Or `Weighted(weights, norm)`. With "leaf", "token" and "entry", atol may be a pytree like z, of numbers
         or of arrays that broadcast to the pieces of each leaf; for a z that is one array, such an array. `Stats`
-        reports the largest residual of a piece. The guards against growth and overflow are those of the leaves in every
-        norm, and what is zero to the rounding of the whole state is judged by the whole, but in "entry": there it takes
-        an atol.
-      max_steps, min_steps: the budget of evaluations, which may be an array `[*batch]` too, and how many there must be
-        before a solve may end as CONVERGED or STALLED.
+        reports the largest residual of a piece. In every norm, the guards against growth and overflow look at leaves. A
+        piece that is zero up to the rounding of the whole state is compared with the whole; with "entry" it needs an
+        atol instead.
+      max_steps, min_steps: the budget of evaluations, which may be an array `[*batch]` too, and how many a solve makes
+        at least before it may end as CONVERGED or STALLED.
       returns: "best", the iterate with the smallest residual, or "last", the last one at which f was evaluated (and was
-        finite), as a model with a fixed number of loops means it. Its residual is known, so `Picard(max_steps=n + 1,
+        finite), for a model with a fixed number of loops. Its residual is known, so `Picard(max_steps=n + 1,
         returns="last")` gives f applied n times, as `Unroll` does with max_steps=n. "last" never ends as STALLED.
     """
 
