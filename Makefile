@@ -1,6 +1,7 @@
 # `make` alone lists the targets. Nothing is needed beforehand but make and Python 3.11 or newer.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+SLOWEST := --durations=25 --durations-min=5
 MIN_PYTHON := 3.11
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -69,7 +70,7 @@ figures: .venv/.stamp ## draw all figures and tables of the experiments from the
 	.venv/bin/python -m experiments.suite figures
 
 test: .venv/.stamp ## run all tests (DEQ_JAX_DATA=folder for real data; PYTEST_ARGS='-k nn')
-	.venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -n 2 $(SLOWEST) $(PYTEST_ARGS)
 
 lint: .venv/.stamp ## ruff and pyright
 	.venv/bin/python -m ruff check .
@@ -139,7 +140,7 @@ corners: corner-lowest corner-newest ## run the core tests on the lowest and on 
 
 corner-lowest: .venv-lowest/.stamp
 	XLA_FLAGS="$(QUICKLY) --xla_cpu_use_fusion_emitters=false" \
-		.venv-lowest/bin/python -m pytest -n 2 $(PYTEST_ARGS) $(CORE_TESTS)
+		.venv-lowest/bin/python -m pytest -n 2 $(SLOWEST) $(PYTEST_ARGS) $(CORE_TESTS)
 
 # A pyenv shim stands on PATH for versions that are not active, so a candidate counts only if it runs.
 NEWEST ?= $(shell for v in 3.14 3.13 3.12; do \
@@ -155,7 +156,7 @@ OWN_MESSAGES := $(wildcard $(addprefix tests/*/test_,$(addsuffix .py,\
 corner-newest:
 	@if [ -z "$(NEWEST)" ]; then echo "no Python 3.12 or newer here: the newest corner is left out"; \
 	else $(MAKE) --no-print-directory .venv-newest/.stamp NEWEST="$(NEWEST)" && \
-		XLA_FLAGS="$(QUICKLY)" .venv-newest/bin/python -m pytest -n 2 $(ANNOTATIONS) $(PYTEST_ARGS) \
+		XLA_FLAGS="$(QUICKLY)" .venv-newest/bin/python -m pytest -n 2 $(SLOWEST) $(ANNOTATIONS) $(PYTEST_ARGS) \
 			$(filter-out $(OWN_MESSAGES),$(CORE_TESTS)) && \
 		XLA_FLAGS="$(QUICKLY)" .venv-newest/bin/python -m pytest -n 2 $(PYTEST_ARGS) $(OWN_MESSAGES); fi
 
