@@ -36,7 +36,7 @@ MUTANTS = [
         "solvers/renewal.py",
         "z=jax.tree.map(put, carry.z, part.z), solver",
         "solver",
-        "test_stepwise.py -k 'pieces_of_any_size and broyden'",
+        "test_stepwise.py -k 'are_the_solve and broyden'",
     ),
     Mutant(
         "a new problem with the counts of the one before",

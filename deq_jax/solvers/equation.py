@@ -18,7 +18,11 @@ How far rounding in F lets a solve come is not known beforehand. It has come the
 
     (3)  a move of TINY eps ‖z‖ or less from the best z has made F no smaller,  and  ‖F‖ ≤ √eps S
 
-or if z is so small that it is only the rounding error of z0.
+or if z is so small that it is only the rounding error of z0, and F has fallen with it:
+
+    (4)  ‖z‖ ≤ eps ‖z0‖  and  e ≤ eps^(3/4)
+
+Elsewhere z rests at a minimum of ‖F‖ that is no root, and the budget is spent.
 """
 
 import math
@@ -123,7 +127,7 @@ class Root(NamedTuple):
 
         best, since_best = self._error(carry.best_norms.residuals, layout), moved(carry.best)
         close = (error >= best) & (seen.close | ((since_best > 0) & (since_best <= TINY * layout.eps)))  # (3)
-        vanishes = over_leaves(jnp.all, z_norms <= layout.eps * seen.start, layout)
+        vanishes = over_leaves(jnp.all, z_norms <= layout.eps * seen.start, layout) & (best <= layout.eps**0.75)  # (4)
         at_floor = vanishes | (close & (relative_residual(carry.best_norms, layout) <= layout.eps**0.5))
         mark, error = choose(first | halved, (z, error), (seen.z, seen.error))
         norms = Norms(sizes, self.units * by_leaf(gain, layout))
