@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
-from deq_jax._checks import check_count, check_state
+from deq_jax._checks import check_count, check_solver, check_state
 from deq_jax._states import Layout, check_no_carried
 from deq_jax._vectors import scaled
 from deq_jax.solvers import Solver
@@ -55,6 +55,7 @@ def as_optimizer(solver: Solver, batch_ndim: int = 0) -> GradientTransformation:
     >>> bool(loss(p) < 1e-8)
     True
     """
+    check_solver(solver, "as_optimizer(solver)")
     check_differentiates_nothing(solver, "as_optimizer")
     check_count("batch_ndim", batch_ndim, 0)
     every = member(solver, "test_every")

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 FORWARD_MODE = (
     "this adjoint is for reverse mode (grad, vjp, jacrev) alone; for jvp, jacfwd, linearize or hessian use "
-    "fixed_point(..., adjoint=ImplicitJVP()), or Unroll()"
+    "adjoint=ImplicitJVP(), or Unroll(), in the same call"
 )
 
 

@@ -114,13 +114,14 @@ def root(
     """
     if not callable(F):
         raise TypeError(f"F must be callable as F(z, *args), got {type(F).__name__}")
+    if solver is not None:
+        check_norm_of_root(solver, batch_ndim)
     z0 = check_arguments(F, z0, args, Newton() if solver is None else solver, adjoint, batch_ndim, probe)
     check_start(z0)
     over = check_axis_name(axis_name)
     dense = few_unknowns(z0, batch_ndim, over)
     solver = default_solver(z0, dense) if solver is None else solver
     adjoint = with_linear_solver(adjoint, z0, dense)
-    check_norm_of_root(solver)
     solver = with_rtol(solver_bound(solver, z0), z0)
     adjoint = member(adjoint, "check")(z0, solver) or adjoint
     cell, z0, inputs, other = hoist_cell(F, z0, args, has_aux, name="F")
@@ -185,12 +186,16 @@ def at_scale(options: Any, sigma: Array) -> Any:
     return scaled_by(options, sigma) if isinstance(options, NewtonKrylov | Implicit | ImplicitJVP) else options
 
 
-def check_norm_of_root(solver: Solver) -> None:
+def check_norm_of_root(solver: Solver, batch_ndim: int) -> None:
     """Raise ValueError for a norm, or scales, that the scale of F is not measured in."""
+    remedy = "put quantities of different scale into separate leaves of z"
     if norm_of(solver) != ("leaf", None):
-        raise ValueError(f"root judges F by leaf, at a scale that it measures: norm must be 'leaf', got {solver!r}")
-    if not jax.tree_util.all_leaves([solver.atol]):
-        raise ValueError(f"root: atol must be one number, or one a problem, in the units of F; got {solver.atol!r}")
+        raise ValueError(
+            f"root judges F by leaf, at a scale that it measures: norm must be 'leaf', got {solver!r}; {remedy}"
+        )
+    atol = getattr(solver, "atol", 0.0)
+    if not jax.tree_util.all_leaves([atol]) or np.ndim(atol) > (batch_ndim if isinstance(batch_ndim, int) else 0):
+        raise ValueError(f"root: atol must be one number, or one a problem, in the units of F; got {atol!r}; {remedy}")
 
 
 # ---- what is taken by default ------------------------------------------------------------------------------

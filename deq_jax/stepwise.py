@@ -191,9 +191,9 @@ def refill(state: SolveState[Z], which: Any, new_z0: Z, new_args: tuple[Any, ...
     if running is not None and running.any():
         raise ValueError(f"refill: of the problems in `which`, these still run: {_listed(running)}; advance them first")
     new_z0 = _as_replacement(new_z0, state.value, "new_z0", "z0")
-    new_args = new_args or (None,) * len(form.args)
-    if not isinstance(new_args, tuple) or len(new_args) != len(form.args):
+    if not isinstance(new_args, tuple) or (new_args and len(new_args) != len(form.args)):
         raise ValueError(f"new_args must be a tuple with an entry for each of {len(form.args)} args; got {new_args!r}")
+    new_args = new_args or (None,) * len(form.args)
     new = [_new_reads(state, i, arg) for i, arg in enumerate(new_args)]
     value, carry, entered, reads = run_compiled(_refill, (form,), state, which, new_z0, new)
     return dataclasses.replace(state, value=value, carry=carry, entered=entered, reads=reads)

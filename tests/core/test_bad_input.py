@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import deq_jax as deq
@@ -370,6 +371,31 @@ CALLS = {
         lambda: deq.fixed_point(cos, z0(), solver=deq.Anderson(test_every=3), adjoint=deq.Unroll()),
         ValueError,
         ["Unroll looks at each iterate", "test_every=3", "take test_every=1"],
+    ),
+    "an optimizer made of an optimizer": (
+        lambda: deq.adapters.as_optimizer(optax.sgd(0.1)),
+        TypeError,
+        ["as_optimizer(solver) must be a solver", "has no rtol"],
+    ),
+    "a root with a tolerance for each entry": (
+        lambda: deq.root(lambda z: z - 1, jnp.zeros(3), solver=deq.Newton(atol=jnp.ones(3))),
+        ValueError,
+        ["root: atol must be one number, or one a problem", "separate leaves of z"],
+    ),
+    "a root judged by entry": (
+        lambda: deq.root(lambda z: z - 1, jnp.zeros(3), solver=deq.Newton(norm="entry", atol=1.0)),
+        ValueError,
+        ["norm must be 'leaf'", "separate leaves of z"],
+    ),
+    "new args that are no tuple": (
+        lambda: deq.refill(
+            deq.advance(deq.start(lambda z, g: g * jnp.cos(z), jnp.zeros(2), jnp.ones(2), batch_ndim=1, axes=(0,)), 99),
+            jnp.array([True, False]),
+            jnp.zeros(2),
+            jnp.ones(2),
+        ),
+        ValueError,
+        ["new_args must be a tuple with an entry for each of 1 args"],
     ),
     "an optimizer of a batch whose leaves do not agree": (
         lambda: deq.adapters.as_optimizer(deq.Anderson(), 1).init({"a": jnp.zeros((2, 3)), "b": jnp.zeros(3)}),
