@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 
 import deq_jax as deq
+from deq_jax import models
 from deq_jax.models import DEQTransformer, TransformerConfig
 from deq_jax.models.common import Weight
 from deq_jax.models.transformer_cell import History, Masks, TransformerCell, draw_masks
@@ -505,3 +507,28 @@ def test_the_other_fields_of_a_history_are_checked_too(field, value):
 def test_a_misspelled_option_of_a_model_suggests_the_right_one():
     with pytest.raises(TypeError, match="^TransformerConfig has no option 'head'; did you mean 'heads'?"):
         TransformerConfig(27, head=2)
+
+
+def test_a_config_of_a_model_goes_through_json():
+    model = models.from_config(
+        json.loads('{"model": "DEQTrellisNet", "vocab_size": 50, "hidden_dim": 8, "output_dim": 8, "cutoffs": [10]}'),
+        rngs=nnx.Rngs(0),
+    )
+    again = models.from_config(json.loads(json.dumps(models.to_config(model))), rngs=nnx.Rngs(0))
+    assert (
+        isinstance(again, models.DEQTrellisNet)
+        and again.config == model.config == models.from_config(model.config, rngs=nnx.Rngs(1)).config
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "words"),
+    [
+        ({"vocab_size": 3}, ValueError, r'config\["model"\] must be one of DEQTransformer, DEQTrellisNet; got None'),
+        ({"model": "DEQTransformer", "vocab_size": 10, "dims": 4}, TypeError, "no option 'dims'; did you mean 'dim'"),
+        (3, TypeError, "must be a TransformerConfig or TrellisNetConfig, or a mapping; got int"),
+    ],
+)
+def test_a_config_that_describes_no_model(config, error, words):
+    with pytest.raises(error, match=words):
+        models.from_config(config, rngs=nnx.Rngs(0))
