@@ -195,4 +195,6 @@ def typical(leaf: Array, batch_ndim: int, over: tuple = ()) -> Array:
     # No device repeats the pattern of another one: the pieces count on, as those of a first axis that is split.
     count = count + jax.lax.axis_index(over).astype(jnp.float32) * math.prod(shape) if over else count
     count = count + zeros_from(moduli).astype(jnp.float32)  # which is sharded as the leaf is
-    return (jnp.where(jnp.cos(2.4 * count * (1 + count)) < 0, -1, 1).astype(size.dtype) * size).astype(leaf.dtype)
+    # Not by `where`: of two numbers jax 0.12 makes an array that is not sharded.
+    is_negative = (jnp.cos(2.4 * count * (1 + count)) < 0).astype(size.dtype)
+    return ((1 - 2 * is_negative) * size).astype(leaf.dtype)

@@ -285,7 +285,8 @@ def root_and_pull(name):
 
     def loss(x, probe):
         options = dict(solver=solver, adjoint=deq.Implicit(backward), batch_ndim=1, probe=probe)
-        solution = deq.root(F, jax.tree.map(jnp.zeros_like, x), x, **options)
+        z0 = jax.tree.map(lambda x: 0 * x, x)  # sharded as x; jax 0.12's zeros_like drops an explicit sharding
+        solution = deq.root(F, z0, x, **options)
         return sum(jnp.sum(jnp.cos(z)) for z in jax.tree.leaves(solution.value)), solution
 
     return jax.jit(lambda x: jax.grad(loss, argnums=(0, 1), has_aux=True)(x, deq.Probe.zeros((4,))))
