@@ -181,7 +181,7 @@ class Broyden(Renewing, LoopOptions):
         compressed = appended(rows, step), small, state.z + step
         before = first_rows(state.steps, kept + 1), state.core, state.next_z
         full = self.is_full(state)
-        moved = full & (state.motion == MOVED)
+        moved = state.motion == jnp.where(full, MOVED, UNKNOWN - 1)
         rows, core, next_z = choose(moved, compressed, before)
         steps = with_first_rows(state.steps, rows)
         count, last_used = jnp.where(full, kept + 1, state.count), jnp.where(moved, kept - 1, state.last_used)
