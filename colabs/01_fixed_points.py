@@ -56,7 +56,7 @@ from flax import nnx
 from deq_jax.nn import DEQ
 
 FAST = os.environ.get("DEQ_JAX_FAST") == "1"  # fewer steps, for the tests
-COLOURS = {
+COLORS = {
     "Picard": "#E69F00",
     "Anderson": "#0072B2",
     "Broyden": "#009E73",
@@ -142,13 +142,13 @@ def path(f, z0, solver, steps):
 
 
 def draw_cobweb(axes, f, z0, solver, steps):
-    z, span, colour = path(f, z0, solver, steps), (0.0, 1.0), COLOURS[type(solver).__name__]
+    z, span, color = path(f, z0, solver, steps), (0.0, 1.0), COLORS[type(solver).__name__]
     grid = jnp.linspace(*span, 200)
     axes.plot(span, span, color="0.7", lw=0.8)
     axes.plot(grid, f(grid), color="0.3", lw=1.2)
     # From the curve to the diagonal at the next iterate, and from there to the curve again.
-    axes.plot(jnp.repeat(z, 2)[1:], jnp.stack([f(z), jnp.roll(z, -1)], 1).reshape(-1)[:-1], color=colour, lw=0.9)
-    axes.plot(z, f(z), ".", ms=5, color=colour)
+    axes.plot(jnp.repeat(z, 2)[1:], jnp.stack([f(z), jnp.roll(z, -1)], 1).reshape(-1)[:-1], color=color, lw=0.9)
+    axes.plot(z, f(z), ".", ms=5, color=color)
     axes.set(xlabel="z", ylabel="f(z)", xlim=span, ylim=(0.0, 1.02), aspect="equal")
 
 
@@ -227,7 +227,7 @@ def first_below(curve, level=1e-4):
 figure, panels = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True)
 for axes, radius in zip(panels, radii, strict=True):
     for name in solvers:
-        axes.semilogy(budgets, curves[name, radius], color=COLOURS[name], label=name)
+        axes.semilogy(budgets, curves[name, radius], color=COLORS[name], label=name)
     reached = ", ".join(f"{name} {first_below(curves[name, radius])}" for name in solvers)
     axes.set(xlabel="evaluations of f", title=f"ρ = {radius}: {reached}")
 panels[0].set_ylabel("best relative residual, ‖f(z) − z‖ / ‖f(z)‖")
@@ -307,7 +307,7 @@ memory = {
 figure, axes = plt.subplots(figsize=(5.5, 3.4))
 for name, mebibytes in memory.items():
     style = ":" if "checkpoint" in name else "-"
-    axes.plot(depths, mebibytes, "o" + style, color=COLOURS[name.split(",")[0]], label=name)
+    axes.plot(depths, mebibytes, "o" + style, color=COLORS[name.split(",")[0]], label=name)
 factor = memory["Unroll"][-1] / memory["Implicit"][-1]
 axes.set(
     xlabel="depth (iterations)",
@@ -370,7 +370,7 @@ for axes, radius in zip(panels, radii, strict=True):
     for name, make in families.items():
         more = () if FAST or name != "Implicit" else (48, 64, 96)
         off = [misalignment(gradient(w, x, z_star, make(k)), exact) for k in counts + more]
-        axes.loglog(counts + more, off, "o-", color=COLOURS[name], label=name)
+        axes.loglog(counts + more, off, "o-", color=COLORS[name], label=name)
     jfb = misalignment(gradient(w, x, z_star, deq.JFB()), exact)
     axes.plot(1, jfb, "k*", ms=10, label="JFB")
     axes.set(
@@ -426,10 +426,10 @@ gradients = jax.jit(jax.grad(play, argnums=(0, 1), has_aux=True))
 # %%
 figure, axes = plt.subplots(figsize=(6, 3.4))
 lost = ~plain.converged
-axes.plot(couplings[~lost], plain.steps[~lost], "o", ms=4, color=COLOURS["Picard"], label="Picard, forward")
-axes.plot(couplings[lost], plain.steps[lost], "x", color=COLOURS["Picard"], label="Picard, not converged")
-axes.plot(couplings, forward.steps, "o", ms=4, color=COLOURS["Anderson"], label="Anderson, forward")
-axes.plot(couplings, backward.steps, "o", ms=4, mfc="none", color=COLOURS["Anderson"], label="Anderson, backward")
+axes.plot(couplings[~lost], plain.steps[~lost], "o", ms=4, color=COLORS["Picard"], label="Picard, forward")
+axes.plot(couplings[lost], plain.steps[lost], "x", color=COLORS["Picard"], label="Picard, not converged")
+axes.plot(couplings, forward.steps, "o", ms=4, color=COLORS["Anderson"], label="Anderson, forward")
+axes.plot(couplings, backward.steps, "o", ms=4, mfc="none", color=COLORS["Anderson"], label="Anderson, backward")
 axes.set(
     xlabel="coupling c",
     ylabel="evaluations of f, or Jᵀ-vector products",
@@ -516,10 +516,10 @@ x_test, y_test = two_spirals(1250, seed=1)
 solver = deq.Anderson(rtol=1e-3, max_steps=40, history=5)
 equilibrium = {"solver": solver, "adjoint": deq.Implicit(solver)}
 unrolled = {"solver": deq.Picard(max_steps=LAYERS), "adjoint": deq.Unroll()}
-runs = {  # the layer's options, the weight of the penalty, colour, line
-    "equilibrium": (equilibrium, 0.0, COLOURS["Implicit"], ":"),
-    "penalised equilibrium": (equilibrium, 0.3, COLOURS["Implicit"], "-"),
-    f"{LAYERS} layers": (unrolled, 0.0, COLOURS["Unroll"], "-"),
+runs = {  # the layer's options, the weight of the penalty, color, line
+    "equilibrium": (equilibrium, 0.0, COLORS["Implicit"], ":"),
+    "penalized equilibrium": (equilibrium, 0.3, COLORS["Implicit"], "-"),
+    f"{LAYERS} layers": (unrolled, 0.0, COLORS["Unroll"], "-"),
 }
 models, logs, accuracy = {}, {}, {}
 for name, (options, penalty, *_) in runs.items():
@@ -569,36 +569,36 @@ def draw_boundary(axes, graphdef, params):
 
 figure, ((losses, steps), (boundary, depth)) = plt.subplots(2, 2, figsize=(10, 7.2))
 factors, tried = {}, np.unique(np.geomspace(1, 200, 6 if FAST else 24).astype(int))
-for name, (options, _, colour, line) in runs.items():
-    losses.semilogy(logs[name]["loss"], line, color=colour, lw=1, label=name)
+for name, (options, _, color, line) in runs.items():
+    losses.semilogy(logs[name]["loss"], line, color=color, lw=1, label=name)
     if options is equilibrium:
-        steps.plot(logs[name]["steps"], line, color=colour, label=name)
+        steps.plot(logs[name]["steps"], line, color=color, label=name)
     found = np.array([loss_at(models[name][1], n) for n in tried])
     beyond = found[tried > LAYERS]
     factors[name] = beyond.max() / beyond.min()
-    depth.loglog(tried, found, line, marker=".", color=colour, label=f"trained as {name}")
+    depth.loglog(tried, found, line, marker=".", color=color, label=f"trained as {name}")
 
-plain, penalised, layers = (log["loss"][-10:].mean() for log in logs.values())
+plain, penalized, layers = (log["loss"][-10:].mean() for log in logs.values())
 losses.set(
     xlabel="training step",
     ylabel="training loss (nats)",
-    title=f"Final loss: {plain:.1g} plain, {penalised:.1g} penalised, {layers:.1g} unrolled",
+    title=f"Final loss: {plain:.1g} plain, {penalized:.1g} penalized, {layers:.1g} unrolled",
 )
 first = logs["equilibrium"]["steps"][0]
-plain, penalised, _ = (log["steps"][-10:].mean() for log in logs.values())
+plain, penalized, _ = (log["steps"][-10:].mean() for log in logs.values())
 steps.set(
     xlabel="training step",
     ylabel="evaluations of f (Anderson), mean of the batch",
-    title=f"The solve grows from {first:.0f} evaluations to {plain:.0f}; penalised, to {penalised:.0f}",
+    title=f"The solve grows from {first:.0f} evaluations to {plain:.0f}; penalized, to {penalized:.0f}",
     ylim=(0, None),
 )
-draw_boundary(boundary, *models["penalised equilibrium"])
-boundary.set_title(f"Penalised equilibrium: {accuracy['penalised equilibrium']:.1%} of test points right")
+draw_boundary(boundary, *models["penalized equilibrium"])
+boundary.set_title(f"Penalized equilibrium: {accuracy['penalized equilibrium']:.1%} of test points right")
 depth.axvline(LAYERS, color="0.6", lw=0.8, ls=":")
 depth.set(
     xlabel="plain iterations at test time",
     ylabel="test loss (nats)",
-    title=f"Beyond {LAYERS} iterations the loss moves {factors['penalised equilibrium']:.1f}-fold penalised, "
+    title=f"Beyond {LAYERS} iterations the loss moves {factors['penalized equilibrium']:.1f}-fold penalized, "
     f"{factors[f'{LAYERS} layers']:.1f}-fold unrolled",
 )
 for axes in (losses, steps, depth):
@@ -611,12 +611,12 @@ plt.show()
 # small a problem the penalty shows in the loss rather than in the evaluations.
 #
 # The last panel holds two surprises. The eight layers have made themselves an equilibrium without being asked:
-# iterating on hardly changes the loss. And the penalised model, whose equilibria Anderson finds for every test
+# iterating on hardly changes the loss. And the penalized model, whose equilibria Anderson finds for every test
 # point, is *not* at rest under plain iteration. That is part 2 again: ask for the spectral radius at its solutions.
 
 # %%
 sample = slice(None, None, 10)
-for name in ("equilibrium", "penalised equilibrium"):
+for name in ("equilibrium", "penalized equilibrium"):
     model = nnx.merge(*models[name])
     _, z, _ = predict(*models[name], x_test)
     jacobians = jax.vmap(jax.jacfwd(model.layer.cell))(z[sample], model.embed(x_test)[sample])

@@ -17,7 +17,7 @@ from experiments.benchmarks.workers import good
 from experiments.shared import study
 from experiments.shared.plots import STYLE, markdown_table
 
-# One colour a library; ours is that of Anderson in the other figures.
+# One color a library; ours is that of Anderson in the other figures.
 PACKAGES = {
     "deq_jax": "#0072B2",
     "jaxopt": "#E69F00",
@@ -54,7 +54,7 @@ def limit_ms(row: dict[str, Any], parts: dict[str, float]) -> float:
     step = row["step"]
     if "f" not in step:
         return math.nan
-    # A Jacobian-vector product costs no less than f, and is counted as one: in the contender's favour.
+    # A Jacobian-vector product costs no less than f, and is counted as one: in the contender's favor.
     return step["f"] * parts["t_f"] + step["vjp"] * parts["t_vjp"] + step["jvp"] * parts["t_f"] + parts["t_params"]
 
 
@@ -187,8 +187,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
             rows = timed(problem)
             labels, times = list(rows), [row["step"]["ms"] for row in rows.values()]
             limits = [limit_ms(row, problem["limit"]) for row in rows.values()]
-            colours = [PACKAGES.get(row["package"], "0.5") for row in rows.values()]
-            ax.scatter(times, labels, color=colours, s=60)  # no bars: on a logarithmic axis their length means nothing
+            colors = [PACKAGES.get(row["package"], "0.5") for row in rows.values()]
+            ax.scatter(times, labels, color=colors, s=60)  # no bars: on a logarithmic axis their length means nothing
             ax.plot(limits, labels, "k|", ms=11, mew=1.5, label="limit: its evaluations alone")
             ax.set(xscale="log", xlabel="forward + backward, ms (the least)")
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

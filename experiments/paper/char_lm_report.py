@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from experiments.shared import study
-from experiments.shared.plots import COLOURS, STYLE, fill, read_log
+from experiments.shared.plots import COLORS, STYLE, fill, read_log
 
 
 def draw_demo(run: Path) -> Path:
@@ -38,15 +38,15 @@ def draw_losses(by_step: Axes, by_time: Axes, summary: dict, logs: dict[str, lis
     clock, name = ("train_cpu_seconds", "CPU time") if on_cpu else ("train_seconds", "time")
     # The layers are drawn first, with a larger mark, so that both marks are visible where they coincide.
     curves = (
-        (unrolled, logs["unrolled"], layers, COLOURS["unrolled"], "s", 9),
-        (deq, logs["deq"], "equilibrium", COLOURS[summary["config"]["solver"]["__type__"]], "o", 5),
+        (unrolled, logs["unrolled"], layers, COLORS["unrolled"], "s", 9),
+        (deq, logs["deq"], "equilibrium", COLORS[summary["config"]["solver"]["__type__"]], "o", 5),
     )
-    for result, log, label, colour, mark, size in curves:
+    for result, log, label, color, mark, size in curves:
         loss = [line["loss"] for line in log]
         for axes, x, end in (by_step, "step", "steps"), (by_time, clock, clock):
-            axes.plot([line[x] for line in log], loss, color=colour, lw=1.2, label=f"{label}, training")
+            axes.plot([line[x] for line in log], loss, color=color, lw=1.2, label=f"{label}, training")
             label_valid = f"{label}, validation {result['valid_loss']:.3f}"
-            axes.plot(result[end], result["valid_loss"], mark, ms=size, color=colour, label=label_valid, clip_on=False)
+            axes.plot(result[end], result["valid_loss"], mark, ms=size, color=color, label=label_valid, clip_on=False)
     warm_up = summary["shallow_steps"]
     if warm_up > 0:
         by_step.axvline(warm_up, color="0.6", lw=0.8, ls=":")
@@ -71,7 +71,7 @@ def draw_residuals(axes: Axes, summary: dict) -> None:
     needed = {}
     for name, residuals in summary["residuals"].items():
         evaluations = np.arange(1, len(residuals) + 1)
-        axes.semilogy(evaluations, np.maximum(residuals, 1e-12), color=COLOURS[name], marker=".", label=name)
+        axes.semilogy(evaluations, np.maximum(residuals, 1e-12), color=COLORS[name], marker=".", label=name)
         needed[name] = next((int(k) for k, r in zip(evaluations, residuals, strict=True) if r <= rtol), None)
     axes.axhline(rtol, color="0.6", lw=0.8, ls=":")
     axes.annotate(f"training tolerance {rtol:g}", (1, rtol), fontsize=8, color="0.4", va="bottom")
@@ -90,7 +90,7 @@ def draw_memory(axes: Axes, summary: dict) -> None:
     labels = {"unrolled": "unrolled layers", "implicit": f"{summary['gradient']['__type__']}, max_steps"}
     for name, label in labels.items():
         megabytes = np.asarray(memory[name]) / 1e6
-        axes.loglog(depths, megabytes, "o-", base=2, color=COLOURS[name], label=label)
+        axes.loglog(depths, megabytes, "o-", base=2, color=COLORS[name], label=label)
     growth = {name: memory[name][-1] / memory[name][0] for name in labels}
     ratio = memory["unrolled"][-1] / memory["implicit"][-1]
     less = f"{ratio:.1f}× less" if ratio >= 1 else f"{1 / ratio:.1f}× more"

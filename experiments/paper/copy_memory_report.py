@@ -42,7 +42,7 @@ def show(loss: float) -> str:
     return f"{loss:.4f}" if loss >= 1e-3 else f"{loss:.2g}"
 
 
-COLOURS = {"DEQ-Transformer": plots.COLOURS["implicit"], "TCN": "#CC79A7", "LSTM": "#E69F00", "GRU": "0.45"}
+COLORS = {"DEQ-Transformer": plots.COLORS["implicit"], "TCN": "#CC79A7", "LSTM": "#E69F00", "GRU": "0.45"}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -56,8 +56,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
             for axes, clock in (by_step, "step"), (by_time, "cpu_seconds"):
                 x = [line[clock] for line in model["curve"]]
                 label = f"{name}, test {show(model['test']['loss'])}"
-                axes.plot(x, loss, color=COLOURS[name], lw=1.3, label=label)
-                axes.plot(x[-1], model["test"]["loss"], "o", color=COLOURS[name], ms=6, clip_on=False)
+                axes.plot(x, loss, color=COLORS[name], lw=1.3, label=label)
+                axes.plot(x[-1], model["test"]["loss"], "o", color=COLORS[name], ms=6, clip_on=False)
         for axes in (by_step, by_time):
             axes.set_yscale("log")
             axes.axhline(results["chance"], color="0.6", lw=0.8, ls=":")

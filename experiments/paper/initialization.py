@@ -95,7 +95,7 @@ STEPS: dict[str, Callable] = {"post": post_norm_step, "pre": pre_norm_step, "non
 # ---- initialization ----------------------------------------------------------------------------------------
 
 
-def initialise(params: PyTree, ensemble: str, gain: float, key: Key[Array, ""]) -> PyTree:
+def initialize(params: PyTree, ensemble: str, gain: float, key: Key[Array, ""]) -> PyTree:
     """The same parameters with the cell's kernels redrawn: entries of mean square gain²/fan_in in every ensemble."""
     cell = dict(params["cell"])
     dim, inner = cell["inner"]["kernel"].shape
@@ -204,7 +204,7 @@ def measure(config: Config, cells: study.Cells) -> dict[str, Any]:
             if not compiled:
                 compiled.append(programs(config, len(corpus.vocabulary), layer_norm, weight_norm))
             fresh, tx, step, look = compiled[0]
-            params = initialise(fresh, ensemble, gain, jax.random.key(config.seed + 1))
+            params = initialize(fresh, ensemble, gain, jax.random.key(config.seed + 1))
             state = init_state(params, tx, jax.random.key(config.seed))
             before = look(params, held_out.inputs, held_out.targets)
             lines = []

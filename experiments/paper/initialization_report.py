@@ -8,7 +8,7 @@ from experiments.shared import plots, study
 
 def table(results: dict[str, Any]) -> str:
     config = results["config"]
-    lines = ["# Initialisation", "", f"    {results['command']}", ""]
+    lines = ["# Initialization", "", f"    {results['command']}", ""]
     lines += study.paragraph(
         study.conditions(results, dtype=results["dtype"], seed=results["seed"], gradient="Implicit()") + ".",
         f"dim {config['dim']}, inner {config['inner_dim']}, T = {config['length']}, {config['steps']} steps of Adam,",
@@ -65,7 +65,7 @@ def row_of(row: dict[str, Any]) -> list[Any]:
 
 EDGE = 12.0  # the panels of spectral radii end here; larger values are drawn at the edge
 MARKS = {"Gaussian": "o", "orthogonal": "s", "symmetric": "^"}
-NORM_COLOURS = {"post": "#0072B2", "pre": "#D55E00", "none": "0.4"}
+NORM_COLORS = {"post": "#0072B2", "pre": "#D55E00", "none": "0.4"}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -84,7 +84,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 if value is None:
                     continue
                 sure = (row[when]["converged"] or 0) >= 0.5
-                colour = NORM_COLOURS[row["layer_norm"]]
+                color = NORM_COLORS[row["layer_norm"]]
                 # Points with the same gain would hide each other, so they stand side by side.
                 shift = 1 + 0.12 * (list(MARKS).index(row["ensemble"]) - 1) + (0.06 if row["weight_norm"] else 0)
                 panel.plot(
@@ -92,8 +92,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
                     min(value, EDGE) if key == "radius" else value,
                     MARKS[row["ensemble"]],
                     ms=6,
-                    color=colour,
-                    mfc=colour if row["weight_norm"] and sure else "none",
+                    color=color,
+                    mfc=color if row["weight_norm"] and sure else "none",
                     alpha=1 if sure else 0.35,
                 )
             panel.set(xscale="log", xlabel="gain: standard deviation × √fan_in", ylabel=label)
@@ -111,7 +111,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes[2].axhline(results["uniform_loss"], color="0.6", lw=0.8, ls=":")
         for panel, title in zip(axes, findings(results), strict=True):
             panel.set_title(plots.fill(title))
-        handles = [plt.Line2D([], [], color=c, marker="o", ls="", label=f"LN {n}") for n, c in NORM_COLOURS.items()]
+        handles = [plt.Line2D([], [], color=c, marker="o", ls="", label=f"LN {n}") for n, c in NORM_COLORS.items()]
         handles += [plt.Line2D([], [], color="0.2", marker=m, ls="", mfc="none", label=n) for n, m in MARKS.items()]
         handles += [
             plt.Line2D([], [], color="0.2", marker="o", ls="", label="filled: weight norm"),
@@ -142,10 +142,8 @@ def findings(results: dict[str, Any]) -> tuple[str, str, str]:
             for r in rows
             if r["layer_norm"] == name
         )
-        for name in NORM_COLOURS
+        for name in NORM_COLORS
     }
-    of = {name: sum(r["layer_norm"] == name for r in rows) for name in NORM_COLOURS}
-    three = "diverged or without z* after: " + ", ".join(
-        f"LN {n} {failed[n]} of {of[n]}" for n in NORM_COLOURS if of[n]
-    )
+    of = {name: sum(r["layer_norm"] == name for r in rows) for name in NORM_COLORS}
+    three = "diverged or without z* after: " + ", ".join(f"LN {n} {failed[n]} of {of[n]}" for n in NORM_COLORS if of[n])
     return one, two, three

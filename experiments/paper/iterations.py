@@ -210,7 +210,7 @@ def draw_counts(axes: Any, rows: list[dict[str, Any]], key: str) -> dict[str, li
         here = [row for row in rows if (row["solver"], row["rtol"]) == (name, rtol)]
         for count, converged, style, label in kinds:
             y = [row[count] if row[converged] >= 0.5 else np.nan for row in here]
-            options: dict[str, Any] = dict(color=plots.COLOURS[name], label=f"{name}, {label}")
+            options: dict[str, Any] = dict(color=plots.COLORS[name], label=f"{name}, {label}")
             axes.plot([row[key] for row in here], y, style, mfc=None if label == "forward" else "none", **options)
         kept[name] = [row for row in here if row["converged"] == 1]
     axes.set_ylabel(f"evaluations or products to a residual of {rtol:g}")

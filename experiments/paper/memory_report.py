@@ -145,14 +145,14 @@ def quality_table(config: dict[str, Any], part: dict[str, Any]) -> list[str]:
     return lines
 
 
-COLOURS = {
-    "plain": plots.COLOURS["unrolled"],
-    "checkpointed": plots.COLOURS["unrolled"],
-    "√L-checkpointed": plots.COLOURS["unrolled"],
-    "Implicit": plots.ADJOINT_COLOURS["Implicit"],
-    "Implicit, Broyden": plots.COLOURS["Broyden"],
-    "Phantom(5)": plots.ADJOINT_COLOURS["Phantom(5, 0.8)"],
-    "Reversible": plots.ADJOINT_COLOURS["Reversible"],
+COLORS = {
+    "plain": plots.COLORS["unrolled"],
+    "checkpointed": plots.COLORS["unrolled"],
+    "√L-checkpointed": plots.COLORS["unrolled"],
+    "Implicit": plots.ADJOINT_COLORS["Implicit"],
+    "Implicit, Broyden": plots.COLORS["Broyden"],
+    "Phantom(5)": plots.ADJOINT_COLORS["Phantom(5, 0.8)"],
+    "Reversible": plots.ADJOINT_COLORS["Reversible"],
 }
 DASHES = {"plain": "-", "checkpointed": ":", "√L-checkpointed": "--"}
 
@@ -180,9 +180,7 @@ def style(name: str) -> dict[str, Any]:
     kind = name.removeprefix(LARGER).strip()
     wide = dict(marker="D", lw=2) if name.startswith(LARGER) else dict(marker="o", lw=1.3)
     # Draw Implicit above modes that have the same memory.
-    return dict(
-        color=COLOURS[kind], ls=DASHES.get(kind, "-"), ms=4, label=name, zorder=3 + (kind == "Implicit"), **wide
-    )
+    return dict(color=COLORS[kind], ls=DASHES.get(kind, "-"), ms=4, label=name, zorder=3 + (kind == "Implicit"), **wide)
 
 
 def draw_memory(axes: Any, memory: dict[str, Any]) -> None:

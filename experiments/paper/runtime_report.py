@@ -68,12 +68,12 @@ def family_table(family: str, part: dict[str, Any]) -> list[str]:
     return lines
 
 
-COLOURS = {
+COLORS = {
     "own layers": "0.35",
-    "tied layers": plots.COLOURS["unrolled"],
-    "Implicit": plots.ADJOINT_COLOURS["Implicit"],
-    "Phantom(5)": plots.ADJOINT_COLOURS["Phantom(5, 0.8)"],
-    "JFB": plots.ADJOINT_COLOURS["JFB"],
+    "tied layers": plots.COLORS["unrolled"],
+    "Implicit": plots.ADJOINT_COLORS["Implicit"],
+    "Phantom(5)": plots.ADJOINT_COLORS["Phantom(5, 0.8)"],
+    "JFB": plots.ADJOINT_COLORS["JFB"],
 }
 
 
@@ -94,14 +94,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def draw_ratios(axes: Any, family: str, part: dict[str, Any], layers: int) -> None:
-    base, labels, ratios, colours = base_of(part["training"]), [], [], []
+    base, labels, ratios, colors = base_of(part["training"]), [], [], []
     for kind in ("training", "inference"):
         for name, row in part[kind].items():
             labels.append(f"{kind}: {name}")
             ratios.append(row["cpu_min"] / part[kind][base]["cpu_min"])
-            colours.append(COLOURS.get(name, COLOURS["Implicit"]))
+            colors.append(COLORS.get(name, COLORS["Implicit"]))
     places = np.arange(len(labels))[::-1]
-    axes.barh(places, ratios, color=colours, height=0.7)
+    axes.barh(places, ratios, color=colors, height=0.7)
     for place, ratio in zip(places, ratios, strict=True):
         axes.text(ratio, place, f" {ratio:.2f}", va="center", fontsize=8)
     axes.set_yticks(places, labels)
@@ -122,7 +122,7 @@ def draw_curves(axes: Any, part: dict[str, Any]) -> None:
     for name, run in part["runs"].items():
         x = [point["cpu_seconds"] / unit for point in run["curve"]]
         y = [point["valid_loss"] for point in run["curve"]]
-        axes.plot(x[1:], y[1:], "o-", ms=3, lw=1.3, color=COLOURS[name], label=name)
+        axes.plot(x[1:], y[1:], "o-", ms=3, lw=1.3, color=COLORS[name], label=name)
     axes.axhline(to["loss"], color="0.6", lw=0.8, ls=":")
     ratio = to["cpu_seconds"]["Implicit"] / unit
     axes.set_title(

@@ -169,7 +169,7 @@ def training(config: Config, model: trained.Trained, first: int, cells: study.Ce
     segments = lm.evaluation_segments(model.corpus.valid, lm_train.EVALUATION_BATCH, model.config.length)
     evaluate = lm.make_evaluate(model.graphdef, segments, deq.Anderson())
     look = state_of_affairs(config, model)
-    go, penalised = trained.continuing(model), trained.continuing(model, jacobian_weight=config.jacobian_weight)
+    go, penalized = trained.continuing(model), trained.continuing(model, jacobian_weight=config.jacobian_weight)
     full = int(config.model.solver.max_steps)
 
     def one(forward: int, backward: int, policy: deq.OnFailure, go: Callable = go) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def training(config: Config, model: trained.Trained, first: int, cells: study.Ce
         f"both caps {cap}, KEEP": lambda: one(cap, cap, keep),
         f"both caps {cap}, ONE_STEP": lambda: one(cap, cap, one_step),
         f"both caps {cap}, ZERO": lambda: one(cap, cap, zero),
-        f"Jacobian penalty {config.jacobian_weight:g}": lambda: one(full, full, keep, penalised),
+        f"Jacobian penalty {config.jacobian_weight:g}": lambda: one(full, full, keep, penalized),
     }
     return [{"run": name, "from": first} | cells(f"training, {name}", run) for name, run in runs.items()]
 

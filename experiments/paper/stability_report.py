@@ -109,7 +109,7 @@ PAPER = {"weight_tied": "Picard", "deq": "Broyden"}
 def draw(results: dict[str, Any], path: Path) -> None:
     """The paper's Figure 2 right beside ours; the gradient and the loss under failures."""
     plt = plots.plt
-    colours = plots.COLOURS | {"Picard, damping 0.5": "#F0C97A"}
+    colors = plots.COLORS | {"Picard, damping 0.5": "#F0C97A"}
     rows = [row for row in results["traces"] if row["step"] > results["warm_up"]]
     early, late = rows[0], rows[-1]
     with plt.rc_context(plots.STYLE):
@@ -124,13 +124,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
                     y[order][keep] / PAPER_NORM,
                     "--",
                     lw=1,
-                    color=colours[name],
+                    color=colors[name],
                     label=f"paper, {name}, epoch {epoch}",
                 )
             for name, curve in row.items():
                 if isinstance(curve, dict):
                     residual = study.numbers(curve["residual"])
-                    panel.semilogy(np.arange(1, len(residual) + 1), residual, lw=1.5, color=colours[name], label=name)
+                    panel.semilogy(np.arange(1, len(residual) + 1), residual, lw=1.5, color=colors[name], label=name)
             panel.set(xlabel="evaluations of f", ylabel="relative residual, median over sequences", ylim=(1e-10, 10))
             radius = np.median(study.numbers(row["radius"]))
             reached = [
@@ -164,26 +164,30 @@ def draw_scalars(axes: Any, results: dict[str, Any]) -> None:
         # At a root where f′ = 1 the residual is the cube of the distance, so an approximate root counts there.
         near = row["distance"] is not None and row["distance"] <= (1e-2 if row["tangent"] == 1 else 1e-6)
         false += claimed and not near
-        colour = "#009E73" if claimed and near else "#D55E00" if claimed else "0.75"
-        axes.add_patch(plots.plt.Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=colour, lw=0))
+        color = "#009E73" if claimed and near else "#D55E00" if claimed else "0.75"
+        axes.add_patch(plots.plt.Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=color, lw=0))
         axes.text(x, y, row["status"].replace("_", " ").lower(), fontsize=6, ha="center", va="center")
     axes.set(xlim=(-0.6, len(names) - 0.4), ylim=(len(maps) - 0.4, -0.6))
     axes.set_xticks(range(len(names)), [n.replace(", ", ",\n") for n in names], fontsize=7)
     axes.set_yticks(range(len(maps)), maps, fontsize=7)
-    axes.set_title(plots.fill(f"scalar maps: {false} false claims of convergence (green: a true root; grey: a flag)"))
+    axes.set_title(
+        plots.fill(
+            f"scalar maps: {false} false claims of convergence (green: a true root; gray: a failure that is flagged)"
+        )
+    )
 
 
-POLICY_COLOURS = {"KEEP": "#0072B2", "ZERO": "0.4", "ONE_STEP": "#D55E00"}
+POLICY_COLORS = {"KEEP": "#0072B2", "ZERO": "0.4", "ONE_STEP": "#D55E00"}
 
 
 def draw_injected(axes: Any, results: dict[str, Any]) -> None:
-    for policy, colour in POLICY_COLOURS.items():
+    for policy, color in POLICY_COLORS.items():
         rows = [row for row in results["injected"] if row["policy"] == policy]
         axes.loglog(
             [r["cap"] for r in rows],
             [max(1 - r["cosine"], 1e-9) for r in rows],
             "o-",
-            color=colour,
+            color=color,
             label=f"on_failure {policy}",
         )
     caps = sorted({row["cap"] for row in results["injected"]})
@@ -197,15 +201,15 @@ def draw_injected(axes: Any, results: dict[str, Any]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-RUN_COLOURS = ("#0072B2", "#E69F00", "#CC79A7", "#D55E00", "0.2", "0.6", "#009E73")
+RUN_COLORS = ("#0072B2", "#E69F00", "#CC79A7", "#D55E00", "0.2", "0.6", "#009E73")
 
 
 def draw_training(axes: Any, results: dict[str, Any]) -> None:
     window = max(1, len(results["training"][0]["curve"]) // 10)
-    for row, colour in zip(results["training"], RUN_COLOURS, strict=True):
+    for row, color in zip(results["training"], RUN_COLORS, strict=True):
         smooth = np.convolve(study.numbers(row["curve"]), np.ones(window) / window, "valid")
         x = row["from"] + window + np.arange(len(smooth))
-        axes.plot(x, smooth, color=colour, lw=1.2, label=f"{row['run']}: validation {row['valid_tight']:.3f}")
+        axes.plot(x, smooth, color=color, lw=1.2, label=f"{row['run']}: validation {row['valid_tight']:.3f}")
     sound = results["training"][0]["valid_tight"]
     worst = max(results["training"], key=lambda row: row["valid_tight"] - sound)
     axes.set_title(
@@ -221,16 +225,16 @@ def draw_radius(axes: Any, results: dict[str, Any]) -> None:
     steps = [row["step"] for row in results["traces"]]
     radius = [np.median(study.numbers(row["radius"])) for row in results["traces"]]
     axes.plot(steps, radius, "o-", color="#0072B2", label="trained as it is")
-    penalised = results["training"][-1]
-    end = penalised["from"] + len(penalised["curve"])
-    after = np.median(study.numbers(penalised["radius"]))
+    penalized = results["training"][-1]
+    end = penalized["from"] + len(penalized["curve"])
+    after = np.median(study.numbers(penalized["radius"]))
     sound = np.median(study.numbers(results["training"][0]["radius"]))
     axes.plot(
-        [penalised["from"], end],
-        [radius[steps.index(penalised["from"])], after],
+        [penalized["from"], end],
+        [radius[steps.index(penalized["from"])], after],
         "s--",
         color="#009E73",
-        label=penalised["run"],
+        label=penalized["run"],
     )
     axes.axhline(1, color="0.6", lw=0.8, ls=":")
     axes.set_title(

@@ -118,9 +118,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         left.plot(x, y, "k--", marker="x", label="paper, DEQ-Transformer on WikiText-103")
         for name in SOLVERS:
             x, y = excess(results, "by_tolerance", name)
-            left.plot(x, y, "o-", color=plots.COLOURS[name], ms=4, label=name)
+            left.plot(x, y, "o-", color=plots.COLORS[name], ms=4, label=name)
             x, y = excess(results, "by_cap", name)
-            middle.plot(x, y, "o-", color=plots.COLOURS[name], ms=4, label=name)
+            middle.plot(x, y, "o-", color=plots.COLORS[name], ms=4, label=name)
         left.set(xscale="log", xlabel="relative tolerance of the solve (the paper's ε over √700)")
         left.set_yscale("symlog", linthresh=0.01)
         left.set_ylabel("validation loss above the tightest solve's (nats/token)")
@@ -165,7 +165,7 @@ def draw_training(axes: Any, results: dict[str, Any]) -> None:
     y = np.arange(len(rows))
     axes.plot([row["valid_as_trained"] for row in rows], y, "o", mfc="none", color="0.5", label="solver as trained")
     tight = f"solves to {results['config']['tight']:g}"
-    axes.plot([row["valid_tight"] for row in rows], y, "o", ms=4, color=plots.COLOURS["Anderson"], label=tight)
+    axes.plot([row["valid_tight"] for row in rows], y, "o", ms=4, color=plots.COLORS["Anderson"], label=tight)
     right = max(row["valid_tight"] for row in rows)
     for row, at in zip(rows, y, strict=True):
         axes.annotate(f"{row['cosine']:.3f}", (1.02, at), xycoords=("axes fraction", "data"), fontsize=7, va="center")

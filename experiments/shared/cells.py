@@ -100,7 +100,7 @@ def split(n: int, make: Callable) -> Callable:
 
 
 def attention(z, p):
-    """One head of self-attention over 6 tokens of 8 numbers, added to the input and normalised."""
+    """One head of self-attention over 6 tokens of 8 numbers, added to the input and normalized."""
     x = z.reshape(6, 8)
     q, k, v = x @ p["q"], x @ p["k"], x @ p["v"]
     mixed = jax.nn.softmax(q @ k.T / 8**0.5) @ v

@@ -12,15 +12,15 @@ gelu = jax.nn.gelu  # by its default, the approximation with tanh
 
 def layer_norm(x, scale):
     """Over the last axis, times `scale`."""
-    centred = x - x.mean(-1, keepdims=True)
-    return scale * centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    centered = x - x.mean(-1, keepdims=True)
+    return scale * centered * jax.lax.rsqrt((centered**2).mean(-1, keepdims=True) + 1e-5)
 
 
 def group_norm(x, scale, groups):
     """Of `[batch, height, width, channels]`, times a `scale` a channel."""
     split = x.reshape(*x.shape[:-1], groups, -1)
-    centred = split - split.mean((1, 2, 4), keepdims=True)
-    unit = centred * jax.lax.rsqrt((centred**2).mean((1, 2, 4), keepdims=True) + 1e-5)
+    centered = split - split.mean((1, 2, 4), keepdims=True)
+    unit = centered * jax.lax.rsqrt((centered**2).mean((1, 2, 4), keepdims=True) + 1e-5)
     return unit.reshape(x.shape) * scale
 
 

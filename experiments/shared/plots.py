@@ -11,8 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: F401 - pages draw with plots.plt, which has no window
 
-# One colour a solver, and one a gradient, in every figure (Okabe and Ito's, which colour-blind readers tell apart).
-COLOURS: dict[str, str] = {
+# One color a solver, and one a gradient, in every figure (Okabe and Ito's, which color-blind readers tell apart).
+COLORS: dict[str, str] = {
     "Picard": "#E69F00",
     "Anderson": "#0072B2",
     "Broyden": "#009E73",
@@ -21,14 +21,14 @@ COLOURS: dict[str, str] = {
     "implicit": "#0072B2",
     "unrolled": "#D55E00",
 }
-ADJOINT_COLOURS = {
-    "Implicit": COLOURS["implicit"],
+ADJOINT_COLORS = {
+    "Implicit": COLORS["implicit"],
     "Shine(0)": "#56B4E9",
     "Shine(5)": "#009E73",
     "Phantom(5, 0.8)": "#CC79A7",
     "Neumann(5)": "#E69F00",
     "JFB": "0.4",
-    "Unroll": COLOURS["unrolled"],
+    "Unroll": COLORS["unrolled"],
     "Reversible": "#B8A800",
 }
 STYLE: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}

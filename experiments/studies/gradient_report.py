@@ -93,13 +93,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
             rows = [row for row in results["adjoints"] if (row["dtype"], row["radius"]) == (dtype, radius)]
             lost = sorted({row["solver"] for row in rows if row["converged"] < 1 and row["adjoint"] == "Implicit"})
             for row in rows:
-                if row["adjoint"] in plots.ADJOINT_COLOURS and row["solver"] not in lost and np.isfinite(row["error"]):
+                if row["adjoint"] in plots.ADJOINT_COLORS and row["solver"] not in lost and np.isfinite(row["error"]):
                     x = row["products"] + 1  # the last product, with the parameters
                     axes.loglog(
                         x,
                         row["error"],
                         marks[row["solver"]],
-                        color=plots.ADJOINT_COLOURS[row["adjoint"]],
+                        color=plots.ADJOINT_COLORS[row["adjoint"]],
                         ms=6,
                         alpha=0.8,
                     )
@@ -112,7 +112,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         seen = {row["adjoint"] for row in results["adjoints"]}
         dots = [
             plt.Line2D([], [], color=c, marker="o", ls="", label=n)
-            for n, c in plots.ADJOINT_COLOURS.items()
+            for n, c in plots.ADJOINT_COLORS.items()
             if n in seen
         ]
         dots += [plt.Line2D([], [], color="0.2", marker=m, ls="", mfc="none", label=n) for n, m in marks.items()]

@@ -125,8 +125,8 @@ def draw_figure(record: dict[str, Any], path: Path) -> None:
         figure, axes = plt.subplots(figsize=size, layout="constrained")
         image = axes.imshow(table, cmap="cividis", vmin=0, vmax=100, aspect="auto")
         for i, j in np.ndindex(table.shape):
-            colour = "black" if table[i, j] > 55 else "white"
-            axes.text(j, i, f"{table[i, j]:.0f}", ha="center", va="center", fontsize=7, color=colour)
+            color = "black" if table[i, j] > 55 else "white"
+            axes.text(j, i, f"{table[i, j]:.0f}", ha="center", va="center", fontsize=7, color=color)
         axes.set_xticks(range(len(results)), [f"{n}\n{whole[n]:.1f} %" for n in results], fontsize=8)
         axes.xaxis.tick_top()
         axes.tick_params(length=0)

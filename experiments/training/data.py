@@ -107,7 +107,7 @@ class Segments:
 
 
 def segments(tokens: np.ndarray, batch: int, length: int, *, seed: int | None = None) -> Segments:
-    """Segments of `tokens` (integers [n]) for language modelling with a carried history.
+    """Segments of `tokens` (integers [n]) for language modeling with a carried history.
 
     The tokens are laid out as `batch` contiguous streams; segment k is columns k·length to (k + 1)·length
     of each, as in Bai et al. and Transformer-XL. `segments[step]` depends on (seed, step) alone: any step

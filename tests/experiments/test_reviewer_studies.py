@@ -163,7 +163,7 @@ def test_ensembles_have_one_scale(ensemble):
             ("inner", (dim, inner), 1), ("outer", (inner, dim), 1),
         )
     }  # fmt: skip
-    cell = initialization.initialise({"cell": fresh}, ensemble, gain, jax.random.key(0))["cell"]
+    cell = initialization.initialize({"cell": fresh}, ensemble, gain, jax.random.key(0))["cell"]
     for name, fan_in in ("qkv", dim), ("attended", dim), ("inner", dim), ("outer", inner):
         assert float(jnp.mean(cell[name]["kernel"] ** 2)) == pytest.approx(gain**2 / fan_in, rel=1e-5)
     out = np.asarray(cell["attended"]["kernel"]).reshape(dim, dim)
