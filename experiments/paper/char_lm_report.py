@@ -60,7 +60,7 @@ def draw_losses(by_step: Axes, by_time: Axes, summary: dict, logs: dict[str, lis
     gap = unrolled["valid_loss"] - deq["valid_loss"]
     better = f"{abs(gap):.3f} nats {'below' if gap > 0 else 'above'}" if abs(gap) >= 0.0005 else "level with"
     by_step.set_title(fill(f"the equilibrium ends {better} {layers}"))
-    by_time.set_title(fill(f"training it took {deq[clock] / max(unrolled[clock], 1e-9):.2f}× the {name} of the layers"))
+    by_time.set_title(fill(f"training took {deq[clock] / max(unrolled[clock], 1e-9):.2f}× the {name} of the layers"))
     by_time.legend(frameon=False, fontsize=8, loc="upper right")  # where both curves are low and there is room
     by_step.set(xlabel="optimizer step", ylabel="loss (nats/token)")
     by_time.set(xlabel=f"{name} of training (s)", ylabel="loss (nats/token)")

@@ -71,7 +71,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             by_step.axvline(config["shallow_steps"], color="0.6", lw=0.8, ls=":")
             text, above = " from two layers\n to the equilibrium", by_step.get_xaxis_transform()
             by_step.text(config["shallow_steps"], 0.98, text, transform=above, fontsize=8, color="0.4", va="top")
-        by_step.set(xlabel="optimizer step (log)", ylabel="loss (nats a place, mean over T + 20)")
+        by_step.set(xlabel="optimizer step (log)", ylabel="loss (nats per position, mean over T + 20)")
         by_time.set(xlabel="processor time of training (s)")
         by_time.legend(frameon=False, fontsize=8)
         figure.suptitle(finding(results))

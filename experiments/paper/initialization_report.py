@@ -135,7 +135,7 @@ def findings(results: dict[str, Any]) -> tuple[str, str, str]:
     )
     grown = [row for row in post if sure(row, "before") and sure(row, "after")]
     more = sum(row["after"]["radius"] > row["before"]["radius"] for row in grown)
-    two = f"training raised it in {more} of the {len(grown)} post-LN runs with a z* at both ends"
+    two = f"training raised it in {more} of the {len(grown)} post-LN runs that have a z* before and after"
     failed = {
         name: sum(
             (r["after"]["converged"] or 0) < 0.5 or r["diverged_at"] is not None
@@ -145,5 +145,7 @@ def findings(results: dict[str, Any]) -> tuple[str, str, str]:
         for name in NORM_COLORS
     }
     of = {name: sum(r["layer_norm"] == name for r in rows) for name in NORM_COLORS}
-    three = "diverged or without z* after: " + ", ".join(f"LN {n} {failed[n]} of {of[n]}" for n in NORM_COLORS if of[n])
+    three = "diverged, or no z* after training: " + ", ".join(
+        f"LN {n} {failed[n]} of {of[n]}" for n in NORM_COLORS if of[n]
+    )
     return one, two, three

@@ -227,7 +227,7 @@ def draw_training(axes: Any, results: dict[str, Any]) -> None:
     ends = {name: [row for row in rows if row["step"] > results["warm_up"]] for name, rows in kept.items()}
     words = [f"{n} {r[0]['evaluations']:.0f} to {r[-1]['evaluations']:.0f}" for n, r in ends.items() if len(r) > 1]
     lost = [name for name, rows in ends.items() if not rows]
-    missing = f"; {', '.join(lost)} does not get there" if lost else ""
+    missing = f"; {', '.join(lost)} does not reach it" if lost else ""
     axes.set_title(plots.fill(f"evaluations at the equilibrium: {', '.join(words)}{missing}"))
     axes.set_xlabel("optimizer step")
     axes.legend(frameon=False, fontsize=7)
@@ -244,7 +244,7 @@ def draw_lengths(axes: Any, results: dict[str, Any]) -> None:
     growth = {name: rows[-1]["evaluations"] / rows[0]["evaluations"] for name, rows in whole.items()}
     words = ", ".join(f"{name} ×{g:.1f}" for name, g in growth.items())
     axes.set_title(plots.fill(f"{lengths[-1] // lengths[0]}× the length: evaluations {words}"))
-    axes.set_xlabel("sequence length (tokens; dotted: that of training)")
+    axes.set_xlabel("sequence length (tokens; dotted: training length)")
     axes.legend(frameon=False, fontsize=7)
 
 
@@ -275,7 +275,7 @@ def draw_depth(axes: Any, results: dict[str, Any]) -> None:
             f"{end[first]:.1g} before (dotted)"
         )
     )
-    axes.set(xlabel="layer of the weight-tied stack", ylabel="relative change by one more layer, median")
+    axes.set(xlabel="layer of the weight-tied stack", ylabel="relative change per layer, median")
     axes.legend(frameon=False, fontsize=8)
 
 

@@ -198,7 +198,7 @@ def draw_memory(axes: Any, memory: dict[str, Any]) -> None:
     least = f"{'over ' * (crossing is None)}{crossing or deepest:.0f}"
     axes.set_title(
         plots.fill(
-            f"with a checkpoint at every layer, {least} layers take Implicit's memory; {deepest} take "
+            f"with a checkpoint at every layer, {least} layers need as much memory as Implicit; {deepest} need "
             f"{more['checkpointed']:.2f} times it, {more['√L-checkpointed']:.1f} at √L, {more['plain']:.1f} plain"
         )
     )
@@ -220,8 +220,8 @@ def draw_times(axes: Any, times: dict[str, Any]) -> None:
     ratios = {name: deepest[name]["cpu_min"] / deepest["plain"]["cpu_min"] for name in ("checkpointed", "Implicit")}
     axes.set_title(
         plots.fill(
-            f"at {max(depths)} layers a checkpoint each takes {ratios['checkpointed']:.2f}× the plain network's time, "
-            f"Implicit {ratios['Implicit']:.2f}×"
+            f"at {max(depths)} layers a checkpoint at every layer takes {ratios['checkpointed']:.2f}× "
+            f"the plain network's time, Implicit {ratios['Implicit']:.2f}×"
         )
     )
     nearest = min(depths, key=lambda depth: abs(depth - 12))
@@ -240,4 +240,4 @@ def draw_quality(axes: Any, part: dict[str, Any], layers: int) -> None:
         plots.fill("at equal time (dotted): " + ", ".join(f"{name} {at['losses'][name]:.3f}" for name in told))
     )
     axes.grid(alpha=0.2)
-    axes.set(xlabel=f"processor time / that of the plain {layers} layers", ylabel="validation loss (nats/token)")
+    axes.set(xlabel=f"processor time relative to the plain {layers} layers", ylabel="validation loss (nats/token)")

@@ -109,7 +109,7 @@ def draw_ratios(axes: Any, family: str, part: dict[str, Any], layers: int) -> No
     for published, kind in zip(PUBLISHED[family], ("training", "inference"), strict=True):
         axes.axvline(published, color="0.2", lw=0.8, ls="--")
         axes.text(published, len(labels) - 0.4, f"paper,\n{kind}", fontsize=7, ha="center")
-    axes.set_xlabel(f"processor time / that of {base}")
+    axes.set_xlabel(f"processor time relative to {base}")
     train = part["training"]["Implicit"]["cpu_min"] / part["training"][base]["cpu_min"]
     axes.set_title(
         plots.fill(f"{family}: a training step at the equilibrium takes {train:.2f}× one of {layers} {base}"), pad=24
@@ -129,7 +129,7 @@ def draw_curves(axes: Any, part: dict[str, Any]) -> None:
         plots.fill(f"the equilibrium reaches {to['loss']:.3f} nats in {ratio:.2f}× the time of {base}"), pad=24
     )
     axes.set(
-        xlabel=f"processor time / that in which {base} reach {to['loss']:.3f}", ylabel="validation loss (nats/token)"
+        xlabel=f"processor time relative to {base} at loss {to['loss']:.3f}", ylabel="validation loss (nats/token)"
     )
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.2)

@@ -31,7 +31,7 @@ def table(results: dict[str, Any]) -> str:
         [r["map"], r["solver"], r["policy"], r["status"], *(short(r[k]) for k in numeric), r["backward"]]
         for r in results["policies"]
     ])  # fmt: skip
-    lines += ["## The model as it is trained", ""]
+    lines += ["## The model during training", ""]
     sequences, evaluations = config["sequences"], config["evaluations"]
     lines += study.paragraph(
         f"Held-out text, {sequences} sequences. By solver: the lowest relative residual of {evaluations} evaluations,",
@@ -138,8 +138,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             ]
             panel.set_title(
                 plots.fill(
-                    f"step {row['step']}, spectral radius {radius:.2f}: "
-                    f"1e-3 is reached by {', '.join(reached) or 'none'}"
+                    f"step {row['step']}, spectral radius {radius:.2f}: {', '.join(reached) or 'none'} reach 1e-3"
                 )
             )
             panel.legend(frameon=False, fontsize=7, ncols=2, loc="lower left")
@@ -224,7 +223,7 @@ def draw_training(axes: Any, results: dict[str, Any]) -> None:
 def draw_radius(axes: Any, results: dict[str, Any]) -> None:
     steps = [row["step"] for row in results["traces"]]
     radius = [np.median(study.numbers(row["radius"])) for row in results["traces"]]
-    axes.plot(steps, radius, "o-", color="#0072B2", label="trained as it is")
+    axes.plot(steps, radius, "o-", color="#0072B2", label="trained without penalty")
     penalized = results["training"][-1]
     end = penalized["from"] + len(penalized["curve"])
     after = np.median(study.numbers(penalized["radius"]))

@@ -123,9 +123,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
             middle.plot(x, y, "o-", color=plots.COLORS[name], ms=4, label=name)
         left.set(xscale="log", xlabel="relative tolerance of the solve (the paper's ε over √700)")
         left.set_yscale("symlog", linthresh=0.01)
-        left.set_ylabel("validation loss above the tightest solve's (nats/token)")
+        left.set_ylabel("excess validation loss over the tightest solve (nats/token)")
         ours = ", ".join(f"{name} {cliff(*excess(results, 'by_tolerance', name)):g}" for name in SOLVERS)
-        left.set_title(plots.fill(f"flat within 0.01 nats up to: {ours}, the paper's {cliff(*paper_curve()):.1g}"))
+        left.set_title(
+            plots.fill(f"loss flat within 0.01 nats up to {ours}; in the paper up to {cliff(*paper_curve()):.1g}")
+        )
         middle.set_yscale("symlog", linthresh=0.01)
         middle.set_xscale("log")
         ticks = [2, 5, 10, 20, 50]
@@ -141,7 +143,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
             fontsize=8,
             color="0.4",
         )
-        middle.set(xlabel="evaluations of f allowed", ylabel="validation loss above the tightest solve's (nats/token)")
+        middle.set(
+            xlabel="evaluations of f allowed", ylabel="excess validation loss over the tightest solve (nats/token)"
+        )
         enough = {
             name: min((c for c, e in zip(*excess(results, "by_cap", name), strict=True) if e <= 0.01), default=None)
             for name in SOLVERS
