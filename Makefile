@@ -38,7 +38,7 @@ define venv
 endef
 
 .venv/.stamp: pyproject.toml constraints.txt
-	$(call venv,.venv,$(PYTHON),constraints.txt,dev)
+	$(call venv,.venv,$(PYTHON),constraints.txt,dev,,1.4 GB)
 
 .venv-lowest/.stamp: pyproject.toml constraints-lowest.txt
 	$(call venv,.venv-lowest,$(PYTHON),constraints-lowest.txt,test)

@@ -74,10 +74,8 @@ def as_optimizer(solver: Solver, batch_ndim: int = 0) -> GradientTransformation:
         if every == 1:
             step, state = solver.update(residual, state, z)
             return layout.unpack(step), state
-        mix, plain = (
-            lambda inner: solver.update(residual, inner, z),
-            lambda inner: (scaled(member(solver, "damping"), residual), inner),
-        )
+        mix = lambda inner: solver.update(residual, inner, z)
+        plain = lambda inner: (scaled(member(solver, "damping"), residual), inner)
         step, inner = jax.lax.cond(state.count % every == 0, mix, plain, state.state)
         return layout.unpack(step), Mixed(state.count + 1, inner)
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from deq_jax._arrays import may_be_sharded
-from deq_jax._checks import check_arguments, check_axis_name, check_is_split, check_start
+from deq_jax._checks import check_arguments, check_axis_name, check_count, check_is_split, check_start
 from deq_jax._hoisting import hoist_cell, in_types_of
 from deq_jax._programs import run_compiled
 from deq_jax._scales import norm_of
@@ -145,15 +145,15 @@ def _root(cell, batch_ndim, over, has_aux, z0, inputs, other, solver, adjoint, p
     def find(z0, solver):
         equation, evaluations = scale_at(z0)
         check_forward_mode(solver, evaluations)
-        result = run_loop(evaluate, z0, at_scale(solver, equation.sigma), batch_ndim, over=over, equation=equation)
+        result = run_loop(evaluate, z0, scaled_by(solver, equation.sigma), batch_ndim, over=over, equation=equation)
         stats = result.stats._replace(steps=result.stats.steps + evaluations)
         # XLA drops this evaluation where no derivative is taken.
         sigma = scale_at(join(split(result.value)[0], result.given))[0].sigma
-        return at_scale(adjoint, sigma), as_fixed_point(problem, sigma), result._replace(stats=stats)
+        return scaled_by(adjoint, sigma), as_fixed_point(problem, sigma), result._replace(stats=stats)
 
     if isinstance(adjoint, IterationAdjoint):
         sigma = scale_at(z0)[0].sigma
-        problem, solver = as_fixed_point(problem, sigma), at_scale(solver, sigma)
+        problem, solver = as_fixed_point(problem, sigma), scaled_by(solver, sigma)
     z, stats, given = solve_differentiably(adjoint, problem, z0, solver, probe, find)
     stats = jax.lax.stop_gradient(stats)
     if not has_aux:
@@ -181,20 +181,16 @@ def as_fixed_point(problem: Problem, sigma: Array) -> Problem:
     return Problem(Bound(f, like=problem.f), problem.inputs, (problem.other, sigma), problem.batch_ndim, problem.over)
 
 
-def at_scale(options: Any, sigma: Array) -> Any:
-    """The solver or adjoint for that equation, if it has a preconditioner, which is one for F."""
-    return scaled_by(options, sigma) if isinstance(options, NewtonKrylov | Implicit | ImplicitJVP) else options
-
-
 def check_norm_of_root(solver: Solver, batch_ndim: int) -> None:
     """Raise ValueError for a norm, or scales, that the scale of F is not measured in."""
+    check_count("batch_ndim", batch_ndim, 0)
     remedy = "put quantities of different scale into separate leaves of z"
     if norm_of(solver) != ("leaf", None):
         raise ValueError(
             f"root judges F by leaf, at a scale that it measures: norm must be 'leaf', got {solver!r}; {remedy}"
         )
     atol = getattr(solver, "atol", 0.0)
-    if not jax.tree_util.all_leaves([atol]) or np.ndim(atol) > (batch_ndim if isinstance(batch_ndim, int) else 0):
+    if not jax.tree_util.all_leaves([atol]) or np.ndim(atol) > batch_ndim:
         raise ValueError(f"root: atol must be one number, or one a problem, in the units of F; got {atol!r}; {remedy}")
 
 

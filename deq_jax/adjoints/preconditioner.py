@@ -21,7 +21,8 @@ from deq_jax._trace import Bound, Traced, hoist, is_staged
 from deq_jax._values import concrete
 from deq_jax._vectors import norm, zero_of
 from deq_jax.adjoints.protocol import Problem
-from deq_jax.solvers import NewtonKrylov, Solver, Stats, Status, run_loop
+from deq_jax.solvers import Solver, Stats, Status, run_loop
+from deq_jax.solvers.protocol import member as solver_member
 from deq_jax.solvers.stopping import coupling
 
 ROUNDS = 4  # of our own solver, each of which has the solver's budget
@@ -83,7 +84,7 @@ def bound(options: Any, z: PyTree) -> Any:
 
 def solver_bound(solver: Solver, z0: PyTree) -> Solver:
     """The solver with its preconditioner, if it has one, checked and bound."""
-    if not isinstance(solver, NewtonKrylov):
+    if solver_member(solver, "preconditioner") is None:
         return solver
     check_is_linear(solver, frozen(split(z0)[0]))
     return bound(solver, z0)
@@ -101,8 +102,8 @@ class Scaled:
 
 
 def scaled_by(options: Any, scale: Float[Array, "*batch"]) -> Any:
-    """The adjoint or solver for the equation z = z − F(z) / scale, if its preconditioner is one for F."""
-    P = options.preconditioner
+    """The adjoint or solver for the equation z = z − F(z) / scale, if it has a preconditioner, which is one for F."""
+    P = getattr(options, "preconditioner", None)
     return options if P is None else with_options(options, preconditioner=Scaled(P, scale))
 
 

@@ -181,6 +181,7 @@ class Broyden(Renewing, LoopOptions):
         compressed = appended(rows, step), small, state.z + step
         before = first_rows(state.steps, kept + 1), state.core, state.next_z
         full = self.is_full(state)
+        # Not `full & …`: the shared count makes jax 0.12 gather that mask over the devices of the problems.
         moved = state.motion == jnp.where(full, MOVED, UNKNOWN - 1)
         rows, core, next_z = choose(moved, compressed, before)
         steps = with_first_rows(state.steps, rows)

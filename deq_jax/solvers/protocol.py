@@ -134,6 +134,11 @@ class Defaults:
     """`(state) -> d`, for a solver that asks for exact derivatives: the direction in which f is differentiated at the
     next z, or the rows `[*batch, m, dim]` of several, for a `flat` solver. `update` and `round` are given the product
     J d with the Jacobian J of the residual, or one row for each, as a fourth argument."""
+
+    preconditioner = None
+    """A linear function P v ≈ (I − J)⁻¹ v of a state like z, which `fixed_point`, `solve` and `root` check and bind; in
+    `root` the user's is P ≈ (∂F)⁻¹, and the solver is given P times the scale of F."""
+
     in_layout = None
     """`(layout) -> solver`, called once where a solve begins: the solver for vectors that are laid out so."""
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from networks import VOCAB, jit, normal, run, sequences
 
 import deq_jax as deq
 from deq_jax import models
@@ -19,10 +20,8 @@ from deq_jax.models.transformer_cell import History, Masks, TransformerCell, dra
 
 # A strong injection: Picard converges, so that equilibria are known to 1e-12 and a long unroll agrees.
 TINY = TransformerConfig(
-    vocab_size=11, dim=8, heads=2, inner_dim=12, mem_len=4, init_std=0.2, embedding_std=3.0, tie=False
+    vocab_size=VOCAB, dim=8, heads=2, inner_dim=12, mem_len=4, init_std=0.2, embedding_std=3.0, tie=False
 )
-# Half the time of these tests is compilation; the level halves it.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 DROPOUT = dict(io_dropout=0.1, attention_dropout=0.2, hidden_dropout=0.1)
 SOLVER = deq.Picard(rtol=1e-13, max_steps=1000)
 
@@ -36,23 +35,6 @@ def rngs():
 def build(dtype=jnp.float64, state_dtype=None, **changes):
     options = dict(solver=SOLVER, adjoint=deq.Implicit(SOLVER), dtype=state_dtype, param_dtype=dtype)
     return DEQTransformer(dataclasses.replace(TINY, **changes), **options, rngs=rngs())
-
-
-@functools.partial(jit, static_argnums=0)
-def apply(graphdef, params, *args, **options):
-    return nnx.merge(graphdef, params)(*args, **options)
-
-
-def run(model, *args, **options):
-    return apply(*nnx.split(model), *args, **options)
-
-
-def sequences(time, batch=2, seed=0):
-    return jnp.array(np.random.default_rng(seed).integers(TINY.vocab_size, size=(batch, time)), jnp.int32)
-
-
-def normal(*shape, seed=0):
-    return jnp.array(np.random.default_rng(seed).normal(size=shape))
 
 
 def random_history(config, batch, length):

@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from networks import VOCAB, jit, normal, run, sequences
 
 import deq_jax as deq
 from deq_jax.models import DEQTrellisNet, TrellisNetConfig
 from deq_jax.models.trellisnet import History, Masks, State, draw_masks
 
-TINY = TrellisNetConfig(vocab_size=11, hidden_dim=3, output_dim=4, init_std=0.3, embedding_range=2.0)
+TINY = TrellisNetConfig(vocab_size=VOCAB, hidden_dim=3, output_dim=4, init_std=0.3, embedding_range=2.0)
 DROPOUT = dict.fromkeys(
     ("input_dropout", "embedding_dropout", "weight_dropout", "hidden_dropout", "output_dropout"), 0.2
 )
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SOLVER = deq.Picard(rtol=1e-13, max_steps=300)
 
 
@@ -28,23 +28,6 @@ def build(dtype=jnp.float64, state_dtype=None, **changes):
     model = DEQTrellisNet(dataclasses.replace(TINY, **changes), **options, rngs=nnx.Rngs(params=rbg(2)))
     model.cell.bias[...] = jnp.array(np.random.default_rng(9).normal(size=(4, 7)), dtype)
     return model
-
-
-@functools.partial(jit, static_argnums=0)
-def apply(graphdef, params, *args, **options):
-    return nnx.merge(graphdef, params)(*args, **options)
-
-
-def run(model, *args, **options):
-    return apply(*nnx.split(model), *args, **options)
-
-
-def sequences(time, batch=2, seed=0):
-    return jnp.array(np.random.default_rng(seed).integers(TINY.vocab_size, size=(batch, time)), jnp.int32)
-
-
-def normal(*shape, seed=0):
-    return jnp.array(np.random.default_rng(seed).normal(size=shape))
 
 
 def rbg(seed):
