@@ -185,7 +185,7 @@ def numbers(values: Sequence[float | None]) -> np.ndarray:
 
 
 def published(panel: str, series: str) -> np.ndarray:
-    """A curve of the paper's figures as [points, 2], from the digitised ones that are committed."""
+    """A curve of the paper's figures as [points, 2], from the digitized ones that are committed."""
     lines = Path(__file__).with_name("published.csv").read_text().splitlines()
     rows = [line.split(",") for line in lines if line and not line.startswith("#")]
     found = [(float(x), float(y)) for p, s, x, y in rows[1:] if (p, s) == (panel, series)]

@@ -200,7 +200,7 @@ def test_cache_is_the_same_and_mapped(tmp_path, monkeypatch):
     (text := tmp_path / "own.txt").write_text("a rose is a rose\n" * 50)
     plain = data.load(path=text, level="word")
     first = data.load(path=text, level="word", cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(tokenizer, "_count", None)  # from here on nothing may be tokenised
+    monkeypatch.setattr(tokenizer, "_count", None)  # from here on nothing may be tokenized
     second = data.load(path=text, level="word", cache_dir=tmp_path / "cache")
     for corpus in (first, second):
         assert corpus.vocabulary == plain.vocabulary and isinstance(corpus.train, np.memmap)
