@@ -18,9 +18,9 @@ FORWARD_MODE = (
 )
 
 
-def reverse_mode_only(tree: PyTree) -> PyTree:
-    """The tree itself. Forward-mode differentiation through it is a TypeError that names ImplicitJVP."""
-    return jax.tree.map(_identity_p.bind, tree)
+def reverse_mode_only(tree: PyTree, message: str = FORWARD_MODE) -> PyTree:
+    """The tree itself. Forward-mode differentiation through it is a TypeError with this message."""
+    return jax.tree.map(functools.partial(_identity_p.bind, message=message), tree)
 
 
 def first_order_only(tree: PyTree, who: str, remedy: str = "use adjoint=Implicit()") -> PyTree:
@@ -35,38 +35,34 @@ def first_order_only(tree: PyTree, who: str, remedy: str = "use adjoint=Implicit
 # The derivative of this identity can be transposed, but neither evaluated nor batched: reverse mode passes, and forward
 # mode meets our message. (It is a primitive, because grad(vmap(f)), which is right, would batch the rule of a
 # custom_jvp.)
-def _refuse(*_, **__):
-    raise TypeError(FORWARD_MODE)
+def _refuse(*_, message):
+    raise TypeError(message)
 
 
 _tangent_p = Primitive("reverse_mode_tangent")
 _tangent_p.def_impl(_refuse)
-_tangent_p.def_abstract_eval(lambda x: x)
-ad.deflinear2(_tangent_p, lambda cotangent, _: [cotangent])
+_tangent_p.def_abstract_eval(lambda x, **_: x)
+ad.deflinear2(_tangent_p, lambda cotangent, _, **__: [cotangent])
 batching.primitive_batchers[_tangent_p] = _refuse
 mlir.register_lowering(_tangent_p, _refuse)
 
 _identity_p = Primitive("reverse_mode_only")
-_identity_p.def_impl(lambda x: x)
-_identity_p.def_abstract_eval(lambda x: x)
-ad.primitive_jvps[_identity_p] = lambda primals, tangents: (
+_identity_p.def_impl(lambda x, **_: x)
+_identity_p.def_abstract_eval(lambda x, **_: x)
+ad.primitive_jvps[_identity_p] = lambda primals, tangents, message: (
     primals[0],
-    tangents[0] if isinstance(tangents[0], ad.Zero) else _tangent_p.bind(tangents[0]),
+    tangents[0] if isinstance(tangents[0], ad.Zero) else _tangent_p.bind(tangents[0], message=message),
 )
 batching.defvectorized(_identity_p)
-mlir.register_lowering(_identity_p, lambda _, x: [x])
+mlir.register_lowering(_identity_p, lambda _, x, **__: [x])
 
 
 # ---- reverse mode, twice -----------------------------------------------------------------------------------
 
 
-def _refuse_twice(message):
-    raise TypeError(message)
-
-
 _first_order_p = Primitive("first_order_in_reverse_mode")
 _first_order_p.def_impl(lambda x, **_: x)
 _first_order_p.def_abstract_eval(lambda x, **_: x)
-ad.deflinear2(_first_order_p, lambda cotangent, _, message: _refuse_twice(message))
+ad.deflinear2(_first_order_p, lambda cotangent, _, message: _refuse(message=message))
 batching.defvectorized(_first_order_p)
 mlir.register_lowering(_first_order_p, lambda _, x, **__: [x])

@@ -94,8 +94,8 @@ def compact(
     z0, solver, backward = jax.lax.stop_gradient((z0, solver, backward))
     try:
         value, stats = run_compiled(_run, (axes, sizes, *cells), reads, solver, backward, z0, args, probe)
-    except TypeError as error:  # from `reverse_mode_only`, or under jit(jacfwd(...)) from JAX, which comes first
-        if not any(words in str(error) for words in ("forward-mode", "for reverse mode")):
+    except TypeError as error:  # under jit(jacfwd(...)) JAX's own refusal comes before `reverse_mode_only`
+        if "forward-mode" not in str(error):
             raise
         raise TypeError(FORWARD_MODE) from error
     return Solution(value, jax.lax.stop_gradient(stats))
@@ -103,7 +103,7 @@ def compact(
 
 def _run(axes, sizes, *cells_and_arrays):
     cells, (reads, solver, backward, z0, args, probe) = cells_and_arrays[:-6], cells_and_arrays[-6:]
-    args = _where_inexact(reverse_mode_only, jax.tree.map(jnp.asarray, args))
+    args = _where_inexact(lambda leaf: reverse_mode_only(leaf, FORWARD_MODE), jax.tree.map(jnp.asarray, args))
 
     def f(z, args, reads):  # on a batch of one of the sizes
         i = (jax.tree.leaves(z0)[0].shape[0], *sizes).index(jax.tree.leaves(z)[0].shape[0])

@@ -483,7 +483,7 @@ MUTANTS = [
     Mutant(
         "a refusal of forward mode that says nothing",
         "_reverse_only.py",
-        "jax.tree.map(_identity_p.bind, tree)",
+        "jax.tree.map(functools.partial(_identity_p.bind, message=message), tree)",
         "tree",
         "test_adjoint_family.py -k 'forward_mode_names and Implicit'",
     ),
