@@ -34,6 +34,10 @@
 # Everything runs on a CPU in about two minutes, most of them XLA compiling; a GPU is optional.
 
 # %%
+import jax
+
+if jax.__version_info__ < (0, 7, 2):
+    raise RuntimeError(f"deq_jax needs jax 0.7.2 or newer, not {jax.__version__}: choose a newer runtime version")
 try:
     import deq_jax as deq
 except ImportError:  # a fresh Colab: the JAX that is there stays as it is
@@ -41,37 +45,32 @@ except ImportError:  # a fresh Colab: the JAX that is there stays as it is
     import deq_jax as deq
 
 # %%
-import dataclasses
 import os
+
+import matplotlib.pyplot as plt
+
+FAST = os.environ.get("DEQ_JAX_FAST") == "1"  # smaller sizes, for the tests
+COLORS = {
+    "Picard": "#E69F00", "Anderson": "#0072B2", "Broyden": "#009E73", "NewtonKrylov": "#CC79A7", "Robust": "#D55E00",
+    "Implicit": "#0072B2", "Unroll": "#D55E00", "Neumann": "#CC79A7", "Phantom": "#56B4E9", "JFB": "#E69F00",
+    "Shine": "#009E73", "Reversible": "#882255",
+}  # fmt: skip
+plt.rcParams.update({
+    "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
+    "figure.dpi": 80, "figure.constrained_layout.use": True, "legend.frameon": False,
+})  # fmt: skip
+print(f"deq_jax {deq.__version__}, jax {jax.__version__}, on {jax.device_count()} {jax.devices()[0].device_kind}")
+
+# %%
+import dataclasses
 from functools import partial
 
-import flax
-import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import nnx
 
 from deq_jax.nn import DEQ
-
-FAST = os.environ.get("DEQ_JAX_FAST") == "1"  # fewer steps, for the tests
-COLORS = {
-    "Picard": "#E69F00",
-    "Anderson": "#0072B2",
-    "Broyden": "#009E73",
-    "Implicit": "#0072B2",
-    "Unroll": "#D55E00",
-    "Neumann": "#CC79A7",
-    "Phantom": "#56B4E9",
-}
-plt.rcParams.update({
-    "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
-    "figure.dpi": 80, "figure.constrained_layout.use": True, "legend.frameon": False,
-})  # fmt: skip
-
-print(jax.devices())
-print(f"deq_jax {deq.__version__}, jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}")
 
 # %% [markdown]
 # ## 1. One number
