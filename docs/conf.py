@@ -32,6 +32,7 @@ extensions = [
     "sphinx_copybutton",
     "api",
     "gallery",
+    "notebooks",
 ]
 exclude_patterns = ["_build", "extensions"]
 default_role = "py:obj"  # docstrings are Markdown in this: `name` is code, and a link where the name is documented
@@ -43,6 +44,7 @@ nb_execution_show_tb = True  # in the warning, with the cell
 nb_execution_timeout = 300
 nb_output_stderr = "warn"  # and a warning is an error
 nb_merge_streams = True
+nb_mime_priority_overrides = [("html", "image/gif", 25)]  # before PNG and text, as an animation has both
 myst_heading_anchors = 3
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A kernel warns that it listens on a socket of this machine, once a page.

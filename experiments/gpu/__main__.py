@@ -52,6 +52,7 @@ PARTS = (
     Part("peers_large", "experiments.gpu.peers", 240, 330, RACE, ("large",)),
     Part("paper", "experiments.gpu.paper", 110, 200, own("paper", *LM, *RUNTIME)),
     Part("ptb", "experiments.gpu.ptb", 240, 480, own("ptb", *LM)),
+    Part("notebooks", "experiments.gpu.notebooks", 300, 480, own("notebooks", "colabs/0[23]_*.py"), ("02", "03")),
     Part("peers", "experiments.gpu.peers", 200, 300, RACE, ("usual",)),
     Part("core_tests", "experiments.gpu.core_tests", 300, 500, own("core_tests", "tests/**/*.py")),
 )

@@ -6,7 +6,7 @@ import pytest
 
 from experiments.benchmarks.contenders import CONTENDERS
 from experiments.gpu import __main__ as script
-from experiments.gpu import core_tests, kept, peers, report
+from experiments.gpu import core_tests, kept, notebooks, peers, report
 
 # Counts its measurements in the file `measured`; does what the file `fate` says in the middle of them.
 PART = """
@@ -147,6 +147,17 @@ def test_a_page_of_peers_compares_the_accurate_alone():
     lines = list(report.peers(rows))
     assert lines[2].startswith("| P1 ours | 1 | 3 |") and lines[3].startswith("| P1 theirs ✗ |")
     assert lines[-1] == "- P1 none: too large" and "| P1 | 0.5 | 0.5 | 0.5 |" in lines
+
+
+def test_a_notebook_runs_and_leaves_what_it_prints(tmp_path, monkeypatch):
+    (tmp_path / "colabs").mkdir()
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    (tmp_path / "colabs" / "02_a.py").write_text(
+        "import os\nprint(os.environ['MPLBACKEND'], os.environ['DEQ_JAX_FAST'])"
+    )
+    assert notebooks.run("02", tiny=True)["printed"] == ["Agg 1"]
+    with pytest.raises(RuntimeError, match="KeyError: 'DEQ_JAX_FAST'"):
+        notebooks.run("02", tiny=False)
 
 
 def test_every_part_fits_its_budget_and_names_what_exists():
