@@ -247,9 +247,10 @@ def products_with_B(core: Array, steps: Rows, g: Vec, dz: Vec, dz_in_steps: Arra
 def damped(
     curvature: Float[Array, "*batch"], dz_dz: Float[Array, "*batch"], where: Bool[Array, "*batch"]
 ) -> tuple[Float[Array, "*batch"], Bool[Array, "*batch"]]:
-    """(α, usable): α = 1 / dzᵀB dg of (2); where B would become singular, θ over what it is with B dg drawn to dz.
+    """(α of (2), where it is usable). α = 1 / dzᵀB dg, where `curvature` is dzᵀB dg.
 
-    curvature is dzᵀB dg. α is 0 where the pair is not usable, as out of `where`.
+    Where the update would make B nearly singular, (1 − θ) dz + θ B dg takes the place of B dg, and α = θ / its product
+    with dz. α is 0 outside `where`, and where it is not finite.
     """
     gamma = curvature / jnp.where(dz_dz > 0, dz_dz, 1)  # not `ratio`: `where` masks it
     sign = jnp.where(gamma < 0, -1, 1)

@@ -1,28 +1,31 @@
-"""What a solve makes zero, and what it is compared with: f(z) − z with f(z), or F(z) with a scale of its own.
+"""What a solve makes zero, and what it is compared with: f(z) − z with f(z), or F(z) with a scale that is measured.
 
-A solver sees a root of F as the fixed point of f, whose residual f(z) − z is computed as −F(z) / σ, without rounding z:
+A solver sees a root of F as a fixed point of
 
-    (1)  f(z) = z − F(z) / σ,  σ = ‖J d‖ / ‖d‖ at z0, as a power of two
+    (1)  f(z) = z − F(z) / σ,  σ = ‖J d‖ / ‖d‖ at z0, rounded to a power of two
 
-with entries ±(root mean square of the leaf) in d. No norm of z says which F is small, so its scale is measured while
-the solve goes on. U is the larger of ‖F(z0)‖ and ‖J d‖ for each leaf, and e the largest ‖F(z)‖ / U of the leaves. Each
-time that e is halved, from e₁ at z₁ to e at z, that took a relative move ρ (the largest of the leaves'), so
+J is the Jacobian of F. Each entry of d is plus or minus the root mean square of its leaf of z0. The residual f(z) − z
+is computed as −F(z) / σ, so z is not rounded in it.
 
-    (2)  S = min U (e₁ − e) / ρ,  ρ = ‖z − z₁‖ / ‖z‖
+The norm of z does not say when F is small, so the scale of F is measured during the solve. For each leaf, U is the
+larger of ‖F(z0)‖ and ‖J d‖. The error e(z) is the largest ‖F(z)‖ / U of the leaves. Whenever it has been halved, from
+e₁ at z₁ to e at z, the scale is
 
-is how much F changes by a relative change of z. The minimum is that of the last two times; before the first, S is
-U e(z0). With S in place of ‖f(z)‖ the tests are those of `stopping`: by (2) ‖F‖ / S is the relative change of z that is
-left to make, if F goes on to change as it has. All of it is the same for F and for c F.
+    (2)  S = min U (e₁ − e) / ρ,  ρ = ‖z − z₁‖ / ‖z‖, the largest of the leaves
 
-How far rounding in F lets a solve come is not known beforehand. It has come there if
+which is how much F changes by a relative change of z. The minimum is over the last two times that e was halved. Before
+the first time, S is U e(z0). The tests of `stopping` take S in place of ‖f(z)‖: ‖F‖ / S estimates the relative change
+of z that is left to make. A constant factor of F changes none of it.
 
-    (3)  a move of TINY eps ‖z‖ or less from the best z has made F no smaller,  and  ‖F‖ ≤ √eps S
+Rounding in F limits how close a solve can come. It has come there if
 
-or if z is so small that it is only the rounding error of z0, and F has fallen with it:
+    (3)  a move of at most TINY eps ‖z‖ from the best z has made F no smaller,  and  ‖F‖ ≤ √eps S
+
+or if z is no larger than the rounding error of z0, and F has become small with it:
 
     (4)  ‖z‖ ≤ eps ‖z0‖  and  e ≤ eps^(3/4)
 
-Elsewhere z rests at a minimum of ‖F‖ that is no root, and the budget is spent.
+Elsewhere, a z that no longer moves is a minimum of ‖F‖ and not a root, and the solve spends its budget.
 """
 
 import math
