@@ -22,7 +22,7 @@ from experiments.paper import char_lm_report
 from experiments.shared import study
 from experiments.studies import gradient_report, robustness_report
 from experiments.training import cli
-from experiments.training.checkpoints import write_atomically
+from experiments.training.sealed import write_atomically
 
 HERE = Path("experiments")
 

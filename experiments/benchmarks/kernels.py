@@ -27,8 +27,8 @@ from experiments.benchmarks import programs
 from experiments.shared import study
 from experiments.shared.plots import markdown_table
 from experiments.training import cli
-from experiments.training.checkpoints import write_atomically
 from experiments.training.environment import environment
+from experiments.training.sealed import write_atomically
 
 SOLVERS: dict[str, deq.Solver] = {
     "Picard": deq.Picard(),

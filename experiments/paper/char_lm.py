@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 import deq_jax as deq
 from experiments.paper import char_lm_report
 from experiments.training import cli, data, lm
-from experiments.training.checkpoints import config_to_json, write_atomically
+from experiments.training.checkpoints import config_to_json
 from experiments.training.lm_model import Config
 from experiments.training.lm_train import (
     EVALUATION_BATCH,
@@ -37,6 +37,7 @@ from experiments.training.lm_train import (
     train_and_report,
 )
 from experiments.training.loop import TrainState
+from experiments.training.sealed import write_atomically
 
 
 def main(args: Sequence[str] | None = None) -> None:

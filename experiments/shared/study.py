@@ -21,8 +21,9 @@ import tyro
 
 from experiments import renamed
 from experiments.training import cli, lm
-from experiments.training.checkpoints import config_changes, config_to_json, write_atomically
+from experiments.training.checkpoints import config_changes, config_to_json
 from experiments.training.environment import environment
+from experiments.training.sealed import write_atomically
 
 PATHS = {"run", "out"}  # fields of a Config that say where, not what
 

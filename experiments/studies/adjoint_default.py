@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 
 import deq_jax as deq
 from deq_jax.models import DEQTransformer, TransformerConfig
-from experiments.training.checkpoints import write_atomically
+from experiments.training.sealed import write_atomically
 
 ADJOINTS = {"Implicit": deq.Implicit(), "ImplicitJVP": deq.ImplicitJVP()}
 

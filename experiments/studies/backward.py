@@ -25,8 +25,8 @@ from deq_jax.stability import spectral_radius
 from experiments.shared import plots
 from experiments.shared.numerics import GMRES
 from experiments.studies.backward_tasks import Task, build, load
-from experiments.training.checkpoints import write_atomically
 from experiments.training.environment import environment
+from experiments.training.sealed import write_atomically
 
 INEXACT = {"JFB": deq.JFB(), "Phantom(5, 0.8)": deq.Phantom(5, 0.8), "Neumann(5)": deq.Neumann(5)}
 RADII = {"contractive": 0.9, "not contractive": 1.2}  # of the Jacobian at z* before training

@@ -25,8 +25,8 @@ from experiments.shared.numerics import float64
 from experiments.shared.problems import PROBLEMS, TINY, Problem
 from experiments.shared.study import plain, read
 from experiments.studies.gains_report import RATIOS, markdown
-from experiments.training.checkpoints import write_atomically
 from experiments.training.environment import environment
+from experiments.training.sealed import write_atomically
 
 REFINE = (0, 5, 20)  # of Shine, which takes two products more
 HISTORIES = (1, 3, 5, 8)

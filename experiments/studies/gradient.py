@@ -34,8 +34,8 @@ from experiments.studies.gradient_problems import (
 )
 from experiments.studies.gradient_report import BACKWARD_RTOL, RTOL, draw, judge, markdown
 from experiments.training import lm
-from experiments.training.checkpoints import write_atomically
 from experiments.training.environment import environment
+from experiments.training.sealed import write_atomically
 
 REVERSIBLE = 61  # evaluations, 30 steps: at damping 0.5 float64 loses nine digits in walking them back
 

@@ -22,8 +22,8 @@ from jaxtyping import Array, Float, Int
 
 import deq_jax as deq
 from experiments.shared.study import conditions, paragraph, plain
-from experiments.training.checkpoints import write_atomically
 from experiments.training.environment import environment
+from experiments.training.sealed import write_atomically
 
 SOLVERS = {
     "Picard": deq.Picard(rtol=1e-4, max_steps=1000),

@@ -5,7 +5,6 @@ from typing import Any
 
 # This was a module before it was a room: these names are imported from it in programs of before.
 OF_THE_LOOP = (
-    "MetricsLog",
     "StopRequest",
     "TrainState",
     "count_params",
@@ -20,4 +19,6 @@ OF_THE_LOOP = (
 def __getattr__(name: str) -> Any:
     if name in OF_THE_LOOP:
         return getattr(importlib.import_module("experiments.training.loop"), name)
+    if name == "MetricsLog":
+        return importlib.import_module("experiments.training.metrics").MetricsLog
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

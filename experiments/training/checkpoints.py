@@ -2,28 +2,25 @@
 
 ```
 run/config.json      the configuration; a resume with another one is refused
-run/metrics.jsonl    written by experiments.training.loop.MetricsLog
+run/metrics.jsonl    written by experiments.training.metrics.MetricsLog
 run/lock             held (flock) while a process trains here; its text says which
-run/checkpoints/20/  a step as Orbax wrote it, then meta.json and manifest.json by us
+run/checkpoints/20/  a step as Orbax wrote it, then meta.json and manifest.json by experiments.training.sealed
 ```
-
-Orbax restores a flipped bit as a wrong weight, and one stray directory ends every resume. So each step
-carries a manifest, written last: the size and sha256 of every file. A step is whole when its manifest is
-exactly the one that its files give. Opening a run takes the newest whole step, and says so when that is not
-the newest.
 """
 
 import contextlib
 import dataclasses
 import enum
 import fcntl
-import hashlib
 import importlib.metadata
 import json
+import logging
 import os
+import re
+import shutil
 import socket
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -34,12 +31,26 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-MANIFEST = "manifest.json"
-META = "meta.json"
+from experiments.training.metrics import fingerprint, last_step, what_is_lost
+from experiments.training.sealed import (
+    META,
+    DamagedCheckpointWarning,
+    find_damage,
+    json_bytes,
+    newest_whole,
+    seal,
+    write_atomically,
+)
+
+__all__ = ["DamagedCheckpointWarning", "LostMetricsWarning", "RunDirectory", "SaveError", "find_damage"]
 
 
-class DamagedCheckpointWarning(UserWarning):
-    """A checkpoint was passed over; the message names it, what is wrong with it and what is used instead."""
+class SaveError(OSError):
+    """A checkpoint could not be written. The message names the path, the reason and what to do."""
+
+
+class LostMetricsWarning(UserWarning):
+    """`metrics.jsonl` does not hold what it held when the checkpoint was saved; the message says what is missing."""
 
 
 class RunDirectory:
@@ -51,6 +62,7 @@ class RunDirectory:
     `solver.rtol`), and `RuntimeError` while another process holds the lock. Damaged steps newer than the
     newest whole one are renamed to `<step>.damaged`, since Orbax would refuse to save below them, with a
     `DamagedCheckpointWarning` each; nothing is deleted but whole steps older than the last `keep`, by Orbax.
+    A save that fails is a `SaveError` at the next call of `check`, `save` or `wait`, or when the context is left.
     For one host, on a file system with `flock` (not Windows).
 
     ```python
@@ -69,20 +81,24 @@ class RunDirectory:
         self.step: int | None = None  # the newest whole step
         self._config, self._harmless, self._keep = config_to_json(config), frozenset(harmless), keep
         self._sealing: Future | None = None
+        self._failed = False
 
     def __enter__(self) -> "RunDirectory":
         _check_directory(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            lock = stack.enter_context(_take_lock(self.path / "lock"))
+            self._lock = stack.enter_context(_take_lock(self.path / "lock"))
             self._check_config()
-            _sign(lock)
-            write_atomically(self.path / "config.json", _json_bytes(self._config))
+            _sign(self._lock)
+            write_atomically(self.path / "config.json", json_bytes(self._config))
             checkpoints = self.path / "checkpoints"
             checkpoints.mkdir(exist_ok=True)
-            self.step = _newest_whole(checkpoints)
+            self._warn_if_empty(checkpoints)
+            self.step = newest_whole(checkpoints)
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep)
-            self._manager = stack.enter_context(ocp.CheckpointManager(checkpoints, options=options))
+            stack.enter_context(_without_orbax_errors())
+            self._manager = ocp.CheckpointManager(checkpoints, options=options)
+            stack.callback(self._close)
             self._sealer = stack.enter_context(ThreadPoolExecutor(1, "seal"))
             stack.callback(self._wait)
             self._exit = stack.pop_all()
@@ -105,6 +121,8 @@ class RunDirectory:
         arrays = _to_arrays(like)
         target = {name: _abstract(leaf) for name, leaf in arrays.items() if leaf.size}
         arrays |= dict(self._manager.restore(self.step, args=ocp.args.StandardRestore(target)))
+        if lost := what_is_lost(self.metrics_path, meta.get("metrics")):
+            warnings.warn(f"{self.metrics_path}: {lost}", LostMetricsWarning, stacklevel=2)
         return _from_arrays(arrays, like), meta["data"]
 
     def save(self, step: int, state: PyTree, data: Any = None) -> None:
@@ -114,18 +132,26 @@ class RunDirectory:
         give it, or the seconds spent.
 
         Orbax returns when it has the arrays on the host, so that the next step may donate them. Saving the
-        newest step again does nothing.
+        newest step again does nothing. What the metrics file holds by now is synced, and `restore` looks whether
+        it is still there.
         """
         self._wait()
         if step == self.step:
             return
         if self.step is not None and step < self.step:
             raise ValueError(f"step {step} is older than the newest checkpoint, {self.step}")
-        meta = {"config": self._config, "data": data, "leaves": _leaves(state), "versions": _versions()}
         # Orbax cannot store an empty array, and a save that raises can hold up the exit for ten minutes.
         arrays = {name: leaf for name, leaf in _to_arrays(state).items() if leaf.size}
+        self._check_place(step, sum(leaf.nbytes for leaf in arrays.values()))
+        meta = {"step": step, "config": self._config, "data": data, "leaves": _leaves(state), "versions": _versions()}
+        meta["metrics"] = fingerprint(self.metrics_path)
         self._manager.save(step, args=ocp.args.StandardSave(arrays))
-        self._sealing = self._sealer.submit(self._seal, step, _json_bytes(meta))
+        self._sealing = self._sealer.submit(self._seal, step, json_bytes(meta))
+
+    def check(self) -> None:
+        """Raise if the save that is under way has failed; never waits."""
+        if self._sealing is not None and self._sealing.done():
+            self._wait()
 
     def wait(self) -> Path:
         """Wait until what was saved is on disk with its manifest; returns the newest checkpoint's path."""
@@ -138,9 +164,51 @@ class RunDirectory:
             self.step = sealing.result()
 
     def _seal(self, step: int, meta: bytes) -> int:
-        self._manager.wait_until_finished()
-        seal(self.path / "checkpoints" / str(step), meta)
+        try:
+            self._manager.wait_until_finished()
+            seal(self.path / "checkpoints" / str(step), meta)
+        except Exception as error:  # of Orbax and of TensorStore, of many kinds
+            self._failed = True
+            raise self._save_error(step, _reason(error)) from None
         return step
+
+    def _check_place(self, step: int, size: int) -> None:
+        """Raise where a step cannot be made: once Orbax has begun with it, it waits for minutes before it gives up."""
+        lock, checkpoints = self.path / "lock", self.path / "checkpoints"
+        if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(self._lock.fileno())):
+            raise self._save_error(step, f"{self.path} was moved or removed while the run was under way")
+        if not checkpoints.exists():
+            warnings.warn(f"{checkpoints} was removed; made again", DamagedCheckpointWarning, stacklevel=3)
+        try:
+            checkpoints.mkdir(exist_ok=True)
+            probe = checkpoints / f"{step}.probe"
+            probe.mkdir()
+            probe.rmdir()
+        except OSError as error:
+            raise self._save_error(step, _reason(error)) from None
+        free = shutil.disk_usage(checkpoints).free
+        if free < size:
+            raise self._save_error(step, f"it has {size / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free on the disk")
+
+    def _save_error(self, step: int, reason: str) -> SaveError:
+        last = "there is none before it" if self.step is None else f"the newest one is {self.step}"
+        path = self.path / "checkpoints" / str(step)
+        return SaveError(
+            f"checkpoint {path} could not be written: {reason}; {last}. Mend this and give the same command"
+        )
+
+    def _close(self) -> None:
+        try:
+            self._manager.close()
+        except Exception:
+            if not self._failed:  # else it is what has been raised
+                raise
+
+    def _warn_if_empty(self, checkpoints: Path) -> None:
+        last = last_step(self.metrics_path)
+        if last and not any(checkpoints.iterdir()):
+            text = f"{checkpoints} is empty, though metrics.jsonl goes to step {last}: starting from the beginning"
+            warnings.warn(text, DamagedCheckpointWarning, stacklevel=3)
 
     def _check_config(self) -> None:
         stored = self.path / "config.json"
@@ -202,47 +270,23 @@ def without_retired(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in retired or retired[name] != value}
 
 
-def seal(directory: Path, meta: bytes) -> None:
-    """Complete the step that Orbax has finished: `meta` goes in, then the manifest of all files, last."""
-    write_atomically(directory / META, meta)
-    write_atomically(directory / MANIFEST, _json_bytes(_manifest(directory)))
+def _reason(error: Exception) -> str:
+    """One line; of what TensorStore says, the operating system's own words."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    code = re.search(r"os_error_code='(\d+)'|OS error (\d+)", str(error))
+    return os.strerror(int(code[1] or code[2])) if code else f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def find_damage(directory: Path) -> str | None:
-    """What is wrong with a step's directory, beginning with the file's name; None when it is whole."""
-    if not (directory / MANIFEST).is_file():
-        return f"{MANIFEST}: missing, the process ended before the step was complete"
+@contextlib.contextmanager
+def _without_orbax_errors() -> Iterator[None]:
+    """Orbax logs the traceback of each thread that a failed save ends, 300 lines, before it raises the error."""
+    logger, is_other = logging.getLogger("absl"), lambda r: r.levelno < logging.ERROR or "orbax" not in r.pathname
+    logger.addFilter(is_other)
     try:
-        text, found = (directory / MANIFEST).read_bytes(), _manifest(directory)
-    except OSError as error:
-        return f"{error.filename}: {error.strerror}"
-    if text == _json_bytes(found):
-        return None
-    try:
-        promised = {name: [size, sha256] for name, (size, sha256) in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError):
-        return f"{MANIFEST}: unreadable"
-    for name in sorted(promised.keys() | found.keys()):
-        if name not in found:
-            return f"{name}: missing"
-        if name not in promised:
-            return f"{name}: not in the manifest"
-        if promised[name][0] != found[name][0]:
-            return f"{name}: {found[name][0]} bytes instead of {promised[name][0]}"
-        if promised[name] != found[name]:
-            return f"{name}: its sha256 is not the one in the manifest"
-    return f"{MANIFEST}: altered"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file's content so that a kill or a power cut leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _fsync_directory(path.parent)
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def _check_directory(path: Path) -> None:
@@ -272,61 +316,6 @@ def _sign(lock: IO[str]) -> None:
     lock.truncate(0)  # opened for appending: the text lands at the start
     lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
-
-
-def _newest_whole(checkpoints: Path) -> int | None:
-    # Orbax's own unfinished steps (`*.orbax-checkpoint-tmp`) are not numbers; it removes them when it saves
-    # again.
-    damaged = {}
-    newest = None
-    for step in sorted((int(p.name) for p in checkpoints.iterdir() if _is_step(p.name)), reverse=True):
-        damage = find_damage(checkpoints / str(step))
-        if damage is None:
-            newest = step
-            break
-        damaged[step] = damage
-    used = "starting from the beginning" if newest is None else f"using checkpoint {newest}"
-    for step, damage in damaged.items():
-        aside = _move_aside(checkpoints / str(step))
-        text = f"checkpoint {step} is damaged ({damage}): {used} instead; kept as {aside.name}"
-        warnings.warn(text, DamagedCheckpointWarning, stacklevel=3)
-    return newest
-
-
-def _is_step(name: str) -> bool:
-    return name.isdecimal() and str(int(name)) == name
-
-
-def _move_aside(directory: Path) -> Path:
-    aside = directory.with_name(f"{directory.name}.damaged")
-    number = 1
-    while aside.exists():
-        number += 1
-        aside = directory.with_name(f"{directory.name}.damaged{number}")
-    directory.rename(aside)
-    return aside
-
-
-def _manifest(directory: Path) -> dict[str, list]:
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / MANIFEST)
-    return {path.relative_to(directory).as_posix(): _size_and_sha256(path) for path in files}
-
-
-def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def _size_and_sha256(path: Path) -> list:
-    with open(path, "rb") as file:
-        return [os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _leaves(state: PyTree) -> dict[str, list]:

@@ -17,9 +17,10 @@ from jaxtyping import Array
 
 import deq_jax as deq
 from experiments.training import corpora, data, tokenizer
-from experiments.training.checkpoints import without_retired, write_atomically
+from experiments.training.checkpoints import without_retired
 from experiments.training.cli import SOLVERS_AND_ADJOINTS
 from experiments.training.lm_step import forget_at_start, solve_metrics
+from experiments.training.sealed import write_atomically
 
 # Corpora and run directories.
 

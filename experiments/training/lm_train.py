@@ -16,11 +16,10 @@ from jaxtyping import PyTree
 
 import deq_jax as deq
 from experiments.training import data, generation, lm, lm_report, lm_step, tokenizer
-from experiments.training.checkpoints import RunDirectory, config_to_json, write_atomically
+from experiments.training.checkpoints import RunDirectory, config_to_json
 from experiments.training.environment import environment
 from experiments.training.lm_model import Config, build, loss_fn
 from experiments.training.loop import (
-    MetricsLog,
     TrainState,
     count_params,
     graceful_signals,
@@ -28,6 +27,8 @@ from experiments.training.loop import (
     make_optimizer,
     make_train_step,
 )
+from experiments.training.metrics import MetricsLog
+from experiments.training.sealed import write_atomically
 
 HARMLESS = {"run", "data_dir", "log_every", "eval_every", "save_every"}  # may change in a resume
 EVALUATION_BATCH = 32
@@ -121,6 +122,7 @@ def train(config: Config, title: str = "step", *, keep: Callable[[int, TrainStat
                     keep(done, state)
                 save = stopping or done % config.save_every == 0 or done == config.steps
                 if save or done % config.log_every == 0:
+                    run.check()
                     line = meter.line()  # waits for the device
                     if done % config.eval_every == 0 and done > config.shallow_steps:
                         line["valid_loss"] = np.float64(evaluate(state.params, EVALUATION_SEGMENTS).loss)

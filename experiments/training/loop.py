@@ -27,11 +27,9 @@ so that the step is all there is to remember of the data.
 
 import contextlib
 import functools
-import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -40,8 +38,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
-
-from experiments.training.checkpoints import write_atomically
 
 
 class TrainState(NamedTuple):
@@ -165,48 +161,6 @@ def count_params(params: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-class MetricsLog:
-    """A file of JSON lines, one dict a line, that a kill or a resume leaves consistent.
-
-    Lines with a step above `after` are dropped, since a resume from there writes them again; a last line that
-    a kill cut short goes too; every other line stays byte for byte. `seconds` counts the training time over
-    all resumes; with `tokens_per_step` a line also says `tokens_per_second`, measured since the line before.
-    Non-finite numbers are written as Python's `NaN` and `Infinity`.
-
-    ```python
-    with MetricsLog(run.metrics_path, after=int(state.step), tokens_per_step=32 * 150) as log:
-        log.write(step + 1, metrics)
-    ```
-    """
-
-    def __init__(self, path: Path, *, after: int, tokens_per_step: int | None = None):
-        lines = _keep_lines(path, after)
-        last = next(filter(None, map(_parse, reversed(lines))), {})
-        self._tokens_per_step = tokens_per_step
-        self._step, self._seconds = last.get("step", 0), last.get("seconds", 0.0)
-        self._file = open(path, "a", encoding="utf-8")
-        self._clock = time.perf_counter()
-
-    def write(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Append and flush one line; waits for the metrics to be computed, and returns what it wrote."""
-        values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
-        now = time.perf_counter()
-        elapsed = now - self._clock
-        line = {"step": step, "seconds": round(self._seconds + elapsed, 3), **values}
-        if self._tokens_per_step is not None:
-            line["tokens_per_second"] = round((step - self._step) * self._tokens_per_step / elapsed, 1)
-        self._step, self._seconds, self._clock = step, self._seconds + elapsed, now
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        return line
-
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._file.close()
-
-
 class StopRequest:
     """Which signal has asked the loop to stop (`signum`, None until one comes)."""
 
@@ -270,20 +224,3 @@ def _backward_metrics(cotangent: PyTree) -> dict[str, Array]:
         metrics[f"bwd_{field}"] = jnp.max(leaf)
         metrics[f"bwd_{field.removesuffix('status')}converged"] = jnp.mean(leaf == 0)  # Status.CONVERGED is 0
     return metrics
-
-
-def _keep_lines(path: Path, after: int) -> list[bytes]:
-    content = path.read_bytes() if path.exists() else b""
-    lines = content.splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and _parse(line).get("step", 0) <= after]
-    if len(kept) < len(lines):
-        write_atomically(path, b"".join(kept))
-    return kept
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    # A line that is not one of ours says nothing, and is not ours to delete.
-    with contextlib.suppress(ValueError):
-        value = json.loads(line)
-        return value if isinstance(value, dict) else {}
-    return {}

@@ -7,10 +7,13 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
+import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,12 +33,12 @@ from experiments.training.checkpoints import (
     find_damage,
 )
 from experiments.training.loop import (  # noqa: F401 - the loop of its docstring is run here
-    MetricsLog,
     graceful_signals,
     init_state,
     make_optimizer,
     make_train_step,
 )
+from experiments.training.metrics import MetricsLog  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("promotes")  # optax relies on it
 
@@ -256,6 +259,12 @@ DAMAGES = {
     ),
     "altered manifest": (lambda step: flip(step / "manifest.json", -1), "12", "manifest.json: unreadable"),
     "emptied": (empty, "12", "manifest.json: missing"),
+    "copied": (
+        lambda step: shutil.copytree(step, step.parent / "999999"),
+        "999999",
+        "meta.json: it is a copy of step 12",
+    ),
+    "link": (lambda step: (step.parent / "999999").symlink_to(step), "999999", "a symbolic link to .*/12"),
     "stray": (lambda step: (step.parent / "999999").mkdir(), "999999", "manifest.json: missing"),
     "stray file": (lambda step: (step.parent / "999999").touch(), "999999", "manifest.json: missing"),
 }
@@ -359,6 +368,110 @@ def test_a_failed_save_raises_and_frees_the_directory(run, monkeypatch):
         assert directory.step == 12
 
 
+def remove_checkpoints(run):
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").touch()
+
+
+def fill_the_disk(run):
+    shutil.disk_usage = lambda path: types.SimpleNamespace(free=300)
+
+
+def limit_files(run):
+    """Found out while files are written, as a disk that fills up then."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit))
+
+
+def take_away(run):
+    run.rename(run.with_name("elsewhere"))
+
+
+HINDRANCES = {
+    "not a folder": (remove_checkpoints, r"checkpoints/13 could not be written: File exists \(.*checkpoints\); "),
+    "full": (fill_the_disk, "checkpoints/13 could not be written: it has 0.0 MB, and 0.0 MB are free on the disk; "),
+    "filling up": (limit_files, "checkpoints/13 could not be written: File too large; "),
+    "moved": (take_away, r"could not be written: .*/run was moved or removed while the run was under way; "),
+}
+
+
+@pytest.mark.parametrize("hindrance", HINDRANCES)
+def test_a_save_that_cannot_be_made_is_one_line_and_does_not_hold_up_the_exit(run, hindrance):
+    """In a process of its own, whose exit Orbax's threads can hold up, and whose files may be limited."""
+    hinder, message = HINDRANCES[hindrance]
+    child = run_child(run, f"hinder {hindrance}", 13)
+    assert child.returncode == 1 and "orbax" not in child.stderr, child.stderr  # TensorStore may print lines of its own
+    (line,) = (line for line in child.stderr.splitlines() if line.startswith("error"))
+    assert re.search(message + "the newest one is 12. Mend this and give the same command$", line)
+
+
+def save_hindered(path, how, step):
+    """A save into a run in which something is wrong, in a process of its own."""
+    try:
+        with RunDirectory(path, Config()) as run:
+            state, _ = run.restore(like())
+            HINDRANCES[how][0](path)
+            run.save(step, state)
+            for _ in range(200):
+                run.check()
+                time.sleep(0.1)
+    except checkpoints.SaveError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def test_checkpoints_that_vanish_are_made_again_with_a_warning(run):
+    with RunDirectory(run, Config()) as directory:
+        state, _ = directory.restore(like())
+        shutil.rmtree(run / "checkpoints")
+        with pytest.warns(DamagedCheckpointWarning, match="checkpoints was removed; made again"):
+            directory.save(13, state)
+        assert directory.wait() == run / "checkpoints" / "13"
+    shutil.rmtree(run / "checkpoints")
+    expected = "checkpoints is empty, though metrics.jsonl goes to step 12: starting from the beginning"
+    with pytest.warns(DamagedCheckpointWarning, match=expected), RunDirectory(run, Config()) as directory:
+        assert directory.step is None
+
+
+def test_an_old_step_that_is_a_link_is_moved_aside(run):
+    (run / "checkpoints" / "8").rename(run / "8")
+    (run / "checkpoints" / "8").symlink_to(run / "8")
+    with pytest.warns(
+        DamagedCheckpointWarning, match="checkpoint 8 is damaged .a symbolic link.*: using checkpoint 12"
+    ):
+        with RunDirectory(run, Config()) as directory:
+            state, _ = directory.restore(like())
+            for step in (13, 14):
+                directory.save(step, state)
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"13", "14", "8.damaged"}
+
+
+LOSSES = {
+    "a hole": (lambda lines: lines[:3] + lines[5:], "the lines of 2 steps before the checkpoint are lost: 4, 5$"),
+    "the end": (lambda lines: lines[:4], "the lines of 8 steps .* are lost: 5, 6, 7, 8, 9, …$"),
+    "all": (lambda lines: [], "the lines of 12 steps"),
+    "a changed number": (
+        lambda lines: [lines[0].replace("loss", "lass"), *lines[1:]],
+        "some of its lines have changed",
+    ),
+    "nothing": (lambda lines: [*lines, '{"step": "13"}\n', "[]\n"], None),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_metrics_that_are_lost_are_reported(run, loss):
+    change, message = LOSSES[loss]
+    path = run / "metrics.jsonl"
+    path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
+    with warnings.catch_warnings(record=True) as caught, RunDirectory(run, Config()) as directory:
+        warnings.simplefilter("always")
+        directory.restore(like())
+    assert [w.category for w in caught] == ([checkpoints.LostMetricsWarning] if message else [])
+    assert not message or re.search(f"metrics.jsonl: {message}", str(caught[0].message))
+    before = path.read_text()
+    with MetricsLog(path, after=12):
+        assert path.read_text() == before  # a line whose step is no number is not ours to judge
+
+
 @dataclasses.dataclass(frozen=True)
 class Anderson:
     rtol: float = 1e-3
@@ -456,5 +569,7 @@ def test_one_kept_checkpoint_is_too_few(tmp_path):
 
 
 if __name__ == "__main__":
+    if sys.argv[2].startswith("hinder "):
+        save_hindered(Path(sys.argv[1]), sys.argv[2].removeprefix("hinder "), int(sys.argv[3]))
     make_die(sys.argv[2], int(sys.argv[3]))
     main(Config(), sys.argv[1])

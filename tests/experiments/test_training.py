@@ -12,7 +12,6 @@ import optax
 import pytest
 
 from experiments.training.loop import (
-    MetricsLog,
     count_params,
     graceful_signals,
     init_state,
@@ -20,6 +19,7 @@ from experiments.training.loop import (
     make_optimizer,
     make_train_step,
 )
+from experiments.training.metrics import MetricsLog
 
 pytestmark = pytest.mark.usefixtures("promotes")  # optax relies on it
 
