@@ -22,16 +22,18 @@
 #
 # $$z^\star = f(z^\star, \theta, x).$$
 #
-# How one gets there is the solver's business; the derivative does not need to know. This notebook goes from a
-# scalar to a trained model, in five parts:
+# How one gets there is the solver's business; the derivative does not need to know. After this notebook you can
 #
-# 1. one number, and what a solve reports about itself;
-# 2. three solvers, and the spectral radius that separates them;
-# 3. the derivative: exact, in constant memory, or deliberately approximate;
-# 4. pytrees, batches of problems, and a look into the backward pass;
-# 5. a small model trained on two spirals.
+# 1. solve $z = f(z)$, and read what a solve reports about itself;
+# 2. tell from the spectral radius which solver will find $z^\star$;
+# 3. differentiate $z^\star$: exactly, in constant memory, or approximately for less;
+# 4. solve for any pytree and for a batch of problems, and look into the backward pass;
+# 5. train a small equilibrium model with Flax and Optax.
 #
-# Everything runs on a CPU in about two minutes, most of them XLA compiling; a GPU is optional.
+# Everything runs on a CPU in about two minutes, most of them XLA compiling.
+#
+# **On a GPU or a TPU** the same cells run unchanged. These problems are too small to run faster there: a round of a
+# solver is a few small kernels, and their launches cost more than their arithmetic.
 
 # %%
 import jax
@@ -62,13 +64,17 @@ plt.rcParams.update({
 print(f"deq_jax {deq.__version__}, jax {jax.__version__}, on {jax.device_count()} {jax.devices()[0].device_kind}")
 
 # %%
+import base64
 import dataclasses
+import pathlib
+import tempfile
 from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from matplotlib.animation import FuncAnimation
 
 from deq_jax.nn import DEQ
 
@@ -159,6 +165,55 @@ middle.set_title("Picard, 4z(1 − z): |f′| = 2, no rest")
 draw_cobweb(right, logistic, 0.3, secant, 12)
 right.set_title("Anderson, 4z(1 − z): chords lead to 3/4")
 plt.show()
+
+# %% [markdown]
+# The same two solvers on the logistic map, an evaluation a frame: Picard from two starts that differ by 1e-3, and
+# Anderson from both of them.
+
+
+# %%
+def show_moving(animation, alt, fps=3):
+    """Show an animation as an image, which needs neither a server nor a script."""
+    try:
+        from IPython.display import HTML, display
+    except ImportError:  # run as a script, there is nowhere to show it
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        animation.save(f"{folder}/moving.gif", writer="pillow", fps=fps)
+        data = base64.b64encode(pathlib.Path(f"{folder}/moving.gif").read_bytes()).decode()
+    display(HTML(f'<img alt="{alt}" src="data:image/gif;base64,{data}">'))
+
+
+FRAMES = 4 if FAST else 20
+orbits = {
+    (type(solver).__name__, z0): path(logistic, z0, solver, FRAMES)
+    for solver in (deq.Picard(), secant)
+    for z0 in (0.3, 0.301)
+}
+figure, axes = plt.subplots(figsize=(7, 3), dpi=70)
+axes.axhline(0.75, color="0.6", lw=0.8, ls=":")
+lines = {
+    (name, z0): axes.plot(
+        [], [], "o-" if z0 == 0.3 else "o--", ms=3, lw=1, color=COLORS[name], label=f"{name} from {z0}"
+    )[0]
+    for name, z0 in orbits
+}
+axes.set(xlim=(0, FRAMES + 0.2), ylim=(-0.02, 1.4), xlabel="evaluations of f", ylabel="z")
+axes.legend(loc="upper right", ncols=2)
+
+
+def draw_frame(n):
+    for key, line in lines.items():
+        line.set_data(range(1, n + 2), orbits[key][: n + 1])
+    apart = {name: float(abs(orbits[name, 0.3][n] - orbits[name, 0.301][n])) for name in ("Picard", "Anderson")}
+    axes.set_title(
+        f"From 1e-3 apart: Picard's orbits are {apart['Picard']:.0e} apart, Anderson's {apart['Anderson']:.0e}"
+    )
+
+
+alt = "Orbits of the logistic map: Picard's two part ways, Anderson's two meet at 3/4"
+show_moving(FuncAnimation(figure, draw_frame, frames=FRAMES), alt)
+plt.close(figure)
 
 # %% [markdown]
 # ## 2. The spectral radius decides

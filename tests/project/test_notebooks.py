@@ -41,6 +41,23 @@ def test_badge_and_install_cell(path):
     assert not re.search(r"install[^\n]*\bjax(lib)?\b *([\[=<>~\"']|$)", re.sub(r"deq[-_]jax", "", installs[0]))
 
 
+def test_the_head_is_that_of_all_notebooks(path):
+    """The cell that installs, and the one with sizes and style: one look, and one line where jax is too old."""
+    head = lambda path: [s for kind, s in cells(path) if kind == "code" and ("%pip" in s or "COLORS = {" in s)]
+    assert len(head(path)) == 2 and head(path) == head(NOTEBOOKS[0])
+
+
+def test_it_has_figures_and_a_word_on_accelerators(path):
+    code = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    shown = [output["data"] for cell in code for output in cell["outputs"] if "data" in output]
+    moving = [
+        data for data in shown if "image/gif" in data or "data:image/gif;base64" in "".join(data.get("text/html", ""))
+    ]
+    assert sum("image/png" in data for data in shown) >= 3 and moving
+    words = "\n".join(source for kind, source in cells(path) if kind == "markdown")
+    assert re.search("On a GPU or a TPU", words) and "Try next" in words
+
+
 def test_committed_outputs(path):
     text = path.read_text()
     code = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
