@@ -23,6 +23,30 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(100_000, 20, 20)
 
 
+def pytest_addoption(parser):
+    text = "of a test's cases run only as many as have every value of each parameter, not every combination"
+    parser.addoption("--each-value", action="store_true", help=text)
+
+
+def pytest_collection_modifyitems(config, items):
+    """A corner asks whether a version is different, and the reference environment runs all combinations."""
+    if not config.getoption("--each-value"):
+        return
+    values = lambda item: set(enumerate(item.callspec.id.split("-"))) if hasattr(item, "callspec") else {()}
+    cases = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = set()
+    for group in cases.values():
+        missing = set().union(*map(values, group))
+        while missing:
+            best = max(group, key=lambda item: len(values(item) & missing))
+            kept.add(best)
+            missing -= values(best)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
 LARGE = 2 * 1024**3  # bytes of a process above which its compiled programs are forgotten between two modules
 
 
