@@ -24,7 +24,7 @@
 # After this notebook you can:
 #
 # - tell from the eigenvalues of $J = \partial f/\partial z$ whether plain iteration, damping or Anderson will converge;
-# - notice a failing layer by its `Status` before the loss shows it, and stop with `deq.check` where you want to;
+# - tell a failing layer from a bad learning rate by its `Status`, and stop with `deq.check` where you want to;
 # - keep a layer solvable with a Jacobian penalty or a spectral penalty;
 # - guard a training loop, and leave failed problems out of the gradient with `OnFailure.ZERO`;
 # - test whether the answer depends on where the solver starts.
@@ -157,7 +157,8 @@ for (side, (jacobian, b)), (plane, curve) in zip(cells.items(), panels, strict=T
 plt.show()
 
 # %% [markdown]
-# The circles are the discs of plain (solid) and damped (dashed) iteration. Anderson looks for the solution of the
+# The circles are the discs of plain (solid) and damped (dashed) iteration. Where an iteration grows, its *relative*
+# residual stays at a level, because $f(z) - z$ and $f(z)$ grow alike. Anderson looks for the solution of the
 # equation, not for an attractor, and is the default for that reason. Which one to take is in the guide
 # [Which solver](https://github.com/deq-jax/deq_jax/blob/main/docs/guides/which_solver.md).
 #
@@ -315,6 +316,7 @@ for (statuses, radii, losses), (name, log) in zip(
     best = int(np.argmin(log["loss"]))
     losses.set(title=f"Loss: least at step {best}, {log['loss'][-1] / log['loss'][best]:.1f} times that at the end")
     losses.set_xlabel("training step")
+    losses.yaxis.set_minor_formatter("")
 for axes, label in zip(panels[:, 0], ("share of the solves", "ρ(J): median, 10–90 %", "loss (nats)"), strict=True):
     axes.set_ylabel(label)
 figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(STATUS))
@@ -375,7 +377,8 @@ for name in PENALTIES:
     spectra[name] = [np.linalg.eigvals(np.asarray(equilibria(params)[0])).ravel() for params in kept[name]]
 
 # %% [markdown]
-# Watch the eigenvalues of $J$ at sixteen equilibria as training goes on. (A relu that is off gives an eigenvalue of 0.)
+# Watch the eigenvalues of $J$ at sixteen equilibria as training goes on. (A relu that is off gives an eigenvalue of 0.
+# The largest may leave the frame.)
 
 
 # %%
@@ -430,8 +433,8 @@ def smooth(values, window=10):
 figure, (shares, losses) = plt.subplots(1, 2, figsize=(10, 3.5))
 for name in PENALTIES:
     color, accuracy = REMEDIES[name][1], test(graphdef, kept[name][-1])
-    shares.plot(smooth(logs[name]["forward"].sound.mean(1)), color=color)
-    losses.semilogy(smooth(logs[name]["loss"]), color=color, label=f"{name}: test accuracy {accuracy:.1%}")
+    shares.plot(smooth(logs[name]["forward"].sound.mean(1)), color=color, label=f"{name}: test accuracy {accuracy:.1%}")
+    losses.semilogy(smooth(logs[name]["loss"]), color=color)
 quarter = slice(-STEPS // 4, None)  # the last one
 solved = {name: logs[name]["forward"].sound[quarter].mean() for name in REMEDIES}
 final = {name: logs[name]["loss"][quarter].mean() for name in REMEDIES}
@@ -446,7 +449,7 @@ losses.set(
     ylabel="loss without penalty (nats)",
     title="Mean loss of the last quarter: " + ", ".join(f"{final[name]:.2g}" for name in PENALTIES),
 )
-losses.legend()
+shares.legend(loc="lower left")
 plt.show()
 
 # %% [markdown]
@@ -473,7 +476,7 @@ for name, (log, color) in runs.items():
     shares.plot(smooth(log["forward"].sound.mean(1)), color=color, label=label)
     undone = ~log["healthy"]
     if undone.any():
-        rates.semilogy(0.03 * log["rate"], color=color, label=f"{name}: {undone.sum()} of {STEPS} steps taken back")
+        rates.semilogy(0.03 * log["rate"], color=color, label=f"{name}: {undone.sum()} steps taken back")
         rates.plot(np.nonzero(undone)[0], 0.03 * log["rate"][undone], "v", ms=4, color=color)
 shares.set(
     xlabel="training step",
@@ -489,7 +492,7 @@ rates.set(
     ylabel="learning rate",
     title=f"The guard lowers the rate from 0.03 to {least:.0e} at the least",
 )
-rates.legend(*rates.get_legend_handles_labels())
+rates.legend(*rates.get_legend_handles_labels(), loc="center right")
 plt.show()
 
 # %% [markdown]
