@@ -158,9 +158,9 @@ plt.show()
 
 # %% [markdown]
 # The circles are the discs of plain (solid) and damped (dashed) iteration. Where an iteration grows, its *relative*
-# residual stays at a level, because $f(z) - z$ and $f(z)$ grow alike. Anderson looks for the solution of the
-# equation, not for an attractor, and is the default for that reason. Which one to take is in the guide
-# [Which solver](https://github.com/deq-jax/deq_jax/blob/main/docs/guides/which_solver.md).
+# residual stays at a level, because $f(z) - z$ and $f(z)$ grow alike. Anderson, the default, looks for a solution of
+# the equation rather than for an attractor. Where a cell expands in many directions the guide [Which
+# solver](https://github.com/deq-jax/deq_jax/blob/main/docs/guides/which_solver.md) advises `Broyden(rank=40)`.
 #
 # ## 2. A training run that breaks its own layer
 #
@@ -316,6 +316,8 @@ for (statuses, radii, losses), (name, log) in zip(
     best = int(np.argmin(log["loss"]))
     losses.set(title=f"Loss: least at step {best}, {log['loss'][-1] / log['loss'][best]:.1f} times that at the end")
     losses.set_xlabel("training step")
+    losses.set_yticks((0.2, 0.5, 1, 2, 5))
+    losses.yaxis.set_major_formatter("{x:g}")
     losses.yaxis.set_minor_formatter("")
 for axes, label in zip(panels[:, 0], ("share of the solves", "ρ(J): median, 10–90 %", "loss (nats)"), strict=True):
     axes.set_ylabel(label)
@@ -498,9 +500,9 @@ plt.show()
 # %% [markdown]
 # A guard alone protects what is there. It gives the gradient no reason to turn around, so training comes to the
 # border and may stay there, at an ever smaller rate. With a penalty, the guard helps over the moments in which the
-# penalty is too weak. `ZERO` keeps wrong gradients out, but makes no cell contract either. It is meant for solves
-# that fail now and then; the guide [When a solve
-# fails](https://github.com/deq-jax/deq_jax/blob/main/docs/guides/failures.md) compares the policies.
+# penalty is too weak. `ZERO` keeps wrong gradients out. That is enough where solves fail because they are cut off;
+# the guide [When a solve fails](https://github.com/deq-jax/deq_jax/blob/main/docs/guides/failures.md) measures it.
+# Here they fail because the cell expands, and leaving problems out makes no cell contract.
 #
 # ## 5. Path independence: is it *the* equilibrium?
 #
