@@ -82,9 +82,9 @@ except ImportError:  # run as a script: the animation is made, and not shown
 # %% [markdown]
 # ### On a GPU or a TPU
 #
-# The code is the same; this cell picks larger sizes there, because one step takes about as long for 256 pictures as
-# for 64. An accelerator rounds the products of a convolution to TF32 or bfloat16 unless it is told otherwise. Then no
-# residual gets far below that rounding, so we ask for float32. On a CPU this changes nothing.
+# The code is the same; this cell picks a wider cell, larger batches and more steps there. An accelerator rounds the
+# products of a convolution to TF32 or bfloat16 unless it is told otherwise. Then no residual gets far below that
+# rounding, so we ask for float32. On a CPU this changes nothing.
 
 # %%
 ACCELERATOR = jax.default_backend() != "cpu"
