@@ -61,6 +61,7 @@ import base64
 import functools
 import gzip
 import hashlib
+import http.client
 import io
 import pathlib
 import tempfile
@@ -156,7 +157,7 @@ def shapes(count, seed):
 try:
     (train, test), NAMES = fashion(), CLOTHES
     print(f"Fashion-MNIST: {len(train[1]):,} pictures to train with, {TEST:,} of {len(test[1]):,} to test with")
-except OSError as error:
+except (OSError, http.client.HTTPException) as error:
     train, test, NAMES = shapes(6000, seed=0), shapes(TEST, seed=1), SHAPES
     print(f"no Fashion-MNIST here ({type(error).__name__}): we go on with {len(train[1]):,} drawn shapes")
 (images, labels), (x_test, y_test) = [
