@@ -159,7 +159,7 @@ plt.show()
 # %% [markdown]
 # Each pixel is one solve, colored by its evaluations; gray pixels did not converge within 60. Plain iteration finds
 # the fixed point from nowhere. The methods that solve the *equation* find it from nearly everywhere, each with a
-# pattern of its own. Near the fixed point every one of them is quick: a good start helps them all.
+# pattern of its own. Near the fixed point each of the three is quick: a good start helps them all.
 #
 # Here are 240 of these solves as they run:
 
@@ -180,7 +180,7 @@ lines = {name: curves.semilogy([], [], color=COLORS[name], label=name)[0] for na
 tails = {name: curves.semilogy([], [], ":", color=COLORS[name])[0] for name in shown}
 curves.plot([], [], ":", color="0.4", label="worst tenth")
 curves.set(xlim=(0, AT[-1]), ylim=(1e-6, 10), xlabel="step", title="relative residual, median")
-curves.legend(loc="lower left")
+curves.legend(loc=(0.5, 0.4))
 panels[0].set_ylabel("z₂")
 frames = []
 for k, step in enumerate(AT):
