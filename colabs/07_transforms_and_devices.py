@@ -102,16 +102,16 @@ def show_animation(frames, alt, milliseconds=250):
 # %% [markdown]
 # ### On a GPU or a TPU
 #
-# The calls are the same. With four accelerators or more, the mesh below consists of them. With fewer, the mesh is that
-# of the eight simulated devices, and the parts without a mesh run on the accelerator, with more pixels. float32 matrix
-# products are rounded there unless you ask for more, so we ask.
+# The calls are the same. Where there are four accelerators or eight, such as the cores of a TPU, the mesh consists of
+# them. Else it is that of the eight simulated devices, and the parts without a mesh run on the accelerator, with more
+# pixels. float32 matrix products are rounded there unless you ask for more, so we ask.
 
 # %%
 ACCELERATOR = jax.default_backend() != "cpu"
 SIDE = 48 if FAST else 480 if ACCELERATOR else 240
 jax.config.update("jax_default_matmul_precision", "highest")
 
-devices = (jax.devices() if jax.device_count() >= 4 else jax.devices("cpu"))[:8]
+devices = jax.devices()[:8] if jax.device_count() in (4, 8) else jax.devices("cpu")[:8]
 mesh = jax.make_mesh((len(devices),), ("rows",), axis_types=(AxisType.Auto,), devices=devices)
 DEVICE_COLORS = plt.get_cmap("viridis")(np.linspace(0, 0.95, mesh.size))
 print(f"a mesh of {mesh.size} devices: {devices[0].device_kind}")
@@ -120,7 +120,8 @@ print(f"a mesh of {mesh.size} devices: {devices[0].device_kind}")
 # ## 1. `vmap`: many problems, each with its own fate
 #
 # We solve $z = z^2 + c$ for a whole plane of complex numbers $c$, one problem a pixel. Both roots can be written down,
-# so nothing is at stake but the solver. We write the solve of *one* problem and map it twice.
+# so nothing is at stake but the solver. We write the solve of *one* problem and map it twice. The state is one number,
+# so a short history is enough.
 
 # %%
 re_c, im_c = np.linspace(-2.1, 0.9, SIDE), np.linspace(-1.5, 1.5, SIDE)
@@ -133,7 +134,7 @@ def solve_pixel(c, solver):
 
 solve_plane = jax.jit(jax.vmap(jax.vmap(solve_pixel, (0, None)), (0, None)))
 _, plain = solve_plane(plane, deq.Picard())
-z, mixed = solve_plane(plane, deq.Anderson())
+z, mixed = solve_plane(plane, deq.Anderson(history=3))
 for name, stats in (("Picard", plain), ("Anderson", mixed)):
     print(f"{name:9}", ", ".join(f"{s.name} {(stats.status == s).mean():.2%}" for s in deq.Status))
 
@@ -190,18 +191,37 @@ print("statuses agree: ", bool((np.asarray(over_jit.status) == batch.status).all
 # The problems are independent, and yet a `jit` over the mesh is one program with one loop: it ends when the slowest
 # problem of *all* devices is done. `shard_map` gives each device a loop of its own, which ends with the device's own
 # problems. `pmap`, its ancestor, does the same with a leading axis in place of a mesh.
-
+#
+# What the devices say to each other can be read in the compiled program: a *collective* in its loop is sent once an
+# evaluation.
 
 # %%
+COLLECTIVES = "all-reduce|all-gather|collective-permute|reduce-scatter|all-to-all"
+
+
+def collectives_of(run, *args):
+    """{collective: how many} in the loops of the compiled program."""
+    text = run.lower(*args).compile().as_text()
+    computations = re.findall(r"^%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S)
+    of_loops = re.findall(r"(?:body|condition)=%?([\w.\-]+)", text)
+    found = collections.Counter()
+    for name, instructions in computations:
+        if name in of_loops:
+            found.update(re.findall(rf" ({COLLECTIVES})(?:-start)?\(", instructions))
+    return dict(found)
+
+
 def solve_rows(c):
     return deq.fixed_point(lambda z: z**2 + c, 0 * c, solver=deq.Picard(), batch_ndim=2)
 
 
-over_shards = jax.jit(jax.shard_map(solve_rows, mesh=mesh, in_specs=P("rows"), out_specs=P("rows")))(plane).stats
+sharded = jax.jit(jax.shard_map(solve_rows, mesh=mesh, in_specs=P("rows"), out_specs=P("rows")))
+over_shards = sharded(plane).stats
 over_pmap = jax.pmap(solve_rows, devices=devices)(plane.reshape(mesh.size, -1, SIDE)).stats
 for name, stats in (("shard_map", over_shards), ("pmap", over_pmap)):
     same = np.array_equal(np.reshape(stats.status, plane.shape), batch.status)
     print(f"{name:9} statuses agree: {same}")
+print("sent in each evaluation: jit", collectives_of(solve_batch, strips), "shard_map", collectives_of(sharded, plane))
 
 # %%
 rounds = np.asarray(over_shards.steps).reshape(mesh.size, -1).max(axis=1)
@@ -226,8 +246,9 @@ right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
 plt.show()
 
 # %% [markdown]
-# The outer strips diverge early and are done. Whether that matters depends on what follows: if the next layer needs all
-# results anyway, the others wait there.
+# The one `all-reduce` under `jit` asks whether any problem goes on. The outer strips diverge early and, by themselves,
+# are done. Whether that matters depends on what follows: if the next layer needs all results anyway, the others wait
+# there.
 #
 # ## 3. One problem over devices
 #
@@ -304,30 +325,14 @@ show_animation(frames, "A noisy picture on eight strips becomes readable, under 
 # Each strip lies on a device of its own, and none ever sees the whole. The letters cross the borders unharmed.
 # The solver takes the same steps as on one device, since its norms and inner products are sums over all strips.
 #
-# What do the devices send? XLA decides, and we can read its decision in the compiled program: the collectives in the
-# body of the loop run once an evaluation.
+# What do the devices send now? Under `jit` XLA decides, and we read its decision.
 
 # %%
-COLLECTIVES = "all-reduce|all-gather|collective-permute|reduce-scatter|all-to-all"
-
-
-def collectives_of(run, *args):
-    """{collective: how many} in the body of the outer loop of the compiled program."""
-    text = run.lower(*args).compile().as_text()
-    bodies = re.findall(r"^%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S)
-    loops = re.findall(r"body=%?([\w.\-]+)", text)
-    found = collections.Counter()
-    for name, body in bodies:
-        if name in loops:
-            found.update(re.findall(rf" ({COLLECTIVES})(?:-start)?\(", body))
-    return dict(found)
-
-
 print("an evaluation under jit:", collectives_of(denoise, deq.Anderson(), image))
 
 # %% [markdown]
-# No `all-gather`: the picture is assembled nowhere. Three `all-reduce` of a few numbers are the solver's; a
-# `collective-permute` carries a border row of $f$ to the next device.
+# No `all-gather`: the picture is assembled nowhere. The `all-reduce` are the solver's, three for Anderson, of a few
+# numbers each. A `collective-permute` carries border rows of $f$ to the next device.
 #
 # ## 4. `shard_map`, and when to name an axis
 #
@@ -386,7 +391,7 @@ plt.show()
 # %% [markdown]
 # With the name, norms and inner products are summed over the devices: one problem, one status, the steps of part 3.
 # Without it each device takes its strip for a problem of its own, and Anderson mixes on each with other weights. The
-# answer still meets the tolerance, since every residual is measured; it takes longer to get there.
+# statuses are still those of measured residuals, but of strips, and it takes several times the evaluations.
 #
 # **Name the axes over which a problem is split.** Do not name axes over which problems are distributed, as in part 2:
 # they would be summed into one. There is a case between the two: *different* problems, coupled by a collective inside
@@ -481,7 +486,7 @@ for _ in range(2 if FAST else 7):
     losses.append(loss)
     hessians.append(np.float64(hessian))
     newton.append(newton[-1] + step)
-RATE = 0.2
+RATE = 0.3  # 0.5 is too much
 descent, descent_losses = [start], []
 for _ in range(2 if FAST else 40):
     loss, gradient, _ = loss_to_second_order(descent[-1])
@@ -491,7 +496,7 @@ for k, (point, loss) in enumerate(zip(newton, losses, strict=False)):
     print(f"Newton {k}: θ = ({point[0]:.5f}, {point[1]:.5f}), loss {loss:.1e}")
 
 # %%
-grid_1, grid_2 = np.linspace(0.12, 0.42, 6 if FAST else 30), np.linspace(0.15, 1.0, 6 if FAST else 30)
+grid_1, grid_2 = np.linspace(0.12, 0.42, 3 if FAST else 30), np.linspace(0.15, 1.0, 3 if FAST else 30)
 row_of = jax.vmap(lambda first, second: loss_fn(jnp.stack([first, second])), (None, 0))
 landscape = jax.jit(lambda firsts: jax.lax.map(lambda first: row_of(first, jnp.float32(grid_2)), firsts))(
     jnp.float32(grid_1)
