@@ -96,8 +96,8 @@ def show_animation(frames, alt, milliseconds=250):
 # ### On a GPU or a TPU
 #
 # The calls are the same. Two things change here. Part 4 takes sizes that fill an accelerator. And float32 matrix
-# products are rounded to TF32 or bfloat16 there unless you ask for more, which puts a floor under every residual, so
-# we ask for float32.
+# products are rounded to TF32 or bfloat16 there unless you ask for more; the fixed point is then that of a rounded $f$.
+# So we ask for float32.
 
 # %%
 ACCELERATOR = jax.default_backend() != "cpu"
@@ -328,8 +328,8 @@ plt.show()
 #   needs a few evaluations, each with 32 products. `NewtonKrylov` pays for its products one by one.
 # - **Expanding.** Eigenvalues outside of the disk do not stop a solver of the equation. How many directions expand, and
 #   how curved $f$ is, decides who gets there. This is one random cell; the next figure has many.
-# - **Rootless.** No residual comes down for good, and no solver says that it converged. (The spectrum is that at the
-#   best iterate.)
+# - **Rootless.** The residuals level off, and no solver says that it converged. (The spectrum is that at the best
+#   iterate.)
 #
 # ### Not one cell, but many
 #
@@ -375,9 +375,9 @@ plt.show()
 
 # %% [markdown]
 # Plain iteration ends at $\rho = 1$. (Where it still converges, it has found another fixed point, a stable one.) For
-# the others one is no border: what grows is the curvature of $f$ between the start and the solution. `NewtonKrylov`
-# is made for stiff systems, and here its linear models are soon wrong. `Robust` begins with Broyden, falls back on
-# Newton–Krylov, and rarely needs to.
+# the others one is no border: what grows is the curvature of $f$ between the start and the solution. `NewtonKrylov` is
+# made for stiff systems. It spends up to 20 evaluations on a step, so here it takes few of them. `Robust` begins with
+# Broyden and falls back on Newton–Krylov.
 #
 # ## 3. A problem without a solution
 #
@@ -427,8 +427,8 @@ plt.show()
 # %% [markdown]
 # Left of the red line, every orange square is a solution that exists and was not found within 100 evaluations; right of
 # it there is nothing to find. `MAX_STEPS` cannot tell the two apart, but no status claims a convergence that was not
-# measured. (Only within `rtol` of one would the residual of a huge $z$ meet the tolerance: $f(z) = z + 0.1$ is nearly
-# solved where $\|z\|$ is a thousand. `estimate_error=True` asks for the distance to a solution.) What each one means:
+# measured. A measured residual is not a distance, though: within `rtol` of one a solver may return a huge $z$ whose
+# residual does meet the tolerance. `estimate_error=True` then reports an error larger than $z$. The statuses:
 #
 # | status | what it says | what to do |
 # |---|---|---|
@@ -450,7 +450,7 @@ except deq.SolveError as error:
 # %% [markdown]
 # ## 4. What a step costs
 #
-# Evaluations are half of the bill. Between two of them a solver reads and writes its history, and that matters where
+# Evaluations are one part of the cost. Between two of them a solver reads and writes its history, and that matters where
 # $f$ is cheap. We time solves of one multiply-add, with a budget that is traced, so that one compiled program gives
 # both ends of a slope; the start of the loop cancels. The unit is one dense layer of the same width.
 

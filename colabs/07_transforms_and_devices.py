@@ -167,8 +167,8 @@ plt.show()
 # (white) it is `DIVERGED`. Middle: Anderson solves the same equations. Right: which root it found; the hue is the angle
 # of $z^\star$, the brightness its size. The few pixels that it loses are white, and their statuses say so.
 #
-# Under `vmap` every problem keeps its own tolerance test, history, step count and status: nobody waits for a neighbor,
-# though the loop as a whole runs until the last one is done. `batch_ndim=2` says the same without `vmap`:
+# Under `vmap` every problem keeps its own tolerance test, history, step count and status. One that is done stands still
+# while the loop runs on for the others. `batch_ndim=2` says the same without `vmap`:
 
 # %%
 solve_batch = jax.jit(lambda c: deq.fixed_point(lambda z: z**2 + c, 0 * c, solver=deq.Picard(), batch_ndim=2))
@@ -322,8 +322,8 @@ plt.close(figure)
 show_animation(frames, "A noisy picture on eight strips becomes readable, under Picard and sooner under Anderson", 350)
 
 # %% [markdown]
-# Each strip lies on a device of its own, and none ever sees the whole. The letters cross the borders unharmed.
-# The solver takes the same steps as on one device, since its norms and inner products are sums over all strips.
+# Each strip lies on a device of its own, and no device ever sees the whole. The letters cross the borders unharmed. The
+# solver takes the same steps as on one device, since its norms and inner products are sums over all strips.
 #
 # What do the devices send now? Under `jit` XLA decides, and we read its decision.
 
@@ -486,7 +486,7 @@ for _ in range(2 if FAST else 7):
     losses.append(loss)
     hessians.append(np.float64(hessian))
     newton.append(newton[-1] + step)
-RATE = 0.3  # 0.5 is too much
+RATE = 0.2  # 0.5 is too much
 descent, descent_losses = [start], []
 for _ in range(2 if FAST else 40):
     loss, gradient, _ = loss_to_second_order(descent[-1])
@@ -534,7 +534,7 @@ plt.show()
 
 # %% [markdown]
 # The ellipses show the Hessian at Newton's points: long where the loss is flat. Gradient descent falls into the valley
-# and crawls along it; Newton knows how long the valley is, and its loss falls quadratically at the end. The
+# and crawls along it; Newton knows how long the valley is, and at the end each step doubles the correct digits. The
 # gray landscape itself is part 1 again: `vmap` over a row of pairs $\theta$, `lax.map` over the rows to save memory.
 #
 # **Try next**
@@ -542,5 +542,5 @@ plt.show()
 # - Solve the plane of part 1 with `deq.Newton()`, or for $z = z^3 + c$. Which roots are found?
 # - Make the mesh two-dimensional, `jax.make_mesh((2, 4), ("rows", "columns"), …)`, and place the picture with
 #   `P("rows", "columns")`. Which collectives appear?
-# - In part 4 pass `solver=deq.Broyden()` or `deq.Picard()`. How many `all-reduce` are theirs?
-# - Replace `ImplicitJVP()` by `Implicit()` in part 5, and read the error message.
+# - In part 4 pass `solver=deq.Broyden()` or `deq.Picard()` to `deq.solve`. How many `all-reduce` are theirs?
+# - Replace `deq.ImplicitJVP` by `deq.Implicit` in part 5, and read the error message.
