@@ -450,7 +450,7 @@ except deq.SolveError as error:
 # %% [markdown]
 # ## 4. What a step costs
 #
-# Evaluations are one part of the cost. Between two of them a solver reads and writes its history, and that matters where
+# Evaluations are one part of the cost. Between two of them a solver reads and writes its history, which matters where
 # $f$ is cheap. We time solves of one multiply-add, with a budget that is traced, so that one compiled program gives
 # both ends of a slope; the start of the loop cancels. The unit is one dense layer of the same width.
 
@@ -503,18 +503,19 @@ cost = {name: seconds[name] / seconds["layer"] for name in measured}
 # %% [markdown]
 # On a GPU a small state costs kernel launches and a large one bytes. `make kernels` in the repository compiles each
 # solver for an H100 and reads the program; nothing is run, so these are **counts, not times**. They are quoted from
-# `experiments/benchmarks/results/kernels/results.md`: a state of 4096 × 1024 in float32, forward, $f$ one multiply-add.
-# Kernels are those of one round with its test of convergence; moved is what they read and write at most, in states.
+# `experiments/benchmarks/results/kernels/results.md`: float32, forward, $f$ one multiply-add. Kernels are those of one
+# round with its test of convergence, for a state of 64 × 512. Moved is what they read and write at most, in states, for
+# one of 4096 × 1024.
 
 # %%
 kernels = {  # kernels of a round and its test, states moved
-    "Picard()": (4 + 1, 11.0),
-    "Anderson(history=5)": (11 + 1, 37.2),
+    "Picard()": (6 + 1, 11.0),
+    "Anderson(history=5)": (12 + 1, 37.2),
     "Anderson()": (12 + 1, 44.4),
     "Anderson(history=16)": (14 + 1, 61.7),
-    "Broyden()": (20 + 2, 84.6),
-    "NewtonKrylov()": (29 + 1, 182.3),
-    "Robust()": (30 + 1, 182.3),
+    "Broyden()": (19 + 2, 84.6),
+    "NewtonKrylov()": (28 + 1, 182.3),
+    "Robust()": (29 + 1, 182.3),
 }
 figure, (here, launches, moved) = plt.subplots(1, 3, figsize=(11, 3), sharey=True)
 rows = {name: row for row, name in enumerate(contenders)}
@@ -529,8 +530,8 @@ here.set(
     title=f"Here: {cost['Anderson()']:.2g} dense layers, {cost['Anderson()'] / cost['Picard()']:.1f} × Picard",
 )
 ratios = [a / p for a, p in zip(kernels["Anderson()"], kernels["Picard()"], strict=True)]
-launches.set(xlabel="kernels of a round", title=f"H100, small state: {ratios[0]:.1f} × Picard")
-moved.set(xlabel="states moved, at most", title=f"H100, large state: {ratios[1]:.1f} × Picard")
+launches.set(xlabel="kernels of a round, 64 × 512", title=f"H100, small state: {ratios[0]:.1f} × Picard")
+moved.set(xlabel="states moved at most, 4096 × 1024", title=f"H100, large state: {ratios[1]:.1f} × Picard")
 here.invert_yaxis()
 figure.suptitle("A step of Anderson() besides f: measured here, counted for an H100 (make kernels)", fontsize=10)
 plt.show()
