@@ -39,7 +39,8 @@ default_role = "py:obj"  # docstrings are Markdown in this: `name` is code, and 
 
 # Pages are Markdown. Their ```python blocks are the cells of a notebook: see extensions/programs.py.
 nb_custom_formats = {".md": "programs.read"}
-nb_execution_mode = "auto"  # every page with code: their outputs are nowhere kept
+nb_execution_mode = "auto"  # every page with code, whose outputs are nowhere kept
+nb_execution_excludepatterns = ["notebooks/*.ipynb"]  # these keep theirs
 nb_execution_show_tb = True  # in the warning, with the cell
 nb_execution_timeout = 300
 nb_output_stderr = "warn"  # and a warning is an error
