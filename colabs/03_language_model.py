@@ -89,7 +89,7 @@ ACCELERATOR = jax.default_backend() != "cpu"
 if ACCELERATOR and not FAST:
     DIM, HEADS, TIME, BATCH, WARMUP, STEPS, RATE = 256, 8, 128, 64, 1500, 2500, 1e-3
 else:
-    DIM, HEADS, TIME, BATCH, WARMUP, STEPS, RATE = 64, 4, 64, 16, 600, 900, 3e-3
+    DIM, HEADS, TIME, BATCH, WARMUP, STEPS, RATE = 64, 4, 64, 16, 600, 1400, 3e-3
 if FAST:
     DIM, TIME, BATCH, WARMUP, STEPS = 32, 32, 8, 20, 30
 
@@ -243,13 +243,12 @@ def train_step(params, opt_state, key, options):
 
 
 @jax.jit
-def validate(params, solver):
-    """The loss on fixed validation sequences, from a solve with this solver."""
+def validate(params, options):
+    """The loss on fixed validation sequences."""
     inputs, targets = batch_of(valid_tokens, jax.random.key(0))
     more, their = batch_of(valid_tokens, jax.random.key(1))
     inputs, targets = jnp.concatenate([inputs, more]), jnp.concatenate([targets, their])
-    loss, stats = loss_fn(params, None, inputs, targets, {"solver": solver, "adjoint": deq.JFB()})
-    return loss, stats.converged.mean()
+    return loss_fn(params, None, inputs, targets, options)[0]
 
 
 # %%
@@ -260,7 +259,7 @@ for step in range(STEPS):
     params, opt_state, log = train_step(params, opt_state, keys[step], options)
     logs.append(log)
     if step % (STEPS // 15) == 0 or step in (WARMUP - 1, STEPS - 1):
-        checks.append((step, float(validate(params, options["solver"])[0])))
+        checks.append((step, float(validate(params, options))))
     if step == WARMUP - 1:
         after_warmup = jax.tree.map(jnp.copy, params)
 logs = {name: np.array([float(log[name]) for log in logs]) for name in logs[0]}
@@ -286,7 +285,7 @@ axes.set(
     title=f"{checks[-1][1]:.2f} nats on validation text: {bigram - checks[-1][1]:.2f} below the bigram",
     ylim=(None, unigram + 0.4),
 )
-axes.legend(loc="center right")
+axes.legend(loc="center right", bbox_to_anchor=(1, 0.66))
 plt.show()
 
 # %% [markdown]
@@ -309,8 +308,9 @@ residual.set(
 later = x >= WARMUP + window
 work.plot(x, smooth(logs["evaluations"]), color=COLORS["Anderson"], label="evaluations of f, forward")
 work.plot(x[later], smooth(logs["products"])[later], color="0.4", label="products with Jᵀ, backward")
-start, end = (logs["evaluations"][s].mean() for s in (slice(WARMUP, WARMUP + window), slice(-window, None)))
-work.set(title=f"The solve takes {start:.0f} evaluations at first,\n{end:.0f} at the end", ylim=(0, None))
+mean = smooth(logs["evaluations"])[later]
+work.set_title(f"Evaluations: {mean[0]:.0f} at the switch,\nthen from {mean.min():.0f} to {mean[-1]:.0f}")
+work.set_ylim(0, 1.4 * max(smooth(logs["products"])[later].max(), smooth(logs["evaluations"]).max()))
 work.legend(loc="upper left")
 share.plot(x[later], smooth(logs["converged"])[later], color=COLORS["Anderson"], label="forward")
 share.plot(x[later], smooth(logs["backward converged"])[later], color="0.4", label="backward")
@@ -324,9 +324,10 @@ plt.show()
 
 # %% [markdown]
 # In the warm-up (gray) the state after two layers is no fixed point, nor is it meant to be: `Unroll`
-# differentiates the two layers as they are. Then the residual falls to the tolerance of 1e-2. Training makes the
-# cell harder to solve as it goes on; that is Figure 2 of the paper. If the share of converged solves falls, see
-# *When a solve fails* in the documentation.
+# differentiates the two layers as they are. At the switch the solves are dear, and some do not converge, because
+# nothing has asked for a fixed point before. After some steps they are cheap. From there on training slowly makes
+# the cell harder to solve, as in Figure 2 of the paper. If the share of converged solves falls in a run of yours,
+# see *When a solve fails* in the documentation.
 #
 # ## 5. Inside one solve
 #
@@ -367,21 +368,25 @@ figure, panels = plt.subplots(1, len(watched), figsize=(10, 3.8), sharey=True, s
 panels = panels[0]
 for axes, (name, (residuals, _)) in zip(panels, watched.items(), strict=True):
     mesh = axes.pcolormesh(np.log10(np.maximum(residuals, 1e-6)), cmap="magma", vmin=-5, vmax=0)
-    first = [int(np.argmax(column <= 1e-2)) if (column <= 1e-2).any() else DEPTH for column in np.asarray(residuals).T]
-    axes.plot(np.arange(TIME) + 0.5, np.array(first) + 0.5, ".", color="w", ms=4)
+    below = np.asarray(residuals) <= 1e-2  # [iteration, position]
+    settled = below.any(0)
+    first = np.where(settled, below.argmax(0), DEPTH)
+    axes.plot(np.flatnonzero(settled) + 0.5, first[settled] + 0.5, ".", color="w", ms=4)
     axes.set(
         xlabel="position in the text",
-        title=f"{name}: half of the positions are below\n"
-        f"1e-2 after {np.median(first):.0f} steps, the last after {max(first)}",
+        title=f"{name}: half of the positions are below 1e-2\n"
+        f"after {np.median(first):.0f} steps, {(~settled).sum()} of {TIME} not within {DEPTH}",
+        ylim=(DEPTH, 0),
     )
 panels[0].set_ylabel("step of the solver")
-panels[0].invert_yaxis()
 figure.colorbar(mesh, ax=panels, label="log₁₀ of the residual of the position")
 plt.show()
 
 # %% [markdown]
-# Dark positions have settled; white dots mark where each one falls below 1e-2. A position attends to those before
-# it, so it can not be at rest before they are, and some characters need more steps than others.
+# Dark positions have settled; a white dot marks where one first falls below 1e-2. A position attends to those
+# before it, so what moves there moves it too, and neighbors settle together. Where the plain iteration never
+# settles, `Anderson` still does: it solves the equation instead of following the iteration (notebook 01 shows
+# why).
 #
 # What does that mean for the prediction? Below, each column is a position, and each row a possible *next*
 # character. The boxes are the characters that do follow. Step by step the solver moves the probabilities to where
@@ -396,7 +401,7 @@ def show_gif(figure, draw, frames, alt, seconds=0.1):
         draw(frame)
         figure.canvas.draw()
         image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-        images.append(image.quantize(48, dither=Image.Dither.NONE))
+        images.append(image.quantize(32, dither=Image.Dither.NONE))
     plt.close(figure)
     duration = [int(1000 * seconds)] * (len(images) - 1) + [2500]
     file = io.BytesIO()
@@ -416,7 +421,7 @@ common = list(np.argsort(-np.maximum(unigrams, chances[-1, :SHOWN].max(0)))[:24]
 common = sorted(set(common) | set(following.tolist()), key=lambda i: characters[i].lower())
 label = lambda i: {" ": "␣", "\n": "¶"}.get(characters[i], characters[i])
 
-figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(1, 3.2))
+figure, (top, bottom) = plt.subplots(2, 1, figsize=(7.6, 5.4), sharex=True, height_ratios=(1, 3.2))
 bars = top.bar(range(SHOWN), np.ones(SHOWN), bottom=1e-6, color=COLORS["Anderson"])
 top.axhline(1e-2, color="0.4", lw=0.8, ls=":")
 top.set(yscale="log", ylim=(1e-5, 2), ylabel="residual")
@@ -438,11 +443,12 @@ def draw(step):
 
 
 alt = "Residuals of the positions fall, and the predicted next characters form, as the solver iterates."
-show_gif(figure, draw, range(0, DEPTH, 1), alt, seconds=0.35)
+show_gif(figure, draw, [*range(10), *range(10, DEPTH, 3)], alt, seconds=0.4)
 
 # %% [markdown]
-# Most of the picture stands after a few steps. So how many evaluations does the *loss* need? The budget
-# `max_steps` may be an array, so one compiled function answers for all of them.
+# Most of the picture stands after a few steps; the rest is digits that no character depends on. So how many steps
+# does the *loss* need? The budget `max_steps` may be an array, so one compiled function answers for all of them.
+# (`returns="last"` asks for the state after so many steps, even where an earlier one had a smaller residual.)
 
 # %%
 budgets = (1, 2, 4, 8) if FAST else (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
@@ -453,17 +459,16 @@ if FAST:
     del makers["Anderson"]
 for name, make in makers.items():
     attempts = [make(rtol=1e-4, max_steps=jnp.asarray(k + 1), returns="last") for k in budgets]
-    losses = [float(validate(params, attempt)[0]) for attempt in attempts]
+    losses = [float(validate(params, equilibrium | {"solver": attempt})) for attempt in attempts]
     axes.plot(budgets, losses, "o-", color=COLORS[name], label=name)
     ends[name] = min(k for k, loss in zip(budgets, losses, strict=True) if loss <= min(losses) + 0.01)
 axes.axhline(bigram, color="0.55", lw=1, ls="--")
-axes.annotate("bigram", (budgets[0], bigram), (0, 3), textcoords="offset points", color="0.4")
+axes.annotate("bigram", (budgets[-1], bigram), (0, 3), textcoords="offset points", ha="right", color="0.4")
 axes.set(
     xscale="log",
     xlabel="steps of the solver at test time",
     ylabel="validation loss (nats)",
     title="Steps to within 0.01 nats of its best: " + ", ".join(f"{name} {k}" for name, k in ends.items()),
-    ylim=(None, max(bigram, axes.get_ylim()[0]) + 0.6),
 )
 axes.set_xticks(budgets, budgets)
 axes.minorticks_off()
@@ -481,7 +486,7 @@ print("After the warm-up, solved to an equilibrium it was not trained for:\n\n" 
 print("\n" + "-" * 60 + "\n\nAfter training:\n\n" + sample(params))
 
 # %% [markdown]
-# Words, lines and names appear; sense needs a larger model and more hours.
+# After this short training there are lines, names and many words; sense needs a larger model and more hours.
 #
 # **Try next**
 #
@@ -489,5 +494,4 @@ print("\n" + "-" * 60 + "\n\nAfter training:\n\n" + sample(params))
 # - `equilibrium = {"solver": solver, "adjoint": deq.Phantom(5, 0.8)}`: a cheaper, biased gradient (notebook 05).
 # - `deq.Broyden(rtol=1e-2, max_steps=24)` as the solver, or a tolerance of 1e-3.
 # - `TransformerConfig.modern(VOCAB, ...)`: rotary positions, RMSNorm and a gated layer.
-# - A text of your own in place of `text`, or `DEQTrellisNet` with a `TrellisNetConfig` in place of the
-#   Transformer.
+# - A text of your own in place of `text`.

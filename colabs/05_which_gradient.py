@@ -633,13 +633,13 @@ plt.show()
 # step does. Adam rescales each coordinate, so many small wrong components can outweigh the few right ones.
 #
 # The spirals are a result against the exact gradient: at this learning rate, every other one ends with a lower
-# loss. Nothing keeps this cell a contraction. Near a point where $I - J$ is singular the true gradient is huge,
-# and where a solve has not converged there is no fixed point to differentiate (the shares are printed above).
-# Gradients that never look that far pass over such places. So a smaller error of the gradient is not always a
-# smaller loss, as the documentation says too; its study gives each gradient the better of two learning rates, and
-# there `Implicit` ends no worse than the best of the cheap ones. Before you change the gradient, try what keeps
-# the cell tame: a smaller learning rate, a layer norm, `deq.stability.spectral_normalize`, or
-# `deq.regularizers.jacobian_penalty`.
+# loss (`Unroll` and `Reversible` with that of their own few steps). Nothing keeps this cell a contraction. Near a
+# point where $I - J$ is singular the true gradient is huge, and where a solve has not converged there is no fixed
+# point to differentiate (the shares are printed above). Gradients that do not look that far may pass over such
+# places. So a smaller error of the gradient is not always a smaller loss, as the documentation says too; its study
+# gives each gradient the better of two learning rates, and there `Implicit` ends no worse than the best of the
+# cheap ones. Before you change the gradient, try what keeps the cell tame: a smaller learning rate,
+# `deq.stability.spectral_normalize`, or `deq.regularizers.jacobian_penalty`.
 #
 # ## 5. Which one, then?
 #
