@@ -324,7 +324,7 @@ plt.show()
 
 # %% [markdown]
 # In the warm-up (gray) the state after two layers is no fixed point, nor is it meant to be: `Unroll`
-# differentiates the two layers as they are. At the switch the solves are dear, and some do not converge, because
+# differentiates the two layers as they are. At the switch the solves are dear, and a few do not converge, because
 # nothing has asked for a fixed point before. After some steps they are cheap. From there on training slowly makes
 # the cell harder to solve, as in Figure 2 of the paper. If the share of converged solves falls in a run of yours,
 # see *When a solve fails* in the documentation.

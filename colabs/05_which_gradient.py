@@ -390,7 +390,7 @@ def draw(n):
         heads[name, i].set_data(*paths[name][i, n : n + 1].T)
 
 
-alt = "Paths of gradient descent on the misfit of two conductivities: Implicit reaches the truth from every start."
+alt = f"Paths of descent on the misfit of two conductivities, one color for each of {', '.join(paths)}."
 show_gif(figure, draw, range(0, DESCENT, 2 if FAST else 3), alt)
 
 # %% [markdown]
