@@ -29,7 +29,7 @@
 # - measure the bias of a gradient during your own training;
 # - choose an adjoint.
 #
-# A GPU is optional; a CPU takes about three minutes.
+# A GPU is optional; a CPU takes about four minutes.
 
 # %%
 import jax
