@@ -81,7 +81,7 @@ except ImportError:  # run as a script: the animation is made, and not shown
     HTML = display = str
 
 # %% [markdown]
-# ### On a GPU or a TPU
+# ## On a GPU or a TPU
 #
 # The code is the same; this cell picks a wider cell, larger batches and more steps there. An accelerator rounds the
 # products of a convolution to TF32 or bfloat16 unless it is told otherwise. Then no residual gets far below that

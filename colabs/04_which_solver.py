@@ -93,7 +93,7 @@ def show_animation(frames, alt, milliseconds=250):
 
 
 # %% [markdown]
-# ### On a GPU or a TPU
+# ## On a GPU or a TPU
 #
 # The calls are the same. Two things change here. Part 4 takes sizes that fill an accelerator. And float32 matrix
 # products are rounded to TF32 or bfloat16 there unless you ask for more; the fixed point is then that of a rounded $f$.

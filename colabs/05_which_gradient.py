@@ -584,7 +584,7 @@ for axes, (title, ends) in zip(panels[0], own.items(), strict=True):
         axes.plot([median[name]] * 2, [y - 0.3, y + 0.3], color=COLORS[name], lw=2.5)
     axes.set(
         xscale="log",
-        xlim=(min(map(min, ends.values())) / 3, 3 * max(map(max, ends.values()))),  # at least a decade
+        xlim=(min(map(min, ends.values())) / 10, 10 * max(map(max, ends.values()))),  # at least two decades
         xlabel="misfit at the equilibrium" if title == "rod" else "training loss (nats)",
         title=f"{title}: Implicit {median['Implicit']:.1g}\n"
         f"from {median[low]:.1g} ({low}) to {median[high]:.1g} ({high})",

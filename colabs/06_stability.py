@@ -77,7 +77,7 @@ except ImportError:  # run as a script: the animation is made, and not shown
     HTML = display = str
 
 # %% [markdown]
-# ### On a GPU or a TPU
+# ## On a GPU or a TPU
 #
 # The code is the same; this cell picks a larger model and more steps there. Eigenvalues are computed on the host, since
 # TPUs have no general eigensolver; `deq.stability.spectral_radius` needs none and runs on every device. An accelerator

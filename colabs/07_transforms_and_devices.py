@@ -100,7 +100,7 @@ def show_animation(frames, alt, milliseconds=250):
 
 
 # %% [markdown]
-# ### On a GPU or a TPU
+# ## On a GPU or a TPU
 #
 # The calls are the same. Where there are four accelerators or eight, such as the cores of a TPU, the mesh consists of
 # them. Else it is that of the eight simulated devices, and the parts without a mesh run on the accelerator, with more

@@ -8,7 +8,7 @@ import sys
 
 from sphinx.errors import ConfigError
 
-NEEDED = "myst_nb", "nbclient", "furo", "sphinx_copybutton", "flax", "optax", "equinox", "haiku"
+NEEDED = "myst_nb", "nbclient", "furo", "sphinx_copybutton", "latex2mathml", "flax", "optax", "equinox", "haiku"
 if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
     raise ConfigError(f"missing here: {', '.join(missing)}. In the checkout: pip install -e '.[docs]', or make docs")
 
@@ -32,6 +32,7 @@ extensions = [
     "sphinx_copybutton",
     "api",
     "gallery",
+    "mathml",
     "notebooks",
 ]
 exclude_patterns = ["_build", "extensions"]
@@ -47,6 +48,8 @@ nb_output_stderr = "warn"  # and a warning is an error
 nb_merge_streams = True
 nb_mime_priority_overrides = [("html", "image/gif", 25)]  # before PNG and text, as an animation has both
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]
+html_math_renderer = "mathml"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A kernel warns that it listens on a socket of this machine, once a page.
 NotebookClient.extra_arguments.default_args = (["--IPKernelApp.log_level=ERROR"],)
