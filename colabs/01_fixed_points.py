@@ -47,9 +47,13 @@ except ImportError:  # a fresh Colab: the JAX that is there stays as it is
     import deq_jax as deq
 
 # %%
+import base64
+import io
 import os
 
 import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
 
 FAST = os.environ.get("DEQ_JAX_FAST") == "1"  # smaller sizes, for the tests
 COLORS = {
@@ -61,20 +65,37 @@ plt.rcParams.update({
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "figure.dpi": 80, "figure.constrained_layout.use": True, "legend.frameon": False,
 })  # fmt: skip
+
+
+def show_moving(figure, draw, frames, alt, seconds=0.4):
+    """Show the figure after `draw(frame)` for each frame, as a GIF: it needs no server, and rests on its last frame."""
+    pictures = []
+    for frame in frames:
+        draw(frame)
+        figure.canvas.draw()
+        pictures.append(Image.fromarray(np.array(figure.canvas.buffer_rgba())).convert("RGB"))
+    plt.close(figure)
+    try:
+        from IPython.display import HTML, display
+    except ImportError:  # run as a script, there is nowhere to show it
+        return
+    palette, file = pictures[-1].quantize(64), io.BytesIO()  # one palette, so that the colors do not flicker
+    first, *rest = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
+    pauses = [int(1000 * seconds)] * len(rest) + [2500]
+    first.save(file, "GIF", save_all=True, append_images=rest, duration=pauses, loop=0)
+    data = base64.b64encode(file.getvalue()).decode()
+    display(HTML(f'<img alt="{alt}" src="data:image/gif;base64,{data}">'))
+
+
 print(f"deq_jax {deq.__version__}, jax {jax.__version__}, on {jax.device_count()} {jax.devices()[0].device_kind}")
 
 # %%
-import base64
 import dataclasses
-import pathlib
-import tempfile
 from functools import partial
 
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
-from matplotlib.animation import FuncAnimation
 
 from deq_jax.nn import DEQ
 
@@ -170,20 +191,7 @@ plt.show()
 # The same two solvers on the logistic map, an evaluation a frame: Picard from two starts that differ by 1e-3, and
 # Anderson from both of them.
 
-
 # %%
-def show_moving(animation, alt, fps=3):
-    """Show an animation as an image, which needs neither a server nor a script."""
-    try:
-        from IPython.display import HTML, display
-    except ImportError:  # run as a script, there is nowhere to show it
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        animation.save(f"{folder}/moving.gif", writer="pillow", fps=fps)
-        data = base64.b64encode(pathlib.Path(f"{folder}/moving.gif").read_bytes()).decode()
-    display(HTML(f'<img alt="{alt}" src="data:image/gif;base64,{data}">'))
-
-
 FRAMES = 4 if FAST else 20
 orbits = {
     (type(solver).__name__, z0): path(logistic, z0, solver, FRAMES)
@@ -212,8 +220,7 @@ def draw_frame(n):
 
 
 alt = "Orbits of the logistic map: Picard's two part ways, Anderson's two meet at 3/4"
-show_moving(FuncAnimation(figure, draw_frame, frames=FRAMES), alt)
-plt.close(figure)
+show_moving(figure, draw_frame, range(FRAMES), alt)
 
 # %% [markdown]
 # ## 2. The spectral radius decides

@@ -43,9 +43,13 @@ except ImportError:  # a fresh Colab: the JAX that is there stays as it is
     import deq_jax as deq
 
 # %%
+import base64
+import io
 import os
 
 import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
 
 FAST = os.environ.get("DEQ_JAX_FAST") == "1"  # smaller sizes, for the tests
 COLORS = {
@@ -57,19 +61,37 @@ plt.rcParams.update({
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "figure.dpi": 80, "figure.constrained_layout.use": True, "legend.frameon": False,
 })  # fmt: skip
+
+
+def show_moving(figure, draw, frames, alt, seconds=0.4):
+    """Show the figure after `draw(frame)` for each frame, as a GIF: it needs no server, and rests on its last frame."""
+    pictures = []
+    for frame in frames:
+        draw(frame)
+        figure.canvas.draw()
+        pictures.append(Image.fromarray(np.array(figure.canvas.buffer_rgba())).convert("RGB"))
+    plt.close(figure)
+    try:
+        from IPython.display import HTML, display
+    except ImportError:  # run as a script, there is nowhere to show it
+        return
+    palette, file = pictures[-1].quantize(64), io.BytesIO()  # one palette, so that the colors do not flicker
+    first, *rest = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
+    pauses = [int(1000 * seconds)] * len(rest) + [2500]
+    first.save(file, "GIF", save_all=True, append_images=rest, duration=pauses, loop=0)
+    data = base64.b64encode(file.getvalue()).decode()
+    display(HTML(f'<img alt="{alt}" src="data:image/gif;base64,{data}">'))
+
+
 print(f"deq_jax {deq.__version__}, jax {jax.__version__}, on {jax.device_count()} {jax.devices()[0].device_kind}")
 
 # %%
-import base64
 import functools
-import io
 import time
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 import optax
-from PIL import Image
 
 ACCELERATOR = jax.default_backend() != "cpu"
 jax.config.update("jax_default_matmul_precision", "highest")  # of the cells; see the words on GPUs and TPUs
@@ -349,26 +371,6 @@ for name, values in along.items():
 
 
 # %%
-def show_gif(figure, draw, frames, alt, seconds=0.1):
-    """Show `draw(frame)` for each frame as an image that needs neither JavaScript nor a server."""
-    images = []
-    for frame in frames:
-        draw(frame)
-        figure.canvas.draw()
-        image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-        images.append(image.quantize(48, dither=Image.Dither.NONE))
-    plt.close(figure)
-    duration = [int(1000 * seconds)] * (len(images) - 1) + [2500]
-    file = io.BytesIO()
-    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
-    data = base64.b64encode(file.getvalue()).decode()
-    try:
-        from IPython.display import HTML, display
-    except ImportError:
-        return print(alt)
-    display(HTML(f'<img src="data:image/gif;base64,{data}" alt="{alt}">'))
-
-
 figure, axes = plt.subplots(figsize=(7.6, 4.4))
 axes.contourf(x_ticks, y_ticks, np.log10(surface), 14, cmap="Greys_r", alpha=0.85)
 axes.plot(*truth, "*", color="w", mec="k", ms=14, zorder=5)
@@ -393,7 +395,7 @@ def draw(n):
 
 
 alt = f"Paths of descent on the misfit of two conductivities, one color for each of {', '.join(paths)}."
-show_gif(figure, draw, range(0, DESCENT, 2 if FAST else 3), alt)
+show_moving(figure, draw, range(0, DESCENT, 10 if FAST else 3), alt, seconds=0.1)
 
 # %% [markdown]
 # Dark is low, the star is the rod that made the readings. `Implicit` goes down to it from every start. `JFB` asks
