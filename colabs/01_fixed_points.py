@@ -79,9 +79,9 @@ def show_moving(figure, draw, frames, alt, seconds=0.4):
         from IPython.display import HTML, display
     except ImportError:  # run as a script, there is nowhere to show it
         return
-    palette, file = pictures[-1].quantize(64), io.BytesIO()  # one palette, so that the colors do not flicker
+    palette = pictures[-1].quantize(64, Image.Quantize.FASTOCTREE)  # one for all, so that colors do not flicker
     first, *rest = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
-    pauses = [int(1000 * seconds)] * len(rest) + [2500]
+    file, pauses = io.BytesIO(), [int(1000 * seconds)] * len(rest) + [2500]
     first.save(file, "GIF", save_all=True, append_images=rest, duration=pauses, loop=0)
     data = base64.b64encode(file.getvalue()).decode()
     display(HTML(f'<img alt="{alt}" src="data:image/gif;base64,{data}">'))
@@ -206,7 +206,9 @@ lines = {
     )[0]
     for name, z0 in orbits
 }
-axes.set(xlim=(0, FRAMES + 0.2), ylim=(-0.02, 1.4), xlabel="evaluations of f", ylabel="z")
+axes.set(
+    xlim=(0, FRAMES + 0.2), ylim=(-0.02, 1.4), xticks=range(0, FRAMES + 1, 5), xlabel="evaluations of f", ylabel="z"
+)
 axes.legend(loc="upper right", ncols=2)
 
 
@@ -668,12 +670,12 @@ plt.show()
 
 # %% [markdown]
 # Your curves will differ from these: where a solve is hard, training amplifies rounding, and no two machines
-# round alike. What stays is that both equilibria come to need more evaluations than at the start, and that on so
-# small a problem the penalty shows in the loss rather than in the evaluations.
+# round alike. What stays is that the equilibria come to need more evaluations than at the start.
 #
-# The last panel holds two surprises. The eight layers have made themselves an equilibrium without being asked:
-# iterating on hardly changes the loss. And the penalized model, whose equilibria Anderson finds for every test
-# point, is *not* at rest under plain iteration. That is part 2 again: ask for the spectral radius at its solutions.
+# The last panel asks whether a model is at rest under *plain* iteration. Where a curve is flat to the right of the
+# dotted line, iterating on changes nothing, and eight layers have made themselves an equilibrium without being asked.
+# Where a curve rises, Anderson finds equilibria that repel the plain iteration. That is part 2 again: ask for the
+# spectral radius at the solutions.
 
 # %%
 sample = slice(None, None, 10)
@@ -685,8 +687,9 @@ for name in ("equilibrium", "penalized equilibrium"):
     print(f"{name:22} spectral radius: median {np.median(rho):.2f}, above one for {np.mean(rho > 1):.1%} of the points")
 
 # %% [markdown]
-# A few points repel the plain iteration, and cross-entropy charges dearly for each confident mistake. An
-# equilibrium model is the pair of a cell *and* a solver that finds its equilibria; ask `stats` whether it did.
+# A point with a radius above one repels the plain iteration, and cross-entropy charges dearly for a confident
+# mistake. An equilibrium model is the pair of a cell *and* a solver that finds its equilibria; ask `stats` whether it
+# did.
 #
 # **Try next:** `adjoint=deq.Phantom()` or `deq.JFB()` in `equilibrium` above; a `Broyden` solver; one and a half
 # turns of the spirals, which is much harder.

@@ -75,9 +75,9 @@ def show_moving(figure, draw, frames, alt, seconds=0.4):
         from IPython.display import HTML, display
     except ImportError:  # run as a script, there is nowhere to show it
         return
-    palette, file = pictures[-1].quantize(64), io.BytesIO()  # one palette, so that the colors do not flicker
+    palette = pictures[-1].quantize(64, Image.Quantize.FASTOCTREE)  # one for all, so that colors do not flicker
     first, *rest = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
-    pauses = [int(1000 * seconds)] * len(rest) + [2500]
+    file, pauses = io.BytesIO(), [int(1000 * seconds)] * len(rest) + [2500]
     first.save(file, "GIF", save_all=True, append_images=rest, duration=pauses, loop=0)
     data = base64.b64encode(file.getvalue()).decode()
     display(HTML(f'<img alt="{alt}" src="data:image/gif;base64,{data}">'))
@@ -350,10 +350,10 @@ plt.show()
 
 # %% [markdown]
 # In the warm-up (gray) the state after two layers is no fixed point, nor is it meant to be: `Unroll`
-# differentiates the two layers as they are. At the switch the solves are dear, and a few do not converge, because
-# nothing has asked for a fixed point before. After some steps they are cheap. From there on training slowly makes
-# the cell harder to solve, as in Figure 2 of the paper. If the share of converged solves falls in a run of yours,
-# see *When a solve fails* in the documentation.
+# differentiates the two layers as they are. At the switch a solve takes more evaluations, and a few do not converge,
+# because nothing has asked for a fixed point before. After some steps it takes fewer. From there on training slowly
+# makes the cell harder to solve, as in Figure 2 of the paper. If the share of converged solves falls in a run of
+# yours, see *When a solve fails* in the documentation.
 #
 # ## 5. Inside one solve
 #
@@ -410,9 +410,9 @@ plt.show()
 
 # %% [markdown]
 # Dark positions have settled; a white dot marks where one first falls below 1e-2. A position attends to those
-# before it, so what moves there moves it too, and neighbors settle together. Where the plain iteration never
-# settles, `Anderson` still does: it solves the equation instead of following the iteration (notebook 01 shows
-# why).
+# before it, so what moves there moves it too, and neighbors settle together. The titles count the positions that do
+# not settle. Where the plain iteration does not, `Anderson` still may: it solves the equation instead of following
+# the iteration (notebook 01 shows why).
 #
 # What does that mean for the prediction? Below, each column is a position, and each row a possible *next*
 # character. The boxes are the characters that do follow. Step by step the solver moves the probabilities to where

@@ -74,9 +74,9 @@ def show_moving(figure, draw, frames, alt, seconds=0.4):
         from IPython.display import HTML, display
     except ImportError:  # run as a script, there is nowhere to show it
         return
-    palette, file = pictures[-1].quantize(64), io.BytesIO()  # one palette, so that the colors do not flicker
+    palette = pictures[-1].quantize(64, Image.Quantize.FASTOCTREE)  # one for all, so that colors do not flicker
     first, *rest = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
-    pauses = [int(1000 * seconds)] * len(rest) + [2500]
+    file, pauses = io.BytesIO(), [int(1000 * seconds)] * len(rest) + [2500]
     first.save(file, "GIF", save_all=True, append_images=rest, duration=pauses, loop=0)
     data = base64.b64encode(file.getvalue()).decode()
     display(HTML(f'<img alt="{alt}" src="data:image/gif;base64,{data}">'))
@@ -312,9 +312,9 @@ for i, (problem, (cell, p)) in enumerate(problems.items()):
         bottom.semilogy(best, line, color=COLORS[name], label=name, lw=1.3)
         bottom.plot(len(best) - 1, best[-1], ended, color=COLORS[name], ms=5)
     steps = {name: int(found.stats.steps[i]) for name, found in solved.items() if found.stats.converged[i]}
-    best = f", best {min(steps, key=steps.get)}: {min(steps.values())}" if steps else ""
+    won = f"{len(steps)} solve it, {min(steps, key=steps.get)} in {min(steps.values())}" if steps else "none solves it"
     bottom.axhline(1e-4, color="0.6", lw=0.8, ls=":")
-    bottom.set(ylim=(1e-6, 3), xlim=(0, BUDGET), xlabel="evaluations of f", title=f"{len(steps)} solve it{best}")
+    bottom.set(ylim=(1e-6, 3), xlim=(0, BUDGET), xlabel="evaluations of f", title=won)
 panels[0, 0].set_ylabel("Im λ")
 panels[1, 0].set_ylabel("best relative residual so far")
 panels[1, -1].legend(loc="lower left")

@@ -81,9 +81,9 @@ def show_moving(figure, draw, frames, alt, seconds=0.4):
         from IPython.display import HTML, display
     except ImportError:  # run as a script, there is nowhere to show it
         return
-    palette, file = pictures[-1].quantize(64), io.BytesIO()  # one palette, so that the colors do not flicker
+    palette = pictures[-1].quantize(64, Image.Quantize.FASTOCTREE)  # one for all, so that colors do not flicker
     first, *rest = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
-    pauses = [int(1000 * seconds)] * len(rest) + [2500]
+    file, pauses = io.BytesIO(), [int(1000 * seconds)] * len(rest) + [2500]
     first.save(file, "GIF", save_all=True, append_images=rest, duration=pauses, loop=0)
     data = base64.b64encode(file.getvalue()).decode()
     display(HTML(f'<img alt="{alt}" src="data:image/gif;base64,{data}">'))
