@@ -75,14 +75,16 @@ def show_moving(figure, draw, frames, alt, seconds=0.4):
     for frame in frames:
         draw(frame)
         figure.canvas.draw()
-        pictures.append(Image.fromarray(np.array(figure.canvas.buffer_rgba())).convert("RGB"))
+        pictures.append(np.array(figure.canvas.buffer_rgba())[..., :3])
     plt.close(figure)
     try:
         from IPython.display import HTML, display
     except ImportError:  # run as a script, there is nowhere to show it
         return
-    palette = pictures[-1].quantize(64, Image.Quantize.FASTOCTREE)  # one for all, so that colors do not flicker
-    first, *rest = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
+    # One below the other they get one palette, so that no color flickers.
+    sheet, height = Image.fromarray(np.concatenate(pictures)), len(pictures[0])
+    sheet = sheet.quantize(48, Image.Quantize.MAXCOVERAGE)
+    first, *rest = (sheet.crop((0, top, sheet.width, top + height)) for top in range(0, sheet.height, height))
     file, pauses = io.BytesIO(), [int(1000 * seconds)] * len(rest) + [2500]
     first.save(file, "GIF", save_all=True, append_images=rest, duration=pauses, loop=0)
     data = base64.b64encode(file.getvalue()).decode()
