@@ -75,9 +75,8 @@ def show_moving(figure, draw, frames, alt, seconds=0.4):
         from IPython.display import HTML, display
     except ImportError:  # run as a script, there is nowhere to show it
         return
-    # One below the other they get one palette, so that no color flickers.
-    sheet, height = Image.fromarray(np.concatenate(pictures)), len(pictures[0])
-    sheet = sheet.quantize(48, Image.Quantize.MAXCOVERAGE)
+    # One below the other, they share one palette, and no color flickers.
+    sheet, height = Image.fromarray(np.concatenate(pictures)).quantize(128), len(pictures[0])
     first, *rest = (sheet.crop((0, top, sheet.width, top + height)) for top in range(0, sheet.height, height))
     file, pauses = io.BytesIO(), [int(1000 * seconds)] * len(rest) + [2500]
     first.save(file, "GIF", save_all=True, append_images=rest, duration=pauses, loop=0)

@@ -81,9 +81,8 @@ def show_moving(figure, draw, frames, alt, seconds=0.4):
         from IPython.display import HTML, display
     except ImportError:  # run as a script, there is nowhere to show it
         return
-    # One below the other they get one palette, so that no color flickers.
-    sheet, height = Image.fromarray(np.concatenate(pictures)), len(pictures[0])
-    sheet = sheet.quantize(48, Image.Quantize.MAXCOVERAGE)
+    # One below the other, they share one palette, and no color flickers.
+    sheet, height = Image.fromarray(np.concatenate(pictures)).quantize(128), len(pictures[0])
     first, *rest = (sheet.crop((0, top, sheet.width, top + height)) for top in range(0, sheet.height, height))
     file, pauses = io.BytesIO(), [int(1000 * seconds)] * len(rest) + [2500]
     first.save(file, "GIF", save_all=True, append_images=rest, duration=pauses, loop=0)
@@ -303,7 +302,7 @@ figure, axes = plt.subplot_mosaic(
 )
 strip, pictures, lines = ROWS / mesh.size, {}, {}
 for name in denoised:
-    pictures[name] = axes[name].imshow(noisy, cmap="gray", vmin=-1, vmax=1)
+    pictures[name] = axes[name].imshow(noisy, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
     axes[name].hlines(np.arange(1, mesh.size) * strip - 0.5, -0.5, COLUMNS - 0.5, color="#56B4E9", lw=0.5)
     axes[name].set(xticks=[], yticks=np.arange(mesh.size) * strip + strip / 2 - 0.5, yticklabels=range(mesh.size))
     lines[name] = axes["curves"].semilogy([], [], "o-", ms=3, color=COLORS[name], label=name)[0]
