@@ -427,7 +427,7 @@ class Task(NamedTuple):
     solvers: dict
 
 
-SEEDS, STEPS = (2, 20) if FAST else (4, 200)
+SEEDS, STEPS = (2, 20) if FAST else (3, 200)
 
 
 def true_rod(seed):
