@@ -626,7 +626,8 @@ def draw_boundary(axes, graphdef, params):
     points = jnp.stack(jnp.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
     logits, *_ = predict(graphdef, params, points)
     chance = jax.nn.sigmoid(logits).reshape(ticks.size, -1)
-    axes.pcolormesh(ticks, ticks, chance, shading="gouraud", cmap="PuOr", alpha=0.6, vmin=0, vmax=1)
+    square = {"extent": 2 * (ticks[0], ticks[-1]), "origin": "lower", "interpolation": "bilinear"}
+    axes.imshow(chance, **square, cmap="PuOr", alpha=0.6, vmin=0, vmax=1)
     axes.scatter(*x.T, c=y, cmap="PuOr", s=8, edgecolors="0.3", linewidths=0.3)
     axes.set(xlabel="x₁", ylabel="x₂", aspect="equal")
 
