@@ -93,6 +93,7 @@ def test_runs(path, tmp_path, monkeypatch):
     assert error is None, error
 
 
+@pytest.mark.every_corner
 def test_runs_as_a_script(path, tmp_path):
     """The .py twin in an empty folder, with DEQ_JAX_FAST=1: for environments without Jupyter, as the corners are."""
     if importlib.util.find_spec("nbclient"):
