@@ -40,7 +40,7 @@ def test_a_page_on_writing_your_own_has_at_most_40_lines(name):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_names_in_prose_and_tables_exist(page):
-    import deq_jax as deq
+    import deq_jax.compat.jaxopt
     import deq_jax.nn  # noqa: F401
 
     for dotted in set(re.findall(r"`(?:deq|deq_jax)\.([A-Za-z_.]+)", page.read_text())):
