@@ -135,12 +135,14 @@ gpu: ## measure on one GPU, at most nine minutes a run; continues (GPU_ARGS='--w
 # On the corners compiling is most of the time, and what is asked is whether it works there, not how fast.
 # (jax 0.7 spends most of that in a code generator that can be chosen; jax 0.12 has no choice, and no such flag.)
 QUICKLY := --xla_backend_optimization_level=0
+# Every value of each parameter of a test, not every combination: `make test` runs those. (make corners CASES= for all.)
+CASES ?= --each-value
 
 corners: corner-lowest corner-newest ## run the core tests on the lowest and on the newest versions
 
 corner-lowest: .venv-lowest/.stamp
 	XLA_FLAGS="$(QUICKLY) --xla_cpu_use_fusion_emitters=false" \
-		.venv-lowest/bin/python -m pytest -n 2 $(SLOWEST) $(PYTEST_ARGS) $(CORE_TESTS)
+		.venv-lowest/bin/python -m pytest -n 2 $(SLOWEST) $(CASES) $(PYTEST_ARGS) $(CORE_TESTS)
 
 # A pyenv shim stands on PATH for versions that are not active, so a candidate counts only if it runs.
 NEWEST ?= $(shell for v in 3.14 3.13 3.12; do \
@@ -156,9 +158,9 @@ OWN_MESSAGES := $(wildcard $(addprefix tests/*/test_,$(addsuffix .py,\
 corner-newest:
 	@if [ -z "$(NEWEST)" ]; then echo "no Python 3.12 or newer here: the newest corner is left out"; \
 	else $(MAKE) --no-print-directory .venv-newest/.stamp NEWEST="$(NEWEST)" && \
-		XLA_FLAGS="$(QUICKLY)" .venv-newest/bin/python -m pytest -n 2 $(SLOWEST) $(ANNOTATIONS) $(PYTEST_ARGS) \
+		XLA_FLAGS="$(QUICKLY)" .venv-newest/bin/python -m pytest -n 2 $(SLOWEST) $(CASES) $(ANNOTATIONS) $(PYTEST_ARGS) \
 			$(filter-out $(OWN_MESSAGES),$(CORE_TESTS)) && \
-		XLA_FLAGS="$(QUICKLY)" .venv-newest/bin/python -m pytest -n 2 $(PYTEST_ARGS) $(OWN_MESSAGES); fi
+		XLA_FLAGS="$(QUICKLY)" .venv-newest/bin/python -m pytest -n 2 $(CASES) $(PYTEST_ARGS) $(OWN_MESSAGES); fi
 
 # $(call in_venv_gpu,ARGUMENTS): python in .venv-gpu, on a CPU whatever else the machine has.
 define in_venv_gpu

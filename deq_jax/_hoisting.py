@@ -90,12 +90,16 @@ class HoistedFold(NamedTuple):
         return self.traced_update(folded, seen, *self.reads[1])
 
 
-def hoist_fold(fold: Fold | None, z0: PyTree, batch_ndim: int) -> tuple[tuple, tuple]:
-    """((init, update), reads): the traced methods of a fold, and the arrays that they read."""
+def hoist_fold(fold: Fold | None, z0: PyTree, batch_ndim: int, over: tuple = ()) -> tuple[tuple, tuple]:
+    """((init, update), reads): the traced methods of a fold, and the arrays that they read.
+
+    Each problem is split over the named axes `over`, and has one residual on all of them.
+    """
     if fold is None:
         return (None, None), ()
     init, *init_reads = hoist(lambda z0: fold.init(z0, batch_ndim), z0)
     residual = zero_residuals(z0, batch_ndim)
+    residual = jax.lax.pmax(residual, over) if over else residual
     evaluation = Evaluation(jnp.zeros((), jnp.int32), z0, z0, residual, residual, residual == 0)
     update, *update_reads = hoist(fold.update, init(z0, *init_reads), evaluation)
     return (init, update), (init_reads, update_reads)

@@ -73,7 +73,7 @@ def solve(
         typed = lambda z: in_types_of(z, f(z, *args))
         result = run_loop(typed, start, solver, batch_ndim, memory=memory, fold=fold, over=over)
         return _reported(result, Problem(cell, inputs, other, batch_ndim, over), estimate_error)
-    hoisted, fold_reads = hoist_fold(fold, start, batch_ndim)
+    hoisted, fold_reads = hoist_fold(fold, start, batch_ndim, over)
     reads = jax.lax.stop_gradient((inputs, other, fold_reads))
     static = cell, batch_ndim, over, estimate_error, *hoisted
     return run_compiled(_solve, static, start, reads, solver, memory, differentiates=estimate_error)

@@ -134,7 +134,8 @@ class ResidualTrace:
 
     Entry k belongs to evaluation k; entry 0 is the residual of z0. It is NaN for an evaluation that the problem never
     had, so that means and plots leave it out (`jnp.nanmean`), and inf if f was not finite. Evaluations after the first
-    `size` are dropped. XLA removes the buffer if nothing reads it.
+    `size` are dropped. XLA removes the buffer if nothing reads it. With `axis_name` all devices of the axis hold equal
+    residuals, in the type of values that may differ: `jax.lax.pmax` returns them as one.
 
     `jax.debug_nans` would raise on that NaN, so the fold then writes inf instead; under `jax.debug_infs` it writes the
     largest finite number instead of inf. The flags are read while tracing: a program compiled before they were set

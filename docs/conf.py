@@ -8,7 +8,7 @@ import sys
 
 from sphinx.errors import ConfigError
 
-NEEDED = "myst_nb", "nbclient", "furo", "sphinx_copybutton", "flax", "optax", "equinox", "haiku"
+NEEDED = "myst_nb", "nbclient", "furo", "sphinx_copybutton", "latex2mathml", "flax", "optax", "equinox", "haiku"
 if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
     raise ConfigError(f"missing here: {', '.join(missing)}. In the checkout: pip install -e '.[docs]', or make docs")
 
@@ -32,6 +32,7 @@ extensions = [
     "sphinx_copybutton",
     "api",
     "gallery",
+    "mathml",
     "notebooks",
 ]
 exclude_patterns = ["_build", "extensions"]
@@ -39,13 +40,16 @@ default_role = "py:obj"  # docstrings are Markdown in this: `name` is code, and 
 
 # Pages are Markdown. Their ```python blocks are the cells of a notebook: see extensions/programs.py.
 nb_custom_formats = {".md": "programs.read"}
-nb_execution_mode = "auto"  # every page with code: their outputs are nowhere kept
+nb_execution_mode = "auto"  # every page with code, whose outputs are nowhere kept
+nb_execution_excludepatterns = ["notebooks/*.ipynb"]  # these keep theirs
 nb_execution_show_tb = True  # in the warning, with the cell
 nb_execution_timeout = 300
 nb_output_stderr = "warn"  # and a warning is an error
 nb_merge_streams = True
 nb_mime_priority_overrides = [("html", "image/gif", 25)]  # before PNG and text, as an animation has both
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]
+html_math_renderer = "mathml"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A kernel warns that it listens on a socket of this machine, once a page.
 NotebookClient.extra_arguments.default_args = (["--IPKernelApp.log_level=ERROR"],)

@@ -1,6 +1,6 @@
 """The notebooks of colabs/ as pages: copied, with the outputs that they are committed with, into docs/notebooks.
 
-Nothing runs here: tests/project/test_notebooks.py runs them. The badge is an image of another host, and so becomes a link.
+Nothing runs here: tests/project/test_notebooks.py runs them. The badge, an image of another host, becomes a link.
 """
 
 import pathlib

@@ -12,6 +12,7 @@ PAGES = (
     "guides/which_solver",
     "guides/which_gradient",
     "reference/solvers",
+    "notebooks/04_which_solver",
     "paper/gallery",
 )
 SIZES = {"wide": "1440,1400", "narrow": "500,1400"}  # Chromium has no window that is narrower

@@ -240,3 +240,16 @@ def test_a_preconditioner_of_a_root_that_is_split():
     got = split(run, in_specs=BOTH, out_specs=(BOTH, P("data")))(x)
     np.testing.assert_array_equal(got[1].steps, want[1].steps)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("fold", [deq.ResidualTrace(8), deq.Snapshots((0, 2))], ids=["residuals", "snapshots"])
+def test_a_fold_sees_the_whole_of_a_split_problem(fold):
+    w, x, _ = problem()
+
+    def run(cell, w, x, **options):
+        found = deq.solve(cell, jnp.zeros_like(x), w, x, batch_ndim=1, fold=fold, **options).folded
+        return found.T if isinstance(fold, deq.ResidualTrace) else jnp.stack([at.relative_residual for at in found])
+
+    split = lambda w, x: jax.lax.pmax(run(on_each, w, x, axis_name="model"), "model")
+    got = jax.jit(jax.shard_map(split, mesh=mesh(), in_specs=(P("model"), BOTH), out_specs=P(None, "data")))(w, x)
+    np.testing.assert_allclose(got, run(on_one_device, w, x), rtol=1e-6)

@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 
+import jax
 import pytest
 from conftest import known_options
 
@@ -54,8 +55,17 @@ def test_it_has_figures_and_a_word_on_accelerators(path):
         data for data in shown if "image/gif" in data or "data:image/gif;base64" in "".join(data.get("text/html", ""))
     ]
     assert sum("image/png" in data for data in shown) >= 3 and moving
-    words = "\n".join(source for kind, source in cells(path) if kind == "markdown")
-    assert re.search("On a GPU or a TPU", words) and "Try next" in words
+    words = [source for kind, source in cells(path) if kind == "markdown"]
+    assert "After this notebook you can" in words[0] and "Try next" in words[-1]
+    assert any("On a GPU or a TPU" in text for text in words)
+
+
+def test_a_jax_that_is_too_old_is_named_before_anything_is_installed(path, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 6, 2))
+    monkeypatch.setattr(jax, "__version__", "0.6.2")
+    (install,) = (source for kind, source in cells(path) if kind == "code" and "%pip" in source)
+    with pytest.raises(RuntimeError, match="needs jax 0.7.2 or newer, not 0.6.2"):
+        exec(install.replace("%pip", "# %pip"), {})
 
 
 def test_committed_outputs(path):
