@@ -84,7 +84,7 @@ class Placement:
         logical = nnx.to_pure_dict(nnx.get_partition_spec(params))
         rules = [(name, axis) for name, axis in RULES if not (gathered and axis == "fsdp")]
         shapes = nnx.to_pure_dict(params)
-        return jax.tree.map(lambda spec, x: self._sharding(self._fits(spec, x.shape, rules)), logical, shapes)
+        return jax.tree.map(lambda spec, x: self._sharding(self.fits(spec, x.shape, rules)), logical, shapes)
 
     def state(self, params: PyTree, state: Any, tx: optax.GradientTransformation) -> Any:
         """The sharding of each leaf of a `TrainState` or of its shapes: the optimizer's as that of its parameters."""
@@ -118,7 +118,7 @@ class Placement:
     def _sharding(self, spec: P) -> Any:
         return None if self.mesh is None else NamedSharding(self.mesh, spec)
 
-    def _fits(self, names: P, shape: tuple[int, ...], rules: list[tuple[str, str]]) -> P:
+    def fits(self, names: P, shape: tuple[int, ...], rules: list[tuple[str, str]]) -> P:
         """The spec of an array; an axis that cannot be divided, as a vocabulary of 65, is kept whole."""
         axes = linen.logical_to_mesh_axes(tuple(names), rules) if names else ()
         sizes = dict(self.mesh.shape) if self.mesh else {}
