@@ -135,8 +135,10 @@ gpu: ## measure on one GPU, at most nine minutes a run; continues (GPU_ARGS='--w
 # On the corners compiling is most of the time, and what is asked is whether it works there, not how fast.
 # (jax 0.7 spends most of that in a code generator that can be chosen; jax 0.12 has no choice, and no such flag.)
 QUICKLY := --xla_backend_optimization_level=0
-# Every value of each parameter of a test, not every combination: `make test` runs those. (make corners CASES= for all.)
-CASES ?= --each-value
+# Of each test as many cases as have every value of its parameters, half of them on each corner; `make test` runs all
+# combinations. (All values on both: make corners CASES=--each-value=1/1; all combinations: CASES=.)
+corner-lowest: CASES ?= --each-value=1/2
+corner-newest: CASES ?= --each-value=2/2
 
 corners: corner-lowest corner-newest ## run the core tests on the lowest and on the newest versions
 
