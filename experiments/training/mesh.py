@@ -113,7 +113,9 @@ class Placement:
         parts = math.prod(self.mesh.shape[name] for name in BATCH)
         rows = lambda x: BATCH if x.shape[0] % parts == 0 else None
         spec = lambda x: P(rows(x), "seq") if np.ndim(x) == 2 else P()
-        return jax.device_put(batch, jax.tree.map(lambda x: self._sharding(spec(x)), batch))
+        # Each process cuts out what its devices hold.
+        place = lambda x: jax.make_array_from_callback(np.shape(x), self._sharding(spec(x)), np.asarray(x).__getitem__)
+        return jax.tree.map(place, batch)
 
     def _sharding(self, spec: P) -> Any:
         return None if self.mesh is None else NamedSharding(self.mesh, spec)
