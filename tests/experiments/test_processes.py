@@ -41,9 +41,7 @@ def start(run: pathlib.Path, text: pathlib.Path, *options: str, **environment) -
     command = [*map(str, command), *options, *OPTIONS]
     index = options[-1].rpartition(",")[2]
     with open(f"{run}{index}.out", "w") as out, open(f"{run}{index}.err", "w") as err:
-        return subprocess.Popen(
-            [*map(str, command), *options, *OPTIONS], env=environment, cwd=run.parent, stdout=out, stderr=err
-        )
+        return subprocess.Popen(command, env=environment, cwd=run.parent, stdout=out, stderr=err)
 
 
 def start_two(run: pathlib.Path, text: pathlib.Path) -> list[subprocess.Popen]:
