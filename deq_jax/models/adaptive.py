@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from deq_jax._arrays import aligned
-from deq_jax.models.common import require, wide
+from deq_jax.models.common import param, require, wide
 
 # `nll` holds at most this many logits at once, 128 MB in float32; it computes more of them block by block.
 LOGITS_AT_ONCE = 2**25
@@ -166,20 +166,22 @@ class AdaptiveVocabulary(nnx.Module):
 
         def projection(width: int) -> nnx.Param:
             std = width**-0.5 if projection_std is None else projection_std
-            return nnx.Param(nnx.initializers.normal(std)(rngs.params(), (width, dim), param_dtype))
+            return param(nnx.initializers.normal(std)(rngs.params(), (width, dim), param_dtype), "width", "dim")
 
         # Named attributes instead of lists, because versions of Flax treat a list in a module differently.
         for i, (size, width) in enumerate(zip(self.sizes, self.widths, strict=True)):
-            table = lambda size=size, width=width: nnx.Param(draw(rngs.params(), (size, width), param_dtype))
+            table = lambda size=size, width=width: param(
+                draw(rngs.params(), (size, width), param_dtype), "vocab", "width"
+            )
             setattr(self, f"table_{i}", table())
             setattr(self, f"projection_{i}", projection(width) if div_val > 1 else None)
             setattr(self, f"out_table_{i}", None if tie else table())
             own = div_val > 1 and (i == 0 or not tie)
             setattr(self, f"out_projection_{i}", projection(width) if own else None)
-            setattr(self, f"bias_{i}", nnx.Param(jnp.zeros((size,), param_dtype)))
+            setattr(self, f"bias_{i}", param(jnp.zeros((size,), param_dtype), "vocab"))
         tails = len(self.sizes) - 1
-        self.tails = nnx.Param(draw(rngs.params(), (tails, self.widths[0]), param_dtype)) if tails else None
-        self.tail_biases = nnx.Param(jnp.zeros((tails,), param_dtype)) if tails else None
+        self.tails = param(draw(rngs.params(), (tails, self.widths[0]), param_dtype), None, "width") if tails else None
+        self.tail_biases = param(jnp.zeros((tails,), param_dtype), None) if tails else None
 
     @property
     def embedding(self) -> EmbeddingWeights:

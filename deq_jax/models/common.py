@@ -15,6 +15,16 @@ from deq_jax._states import named_leaves
 T = TypeVar("T")
 
 
+def param(value: Array, *names: str | None) -> nnx.Param:
+    """A parameter with a logical name for each axis, for the rules by which a program shards it; None: never sharded.
+
+    The models use "vocab", "dim", "heads", "inner", "channels", and "width" for the rows of an adaptive embedding. They
+    are Flax's own metadata: `nnx.get_partition_spec` returns them.
+    """
+    # Flax 0.12 would shard at once, and asks for a mesh where there is none.
+    return nnx.Param(value, sharding_names=names, eager_sharding=False)
+
+
 class Weight(nnx.Module):
     """A kernel that sums over its first `fan_in_axes`; with `weight_norm`, w = g v/‖v‖ per output unit."""
 
@@ -23,12 +33,17 @@ class Weight(nnx.Module):
         shape: tuple[int, ...],
         std: float | None,
         *,
+        names: tuple[str | None, ...] | None = None,
         weight_norm: bool = False,
         fan_in_axes: int = 1,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Draws v from N(0, std²), or from U(±1/√fan_in) if std is None. g starts at ‖v‖, so w starts at v."""
+        """Draws v from N(0, std²), or from U(±1/√fan_in) if std is None. g starts at ‖v‖, so w starts at v.
+
+        `names`: of the axes, see `param`.
+        """
+        names = (None,) * len(shape) if names is None else names
         self.axes = tuple(range(fan_in_axes))
         bound = 1 / math.sqrt(math.prod(shape[:fan_in_axes]))
         key = rngs.params()
@@ -36,8 +51,9 @@ class Weight(nnx.Module):
             v = jax.random.uniform(key, shape, param_dtype, -bound, bound)
         else:
             v = std * jax.random.normal(key, shape, param_dtype)
-        self.kernel = nnx.Param(v)
-        self.scale = nnx.Param(jnp.sqrt(jnp.sum(v**2, self.axes))) if weight_norm else None
+        self.kernel = param(v, *names)
+        norms = jnp.sqrt(jnp.sum(v**2, self.axes))
+        self.scale = param(norms, *names[fan_in_axes:]) if weight_norm else None
 
     def __call__(self, dtype: Any, mask: Array | None = None) -> Array:
         """The effective kernel, in `dtype`. A mask of weight dropout acts on v, so each unit keeps its norm g."""

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from deq_jax.adjoints import Adjoint, Probe
 from deq_jax.fixed_point import Solution, fixed_point
 from deq_jax.models.adaptive import AdaptiveVocabulary, SoftmaxWeights
-from deq_jax.models.common import Weight, checked_history, drop, initial_state
+from deq_jax.models.common import Weight, checked_history, drop, initial_state, param
 from deq_jax.models.language_model import LanguageModel, Prepared
 from deq_jax.models.transformer_cell import History, TransformerCell, TransformerConfig, draw_masks
 from deq_jax.solvers import Solver
@@ -53,17 +53,17 @@ class DEQTransformer(LanguageModel[TransformerConfig]):
     def _init_params(self, param_dtype: Any, rngs: nnx.Rngs) -> None:
         config = self.config
         draw = nnx.initializers.normal(config.embedding_std)
-        table = lambda: nnx.Param(draw(rngs.params(), (config.vocab_size, config.dim), param_dtype))
+        table = lambda: param(draw(rngs.params(), (config.vocab_size, config.dim), param_dtype), "vocab", "dim")
         # A vocabulary without cutoffs is one table. It keeps the names that existing checkpoints use.
         plain = not config.cutoffs
         self.embedding = table() if plain else None
         # The injection is outside the fixed point, so it has no weight norm.
-        inject_shape = (config.dim, 3, *config.head_shape)
-        self.inject = Weight(inject_shape, config.init_std, param_dtype=param_dtype, rngs=rngs)
-        self.inject_bias = nnx.Param(jnp.zeros((3, *config.head_shape), param_dtype))
+        inject_shape, names = (config.dim, 3, *config.head_shape), ("dim", None, "heads", None)
+        self.inject = Weight(inject_shape, config.init_std, names=names, param_dtype=param_dtype, rngs=rngs)
+        self.inject_bias = param(jnp.zeros((3, *config.head_shape), param_dtype), *names[1:])
         self.cell = TransformerCell(config, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
         self.decoder = table() if plain and not config.tie else None
-        self.decoder_bias = nnx.Param(jnp.zeros((config.vocab_size,), param_dtype)) if plain else None
+        self.decoder_bias = param(jnp.zeros((config.vocab_size,), param_dtype), "vocab") if plain else None
         if plain:
             self.vocabulary = None
         else:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from deq_jax._arrays import aligned
 from deq_jax._config import with_suggestions
 from deq_jax.models.adaptive import clusters
-from deq_jax.models.common import Weight, check_rates, check_sizes, drop, keep_masks, require, wide
+from deq_jax.models.common import Weight, check_rates, check_sizes, drop, keep_masks, param, require, wide
 
 
 @with_suggestions
@@ -193,25 +193,28 @@ class TransformerCell(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
 
-        def weight(*shape: int, fan_in_axes: int = 1) -> Weight:
-            options: dict[str, Any] = dict(weight_norm=config.weight_norm, fan_in_axes=fan_in_axes)
+        def weight(*named: tuple[str | None, int], fan_in_axes: int = 1) -> Weight:
+            names, shape = zip(*named, strict=True)
+            options: dict[str, Any] = dict(names=names, weight_norm=config.weight_norm, fan_in_axes=fan_in_axes)
             return Weight(shape, config.init_std, **options, param_dtype=param_dtype, rngs=rngs)
 
-        def bias(*shape: int, std: float = 0.0) -> nnx.Param:
-            return nnx.Param(nnx.initializers.normal(std)(rngs.params(), shape, param_dtype))
+        def bias(*named: tuple[str | None, int], std: float = 0.0) -> nnx.Param:
+            names, shape = zip(*named, strict=True)
+            return param(nnx.initializers.normal(std)(rngs.params(), shape, param_dtype), *names)
 
-        self.qkv = weight(dim, 3, heads, head_dim)
+        width, each, hidden = ("dim", dim), (("heads", heads), (None, head_dim)), ("inner", inner)
+        self.qkv = weight(width, (None, 3), *each)
         relative = not config.rotary
-        self.positions = weight(dim, heads, head_dim) if relative else None
-        self.content_bias = bias(heads, head_dim, std=config.embedding_std) if relative else None
-        self.position_bias = bias(heads, head_dim, std=config.embedding_std) if relative else None
-        self.attended = weight(heads, head_dim, dim, fan_in_axes=2)
-        self.attended_bias = bias(dim)
-        gate = (2,) if config.gated else ()
-        self.inner = weight(dim, *gate, inner)
-        self.inner_bias = bias(*gate, inner)
-        self.outer = weight(inner, dim)
-        self.outer_bias = bias(dim)
+        self.positions = weight(width, *each) if relative else None
+        self.content_bias = bias(*each, std=config.embedding_std) if relative else None
+        self.position_bias = bias(*each, std=config.embedding_std) if relative else None
+        self.attended = weight(*each, width, fan_in_axes=2)
+        self.attended_bias = bias(width)
+        gate = ((None, 2),) if config.gated else ()
+        self.inner = weight(width, *gate, hidden)
+        self.inner_bias = bias(*gate, hidden)
+        self.outer = weight(hidden, width)
+        self.outer_bias = bias(width)
 
     @property
     def f(self) -> Callable[[Array, Context], Array]:

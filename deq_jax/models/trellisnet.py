@@ -20,7 +20,7 @@ from deq_jax.adjoints import Adjoint, Phantom, Probe, Unroll
 from deq_jax.fixed_point import Solution, fixed_point
 from deq_jax.models import common
 from deq_jax.models.adaptive import AdaptiveVocabulary, SoftmaxWeights
-from deq_jax.models.common import Weight, drop, require
+from deq_jax.models.common import Weight, drop, param, require
 from deq_jax.models.language_model import LanguageModel, Prepared
 from deq_jax.solvers import Picard, Solver
 from deq_jax.trajectory import trajectory
@@ -181,7 +181,8 @@ class DEQTrellisNet(LanguageModel[TrellisNetConfig]):
         clusters: dict[str, Any] = {n: getattr(config, n) for n in ("cutoffs", "div_val", "projection_std")}
         # An embedding whose width differs from the output's is a separate table; the vocabulary then only decodes.
         self.vocabulary = AdaptiveVocabulary(vocab, output, tie=config.tie or width != output, **clusters, **options)
-        self.embedding = nnx.Param(draw(rngs.params(), (vocab, width), param_dtype)) if width != output else None
+        own = width != output
+        self.embedding = param(draw(rngs.params(), (vocab, width), param_dtype), "vocab", "width") if own else None
         self.cell = TrellisNetCell(config, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
 
     def hidden(
@@ -244,12 +245,13 @@ class TrellisNetCell(nnx.Module):
         def weight(width: int) -> Weight:
             # It sums over taps and channels, so weight norm is that of PyTorch's convolution with dim=0.
             shape = (config.kernel, width, 4, config.channels)
-            options: dict[str, Any] = dict(weight_norm=config.weight_norm, fan_in_axes=2)
+            names = (None, "dim", None, "channels")
+            options: dict[str, Any] = dict(names=names, weight_norm=config.weight_norm, fan_in_axes=2)
             return Weight(shape, config.init_std, **options, param_dtype=param_dtype, rngs=rngs)
 
         self.inject = weight(config.embedding_width)
         self.kernel = weight(config.channels)
-        self.bias = nnx.Param(jnp.zeros((4, config.channels), param_dtype))
+        self.bias = param(jnp.zeros((4, config.channels), param_dtype), None, "channels")
 
     @property
     def f(self) -> Callable[[State, Context], State]:

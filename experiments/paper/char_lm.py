@@ -48,9 +48,14 @@ def main(args: Sequence[str] | None = None) -> None:
 # The commands.
 
 
-def train_command(config: Annotated[Config, tyro.conf.arg(name="")] = Config()) -> None:
-    """Train or resume one model, then measure it on the whole validation split. The report is kept in the run."""
-    train_and_report(config, "paper.char_lm")
+def train_command(config: Annotated[Config, tyro.conf.arg(name="")] = Config(), *, coordinator: str = "") -> None:
+    """Train or resume one model, then measure it on the whole validation split. The report is kept in the run.
+
+    Args:
+        coordinator: auto, or HOST:PORT,COUNT,INDEX: this is one of several processes, see
+            experiments.training.processes.
+    """
+    train_and_report(config, "paper.char_lm", coordinator)
 
 
 def demo(

@@ -27,10 +27,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _train(about: str, preset: Config) -> Callable:
-    def command(config: Annotated[Config, tyro.conf.arg(name="")] = preset) -> None:
-        train_and_report(config, "paper.word_lm")
+    def command(config: Annotated[Config, tyro.conf.arg(name="")] = preset, *, coordinator: str = "") -> None:
+        train_and_report(config, "paper.word_lm", coordinator)
 
-    command.__doc__ = about + "."
+    command.__doc__ = f"{about}.\n\nArgs:\n    coordinator: as that of char_lm: this is one of several processes."
     return command
 
 

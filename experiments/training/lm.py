@@ -55,6 +55,7 @@ ADDED: dict[str, Any] = {
     "weight_dropout": 0.0,
     "aux_every": 0,
     "aux_weight": 0.05,
+    "mesh": "",
 }
 ADDED_TO_SOLVERS: dict[str, Any] = {
     "test_every": 1,
@@ -141,10 +142,13 @@ def evaluation_segments(tokens: np.ndarray, batch: int, length: int) -> data.Eva
     return data.evaluation_segments(tokens, max(1, min(batch, len(tokens) // length)), length)
 
 
-def make_evaluate(graphdef: Any, segments: data.EvaluationSegments, solver: deq.Solver) -> Callable:
+def make_evaluate(
+    graphdef: Any, segments: data.EvaluationSegments, solver: deq.Solver, place: Callable = lambda segment: segment
+) -> Callable:
     """`evaluate(params, limit=None, solver=solver) -> Evaluation` of the segments, each with the history before it.
 
-    With a `limit` only so many are read, from the first on. Another tolerance or budget does not compile anew.
+    With a `limit` only so many are read, from the first on. Another tolerance or budget does not compile anew. `place`
+    puts a segment on its devices.
     """
 
     @jax.jit
@@ -159,7 +163,7 @@ def make_evaluate(graphdef: Any, segments: data.EvaluationSegments, solver: deq.
         history = nnx.merge(graphdef, params).empty_history(segments.batch)
         sums = []
         for i in range(min(limit or len(segments), len(segments))):
-            history, part = step(params, history, segments[i], solver)
+            history, part = step(params, history, place(segments[i]), solver)
             sums.append(part)
         totals, weights, metrics = zip(*jax.device_get(sums), strict=True)
         mean = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}

@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 
 import deq_jax as deq
 from deq_jax.models import DEQTransformer, DEQTrellisNet, TransformerConfig, TrellisNetConfig
-from experiments.training import cli, lm_step, tokenizer
+from experiments.training import cli, lm_step, mesh, tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Config:
     aux_weight: float = 0.05  # of each of these losses
     jacobian_weight: float = 0.0  # of the penalty on the Jacobian's norm at the equilibrium, after the warm-up
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the state; parameters are float32
+    mesh: str = ""  # of devices, as data=2,fsdp=2,model=2,seq=1 or some of these; see experiments.training.mesh
     seed: int = 0
     log_every: int = 20
     eval_every: int = 400  # on the first segments of the validation split; the whole of it at the end
@@ -77,6 +78,10 @@ class Config:
         # Clusters are of frequency, and the ids of characters are in the order of the alphabet.
         cli.require(not self.cutoffs or self.level == "word", "cutoffs", "left out with --level char", self.cutoffs)
         cli.require(self.aux_every >= 0, "aux_every", "at least 0", self.aux_every)
+        if self.mesh:
+            parts = {"heads": self.heads, "inner_dim": self.inner_dim} if self.model == "transformer" else {}
+            channels = {} if parts else {"dim": self.dim, "output_dim": self.output_dim or self.dim}
+            mesh.check(self.mesh, batch=self.batch, length=self.length, **parts, **channels)
         # An option that the model does not have would otherwise be ignored in silence.
         foreign = {
             "transformer": ("output_dim", "embedding_dropout", "weight_dropout", "aux_every"),

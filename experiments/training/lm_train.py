@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 import deq_jax as deq
-from experiments.training import data, generation, lm, lm_report, lm_step, tokenizer
+from experiments.training import data, generation, lm, lm_report, lm_step, processes, tokenizer
 from experiments.training.checkpoints import RunDirectory, config_to_json
 from experiments.training.environment import environment
 from experiments.training.lm_model import Config, build, loss_fn
@@ -27,19 +27,25 @@ from experiments.training.loop import (
     make_optimizer,
     make_train_step,
 )
+from experiments.training.mesh import ONE_DEVICE, Placement
 from experiments.training.metrics import MetricsLog
 from experiments.training.sealed import write_atomically
 
-HARMLESS = {"run", "data_dir", "log_every", "eval_every", "save_every"}  # may change in a resume
+HARMLESS = {"run", "mesh", "data_dir", "log_every", "eval_every", "save_every"}  # may change in a resume
 EVALUATION_BATCH = 32
 EVALUATION_SEGMENTS = 10  # read while training
 
 
-def train_and_report(config: Config, module: str) -> None:
-    """`train`, and what came of it as report.json in the run; `module` is the experiment that was called."""
-    text = json.dumps(about(config, module) | train(config).report, indent=1)
-    write_atomically(config.run / "report.json", (text + "\n").encode())
-    print(text)
+def train_and_report(config: Config, module: str, coordinator: str = "") -> None:
+    """`train`, and what came of it as report.json in the run; `module` is the experiment that was called.
+
+    `coordinator`: see `experiments.training.processes`.
+    """
+    with processes.joined(coordinator):
+        text = json.dumps(about(config, module) | train(config).report, indent=1)
+        if processes.is_first():
+            write_atomically(config.run / "report.json", (text + "\n").encode())
+        print(text)
 
 
 def about(config: Config, module: str = "paper.char_lm") -> dict[str, Any]:
@@ -63,6 +69,7 @@ def sample(
 ) -> None:
     """Print text that a trained model continues; the same seed prints the same text."""
     config, stored, vocabulary = lm.read_run(run, Config)
+    config = dataclasses.replace(config, mesh="")  # one device is enough for one text
     vocabulary.encode(prompt)  # before the checkpoint is read
     _, state = start_state(config, vocabulary)
     with RunDirectory(run, stored) as directory:
@@ -91,20 +98,24 @@ def train(config: Config, title: str = "step", *, keep: Callable[[int, TrainStat
     corpus = lm.load_corpus(config.data, level=config.level, data_dir=config.data_dir)
     batches = data.segments(corpus.train, config.batch, config.length, seed=config.seed)
     evaluation = lm.evaluation_segments(corpus.valid, EVALUATION_BATCH, config.length)
-    graphdef, state = start_state(config, corpus.vocabulary)
+    placement = Placement.over(config.mesh)
     stored = lm.identity(config_to_json(config), corpus)
+    processes.check_same({name: value for name, value in stored.items() if name != "data_dir"})
+    graphdef, state = start_state(config, corpus.vocabulary, placement)
 
     with graceful_signals() as stop, RunDirectory(config.run, stored, harmless=HARMLESS) as run:
-        lm.save_vocabulary(run.path, corpus.vocabulary)
+        if processes.is_first():
+            lm.save_vocabulary(run.path, corpus.vocabulary)
         state, spent = run.restore(state)
         start = int(state.step)
         print(f"{title}: {count_params(state.params):,} parameters, from step {start}; compiling", flush=True)
-        shallow_step, train_step = make_steps(config, graphdef)
+        shallow_step, train_step = make_steps(config, graphdef, state, placement)
         # Ahead of time, so that the clock counts training alone, and the program's memory is known.
-        train_step = train_step.lower(state, batches[0]).compile()
+        first = placement.batch(batches[0])
+        train_step = train_step.lower(state, first).compile()
         if start < config.shallow_steps:
-            shallow_step = shallow_step.lower(state, batches[0]).compile()
-        evaluate = lm.make_evaluate(graphdef, evaluation, config.solver)
+            shallow_step = shallow_step.lower(state, first).compile()
+        evaluate = lm.make_evaluate(graphdef, evaluation, config.solver, placement.batch)
         meter = lm.Meter(config.batch * config.length, *(spent or ()))
         with (
             MetricsLog(run.metrics_path, after=start) as log,
@@ -115,9 +126,10 @@ def train(config: Config, title: str = "step", *, keep: Callable[[int, TrainStat
             meter.start()
             for step in range(start, config.steps):
                 one_step = shallow_step if step < config.shallow_steps else train_step
-                state, metrics = one_step(state, batches[step])
+                state, metrics = one_step(state, placement.batch(batches[step]))
                 meter.add(metrics)
-                done, stopping = step + 1, stop.signum is not None
+                done = step + 1
+                stopping = processes.stops(stop, done % config.log_every == 0)
                 if keep:
                     keep(done, state)
                 save = stopping or done % config.save_every == 0 or done == config.steps
@@ -138,13 +150,25 @@ def train(config: Config, title: str = "step", *, keep: Callable[[int, TrainStat
     return Trained(state, graphdef, corpus, final_report(config, state, meter, train_step, measured))
 
 
-def start_state(config: Config, vocabulary: tokenizer.Vocabulary) -> tuple[Any, TrainState]:
-    """The model's graph and the state before the first step."""
-    model = build(config, vocabulary)
-    graphdef, params = nnx.split(model, nnx.Param)
-    tx, key = optimizer(config), jax.random.key(config.seed)
-    # A plain dict: nnx.State costs some milliseconds a call.
-    return graphdef, init_state(nnx.to_pure_dict(params), tx, key, carry=model.empty_history(config.batch))
+def start_state(
+    config: Config, vocabulary: tokenizer.Vocabulary, placement: Placement = ONE_DEVICE
+) -> tuple[Any, TrainState]:
+    """The model's graph and the state before the first step, each leaf where it belongs."""
+    tx = optimizer(config)
+
+    def start():
+        model = build(config, vocabulary)
+        graphdef, params = nnx.split(model, nnx.Param)
+        # A plain dict: nnx.State costs some milliseconds a call.
+        key, history = jax.random.key(config.seed), model.empty_history(config.batch)
+        return graphdef, init_state(nnx.to_pure_dict(params), tx, key, carry=history)
+
+    if placement.mesh is None:
+        return start()
+    # No device ever holds all of it.
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: build(config, vocabulary)), nnx.Param)
+    shapes = jax.eval_shape(lambda: start()[1])
+    return graphdef, jax.jit(lambda: start()[1], out_shardings=placement.state(params, shapes, tx))()
 
 
 def optimizer(config: Config) -> Any:
@@ -157,14 +181,18 @@ def optimizer(config: Config) -> Any:
     )
 
 
-def make_steps(config: Config, graphdef: Any) -> tuple[Any, Any]:
-    """The compiled steps of the warm-up and of the rest; they share one state."""
+def make_steps(
+    config: Config, graphdef: Any, state: TrainState | None = None, placement: Placement = ONE_DEVICE
+) -> tuple[Any, Any]:
+    """The compiled steps of the warm-up and of the rest; they share one state, which lies as `placement` has put it."""
     tx = optimizer(config)
+    gathered, place = placement.of_step(graphdef, state, tx)
 
     def step(solver, adjoint, weight):
         aux: dict[str, Any] = {"aux_every": config.aux_every, "aux_weight": config.aux_weight}
-        loss = functools.partial(loss_fn, graphdef, solver, adjoint, jacobian_weight=weight, **aux)
-        return make_train_step(loss, tx, probe=lm_step.backward_probe(adjoint, config.batch))
+        of_weights = functools.partial(loss_fn, graphdef, solver, adjoint, jacobian_weight=weight, **aux)
+        loss = lambda params, *others: of_weights(gathered(params), *others)
+        return make_train_step(loss, tx, probe=lm_step.backward_probe(adjoint, config.batch), place=place)
 
     shallow = step(deq.Picard(max_steps=config.shallow_depth), deq.Unroll(), 0.0)
     return shallow, step(config.solver, config.adjoint, config.jacobian_weight)

@@ -88,7 +88,12 @@ def make_optimizer(
 
 
 def make_train_step(
-    loss_fn: Callable, tx: optax.GradientTransformation, *, probe: PyTree = None, guard: bool = True
+    loss_fn: Callable,
+    tx: optax.GradientTransformation,
+    *,
+    probe: PyTree = None,
+    guard: bool = True,
+    place: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """One compiled optimizer step `(state, batch) -> (state, metrics)`; it donates its state and never waits.
 
@@ -99,7 +104,7 @@ def make_train_step(
 
     With `guard`, a step whose gradient is not finite (or too large for its norm to be) sets `skipped` to 1
     and changes nothing but the step counter. The carry is kept too: one NaN in it would spoil every later
-    step.
+    step. `place` holds the new state to the shardings of the old one.
 
     ```python
     train_step = make_train_step(loss_fn, tx, probe=deq.Probe.zeros((batch_size,)))
@@ -124,7 +129,7 @@ def make_train_step(
             new = jax.tree.map(functools.partial(jnp.where, skipped), state, new)
         metrics = {"loss": loss, **metrics, "grad_norm": grad_norm, "skipped": skipped.astype(jnp.int32)}
         metrics |= _learning_rate(opt_state) | _backward_metrics(backward)
-        return new._replace(step=state.step + 1), metrics
+        return place(new._replace(step=state.step + 1)), metrics
 
     return train_step
 
