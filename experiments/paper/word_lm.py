@@ -19,6 +19,7 @@ from experiments.training import cli
 from experiments.training.lm_model import Config
 from experiments.training.lm_presets import PRESETS
 from experiments.training.lm_train import sample, train_and_report
+from experiments.training.runtime import Runtime
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -27,10 +28,13 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _train(about: str, preset: Config) -> Callable:
-    def command(config: Annotated[Config, tyro.conf.arg(name="")] = preset, *, coordinator: str = "") -> None:
-        train_and_report(config, "paper.word_lm", coordinator)
+    def command(
+        config: Annotated[Config, tyro.conf.arg(name="")] = preset,
+        runtime: Annotated[Runtime, tyro.conf.arg(name="")] = Runtime(),
+    ) -> None:
+        train_and_report(config, "paper.word_lm", runtime)
 
-    command.__doc__ = f"{about}.\n\nArgs:\n    coordinator: as that of char_lm: this is one of several processes."
+    command.__doc__ = about + "."
     return command
 
 

@@ -29,6 +29,7 @@ from experiments.training.loop import (
 )
 from experiments.training.mesh import ONE_DEVICE, Placement
 from experiments.training.metrics import MetricsLog
+from experiments.training.runtime import Runtime, started, tracing
 from experiments.training.sealed import write_atomically
 
 HARMLESS = {"run", "mesh", "data_dir", "log_every", "eval_every", "save_every"}  # may change in a resume
@@ -36,13 +37,10 @@ EVALUATION_BATCH = 32
 EVALUATION_SEGMENTS = 10  # read while training
 
 
-def train_and_report(config: Config, module: str, coordinator: str = "") -> None:
-    """`train`, and what came of it as report.json in the run; `module` is the experiment that was called.
-
-    `coordinator`: see `experiments.training.processes`.
-    """
-    with processes.joined(coordinator):
-        text = json.dumps(about(config, module) | train(config).report, indent=1)
+def train_and_report(config: Config, module: str, runtime: Runtime = Runtime()) -> None:  # noqa: B008
+    """`train`, and what came of it as report.json in the run; `module` is the experiment that was called."""
+    with started(runtime):
+        text = json.dumps(about(config, module) | train(config, profile=runtime.profile).report, indent=1)
         if processes.is_first():
             write_atomically(config.run / "report.json", (text + "\n").encode())
         print(text)
@@ -89,8 +87,14 @@ class Trained(NamedTuple):
     report: dict[str, Any]  # numbers, for a summary
 
 
-def train(config: Config, title: str = "step", *, keep: Callable[[int, TrainState], None] | None = None) -> Trained:
-    """Train or resume `config.run`; a finished one is measured again.
+def train(
+    config: Config,
+    title: str = "step",
+    *,
+    keep: Callable[[int, TrainState], None] | None = None,
+    profile: int = 0,
+) -> Trained:
+    """Train or resume `config.run`; a finished one is measured again. So many steps as `profile` says are traced.
 
     `keep(step, state)` is called before the first step and after each one, before the run's own save: a run that
     was cut in between comes by there again.
@@ -120,11 +124,13 @@ def train(config: Config, title: str = "step", *, keep: Callable[[int, TrainStat
         with (
             MetricsLog(run.metrics_path, after=start) as log,
             lm_report.reporting(title, start, config.steps, config.level) as report,
+            tracing(run.path / "profile", max(start, config.shallow_steps), profile) as trace,
         ):
             if keep:
                 keep(start, state)
             meter.start()
             for step in range(start, config.steps):
+                trace(step, state)
                 one_step = shallow_step if step < config.shallow_steps else train_step
                 state, metrics = one_step(state, placement.batch(batches[step]))
                 meter.add(metrics)

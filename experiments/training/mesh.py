@@ -122,7 +122,7 @@ class Placement:
 
     def fits(self, names: P, shape: tuple[int, ...], rules: list[tuple[str, str]]) -> P:
         """The spec of an array; an axis that cannot be divided, as a vocabulary of 65, is kept whole."""
-        axes = linen.logical_to_mesh_axes(tuple(names), rules) if names else ()
+        axes = linen.logical_to_mesh_axes(tuple(names), rules) or () if names else ()
         sizes = dict(self.mesh.shape) if self.mesh else {}
         return P(
             *(axis if axis and n % sizes.get(axis, 1) == 0 else None for axis, n in zip(axes, shape, strict=False))

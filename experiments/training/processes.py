@@ -43,13 +43,13 @@ def joined(coordinator: str) -> Iterator[None]:
 
 def _join(coordinator: str) -> None:
     place = {} if coordinator == "auto" else _place(coordinator)
-    seconds = dict(
-        initialization_timeout=int(os.environ.get("DEQ_JAX_JOINING", JOINING)),
-        heartbeat_timeout_seconds=HEARTBEAT,
-        shutdown_timeout_seconds=LEAVING,
-    )
     try:
-        jax.distributed.initialize(**place, **seconds)
+        jax.distributed.initialize(
+            **place,
+            initialization_timeout=int(os.environ.get("DEQ_JAX_JOINING", JOINING)),
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=LEAVING,
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise RuntimeError(f"--coordinator {coordinator}: the processes could not be joined: {reason}") from None
