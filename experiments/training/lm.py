@@ -206,7 +206,7 @@ class Meter:
         if solves := [line[name] for name in ("fwd_steps", "bwd_steps") if name in line]:
             timing["evaluations_per_second"] = (
                 len(values) * sum(solves) / elapsed[0]
-            )  # of f and its pullback, a sequence
+            )  # of f and its pullback
         return line | {name: np.round(value, 2) for name, value in timing.items()}
 
 
