@@ -57,11 +57,10 @@ class MetricsLog:
 
 def fingerprint(path: Path) -> dict[str, Any]:
     """What the file holds now, for a checkpoint to remember; synced to the disk."""
-    content = b""
     if path.exists():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-            content = file.read()
+    content = _content(path)
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "steps": _steps(content)}
 
 
@@ -69,7 +68,7 @@ def what_is_lost(path: Path, before: dict[str, Any] | None) -> str | None:
     """What the file no longer holds of that which `fingerprint` found; None if all is there."""
     if before is None:  # a checkpoint of an earlier version
         return None
-    content = path.read_bytes() if path.exists() else b""
+    content = _content(path)
     if hashlib.sha256(content[: before["bytes"]]).hexdigest() == before["sha256"]:
         return None
     missing = sorted(set(before["steps"]) - set(_steps(content)))
@@ -81,7 +80,11 @@ def what_is_lost(path: Path, before: dict[str, Any] | None) -> str | None:
 
 def last_step(path: Path) -> int:
     """The last step that the file has a line of; 0 if it has none."""
-    return max(_steps(path.read_bytes()), default=0) if path.exists() else 0
+    return max(_steps(_content(path)), default=0)
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
 
 
 def _steps(content: bytes) -> list[int]:
@@ -89,7 +92,7 @@ def _steps(content: bytes) -> list[int]:
 
 
 def _keep_lines(path: Path, after: int) -> list[bytes]:
-    content = path.read_bytes() if path.exists() else b""
+    content = _content(path)
     lines = content.splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= after]
     if len(kept) < len(lines):

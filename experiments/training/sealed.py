@@ -61,15 +61,16 @@ def newest_whole(checkpoints: Path) -> int | None:
     # Orbax's own unfinished steps (`*.orbax-checkpoint-tmp`) are not numbers; it removes them when it saves
     # again.
     steps = sorted((int(path.name) for path in checkpoints.iterdir() if _is_step(path.name)), reverse=True)
-    # Orbax fails where it is to delete a link, however old its step is.
-    damaged = {step: find_damage(checkpoints / str(step)) for step in steps if (checkpoints / str(step)).is_symlink()}
-    newest = None
+    newest, damaged = None, {}
     for step in steps:
-        damage = find_damage(checkpoints / str(step))
-        if damage is None:
-            newest = step
-            break
-        damaged[step] = damage
+        directory = checkpoints / str(step)
+        # An older step is looked at only if it is a link, which Orbax cannot delete.
+        if newest is None or directory.is_symlink():
+            damage = find_damage(directory)
+            if damage is None:
+                newest = step
+            else:
+                damaged[step] = damage
     used = "starting from the beginning" if newest is None else f"using checkpoint {newest}"
     for step, damage in damaged.items():
         aside = _move_aside(checkpoints / str(step))
