@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from experiments.training import data, lm_train
 from experiments.training.lm_model import Config, build
 from experiments.training.loop import TrainState
-from experiments.training.mesh import BATCH, ONE_DEVICE, Placement
+from experiments.training.mesh import BATCH, ONE_DEVICE, Placement, parse
 
 # Words and characters of the corpora that have a name, so that none of them has to be read.
 VOCABULARIES = {
@@ -77,6 +77,8 @@ def bytes_of(shapes: PyTree) -> int:
 
 def history_bytes(solver: Any, config: Config, devices: int) -> int:
     """The bytes of a device's part of what a solver remembers: rows of states, in float32."""
+    if solver is None:
+        return 0
     z = jax.ShapeDtypeStruct((1, config.batch * config.length * state_width(config) // devices), jnp.float32)
     rows = [x for x in jax.tree.leaves(jax.eval_shape(solver.init, z)) if x.ndim == 3 and x.shape[-1] == z.shape[-1]]
     return sum(x.size * x.dtype.itemsize for x in rows)
@@ -85,3 +87,37 @@ def history_bytes(solver: Any, config: Config, devices: int) -> int:
 def state_width(config: Config) -> int:
     """The numbers in a column of z; a TrellisNet's has two of each of its channels, hidden and decoded."""
     return config.dim if config.model == "transformer" else 2 * (config.dim + (config.output_dim or config.dim))
+
+
+def gradient_bytes(params: PyTree) -> int:
+    """The bytes of a device's part of the gradient, which is that of the parameters once gathered over fsdp."""
+
+    def parts(x) -> int:
+        spec = () if x.sharding is None else x.sharding.spec
+        return math.prod(x.sharding.mesh.shape[axis] for axis in spec if axis == "fsdp")
+
+    return sum(bytes_of(x) * parts(x) for x in jax.tree.leaves(params))
+
+
+def memory(config: Config, step: Step, program: Any) -> dict[str, int]:
+    """Bytes of one device, by what they are for.
+
+    Parameters, optimizer and history of the text are exact, and so is the total, by the compiler's plan. Within the
+    temporaries, which XLA uses again and again, are the gradient, as many bytes of parameters gathered over fsdp, and
+    the rows of states that the solves remember.
+    """
+    plan, sizes = program.memory_analysis(), parse(config.mesh or "data=1")
+    devices = math.prod(sizes.values())
+    return {
+        "parameters": bytes_of(step.state.params),
+        "optimizer": bytes_of(step.state.opt_state),
+        "text": bytes_of(step.state.carry) + bytes_of(step.batch),
+        "gradient": gradient_bytes(step.state.params),
+        "forward": history_bytes(config.solver, config, devices),
+        "backward": history_bytes(getattr(config.adjoint, "solver", None), config, devices),
+        "temporaries": int(plan.temp_size_in_bytes),
+        "total": sum(
+            int(getattr(plan, f"{name}_size_in_bytes")) * sign
+            for name, sign in (("argument", 1), ("output", 1), ("alias", -1), ("temp", 1))
+        ),
+    }
