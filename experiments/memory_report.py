@@ -99,7 +99,9 @@ def memory(config: Config, batch: int) -> dict[str, int]:
     model = dataclasses.replace(config.model, batch=batch)
     words = config.vocab_size or abstract.vocabulary_size(model)
     step = abstract.lower(model, words, mesh.Placement(devices(config)))
-    return abstract.memory(model, step, step.lowered.compile(programs.UNTUNED if config.compiler == "h100" else QUICKLY))
+    return abstract.memory(
+        model, step, step.lowered.compile(programs.UNTUNED if config.compiler == "h100" else QUICKLY)
+    )
 
 
 def devices(config: Config) -> jax.sharding.Mesh:
@@ -146,9 +148,10 @@ def told(config: Config) -> list[str]:
     found = memory(config, model.batch)
     unit = "GB" if found["total"] >= 1e9 else "MB"
     line = lambda name, key, indent=2: f"{' ' * indent}{name:<{34 - indent}}{found[key] / UNITS[unit]:8.2f}"
+    where = f"{count} devices ({config.mesh})" if count > 1 else "one device"
+    compiler = {"cpu": "a CPU", "h100": "an H100"}[config.compiler]
     lines = [
-        f"{config.preset} on {count} device{'s' * (count > 1)}{f' ({config.mesh})' * bool(config.mesh)}, a batch of "
-        f"{model.batch}: {unit} of each device, by the compiler for {'a CPU' if config.compiler == 'cpu' else 'an H100'}",
+        f"{config.preset} on {where}, a batch of {model.batch}: {unit} of each device, by the compiler for {compiler}",
         line("parameters", "parameters"),
         line("optimizer", "optimizer"),
         line("history of the text, and batch", "text"),

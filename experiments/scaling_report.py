@@ -15,8 +15,11 @@ def table(results: dict[str, Any]) -> str:
     rows = results["rows"]
     lines = ["# A training step over many devices, on paper", "", f"    {results['command']}", ""]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    lines += study.paragraph(f"Compiled for H100s that are not there, not run; {versions}.", *goals(rows))
-    lines += times(results) + memory(rows) + collectives(rows) + figures(results)
+    timed, to = "seconds" in rows[0], "H100s" if "seconds" in rows[0] else "chips of a TPU v5p"
+    lines += study.paragraph(
+        f"Compiled for {to} that are not there, not run; {versions}.", *(goals(rows) if timed else ())
+    )
+    lines += (times(results) if timed else []) + memory(rows) + collectives(rows) + (figures(results) if timed else [])
     return "\n".join(lines)
 
 
@@ -114,11 +117,15 @@ def figures(results: dict[str, Any]) -> list[str]:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Efficiency by devices of the layouts of data × fsdp, a panel a machine."""
+    """Efficiency by devices of the layouts of data × fsdp, a panel a machine; nothing without times."""
     plt, rows = plots.plt, results["rows"]
+    if "seconds" not in rows[0]:
+        return
     machines, presets = list(results["machines"]), list(dict.fromkeys(row["preset"] for row in rows))
     with plt.rc_context(plots.STYLE):
-        figure, axes = plt.subplots(1, len(machines), figsize=(9, 3.6), layout="constrained", sharey=True, squeeze=False)
+        figure, axes = plt.subplots(
+            1, len(machines), figsize=(9, 3.6), layout="constrained", sharey=True, squeeze=False
+        )
         for axis, machine in zip(axes[0], machines, strict=True):
             for preset, color in zip(presets, COLORS, strict=False):
                 fit = [row for row in rows if row["preset"] == preset and "model" not in row["mesh"]]
@@ -127,7 +134,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             for devices, goal in GOALS.items():
                 axis.plot([devices / 1.3, devices * 1.3], [goal, goal], color="0.6", linestyle=":")
             axis.set(xscale="log", xlabel="devices", xticks=[1, 8, 64, 256], xticklabels=[1, 8, 64, 256])
-            axis.set(title=plots.fill(f"with the figures of a {machine}"), ylim=(0.8, 1.01))
+            axis.set(title=plots.fill(f"with the figures of the {machine}"), ylim=(0.8, 1.01))
             axis.minorticks_off()
         axes[0][0].set_ylabel("weak scaling efficiency")
         axes[0][0].legend(frameon=False, loc="lower left")

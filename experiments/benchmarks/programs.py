@@ -80,6 +80,12 @@ def v5e_mesh(shape: tuple[int, ...] = (1,), names: tuple[str, ...] = ("data",)) 
     return Mesh(np.array(chips[: math.prod(shape)]).reshape(shape), names)
 
 
+def v5p_mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> Mesh:
+    """A mesh of 8, 64 or 256 chips of a TPU v5p, likewise."""
+    topology = {8: "2x2x2", 64: "4x4x4", 256: "4x8x8"}[math.prod(shape)]
+    return topologies.make_mesh(topologies.get_topology_desc(f"v5p:{topology}", platform="tpu"), shape, names)
+
+
 def abstract(mesh: Mesh, shape: tuple[int, ...], spec: PartitionSpec = PartitionSpec()) -> jax.ShapeDtypeStruct:  # noqa: B008
     """A float32 argument on the mesh, replicated where nothing else is said."""
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))

@@ -140,9 +140,11 @@ def cost(text: str, machine: Machine, *, forward: int, backward: int, devices: i
 
 
 def op_names(kernel: Kernel) -> list[str]:
-    return programs.op_names(kernel) if kernel.instruction.opcode in ("fusion", "custom-call") else [
-        found[1] for found in [re.search(r'op_name="([^"]*)"', kernel.instruction.attributes)] if found
-    ]
+    return (
+        programs.op_names(kernel)
+        if kernel.instruction.opcode in ("fusion", "custom-call")
+        else [found[1] for found in [re.search(r'op_name="([^"]*)"', kernel.instruction.attributes)] if found]
+    )
 
 
 # ---- products ----------------------------------------------------------------------------------------------

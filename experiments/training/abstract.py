@@ -52,9 +52,9 @@ def lower(config: Config, words: int, placement: Placement = ONE_DEVICE) -> Step
     state = jax.eval_shape(lambda: lm_train.start_state(config, vocabulary)[1])
     tokens, flag = jax.ShapeDtypeStruct((config.batch, config.length), jnp.int32), jax.ShapeDtypeStruct((), jnp.bool_)
     batch = data.Segment(tokens, tokens, flag)  # type: ignore[arg-type]  shapes stand for arrays
-    if placement.mesh is not None:
+    if (devices := placement.mesh) is not None:
         state = placed(state, placement.state(params, state, lm_train.optimizer(config)))
-        over = lambda x: NamedSharding(placement.mesh, P(BATCH, "seq") if x.ndim == 2 else P())
+        over = lambda x: NamedSharding(devices, P(BATCH, "seq") if x.ndim == 2 else P())
         batch = placed(batch, jax.tree.map(over, batch))
     _, step = lm_train.make_steps(config, graphdef, state, placement)
     return Step(state, batch, step.lower(state, batch))
@@ -93,8 +93,7 @@ def gradient_bytes(params: PyTree) -> int:
     """The bytes of a device's part of the gradient, which is that of the parameters once gathered over fsdp."""
 
     def parts(x) -> int:
-        spec = () if x.sharding is None else x.sharding.spec
-        return math.prod(x.sharding.mesh.shape[axis] for axis in spec if axis == "fsdp")
+        return 1 if x.sharding is None or "fsdp" not in x.sharding.spec else x.sharding.mesh.shape["fsdp"]
 
     return sum(bytes_of(x) * parts(x) for x in jax.tree.leaves(params))
 
