@@ -50,18 +50,25 @@ def solver_share(row: Row, machine: str) -> float:
 def times(results: dict[str, Any]) -> list[str]:
     lines = ["## Time", ""]
     lines += study.paragraph(
-        "The batch of a device is the same in every row of a preset: 56, 49 and 4 sequences. A step makes as many",
-        "evaluations of f, and of its pullback, as the budgets of its solves allow. Kernels run at published peaks,",
-        "collectives at published bandwidths, and nothing is hidden, so a real step takes longer and scales better.",
-        "Efficiency is the time of one device over that of the row's. TFLOP are those of products in the program.",
+        "The sequences of a device are as many in every row of a preset. A step makes as many evaluations of f, and of",
+        "its pullback, as the budgets of its solves allow. Kernels run at published peaks, collectives at published",
+        "bandwidths, and nothing is hidden, so a real step takes longer and scales better. A conditional counts with",
+        "its longest branch: every block of a loss computes every tail of an adaptive softmax. Efficiency is the time",
+        "of one device over that of the row's. TFLOP are those of products in the program.",
     )
-    head = ["preset", "mesh", "devices", "evaluations", "TFLOP a step", "TFLOP an evaluation"]
+    head = ["preset", "mesh", "devices", "sequences", "evaluations", "TFLOP a step", "TFLOP an evaluation"]
     for machine in results["machines"]:
         head += [f"{machine}: ms", "kernels", "collectives of f, solver, step", "efficiency"]
     body = []
     for row in results["rows"]:
         flops, rounds = row["flops"], row["rounds"]
-        cells = [row["preset"], row["mesh"], row["devices"], f"{rounds['forward']} + {rounds['backward']}"]
+        cells = [
+            row["preset"],
+            row["mesh"],
+            row["devices"],
+            f"{row['batch']} × {row['length']}",
+            f"{rounds['forward']} + {rounds['backward']}",
+        ]
         each = (flops[way] for way in ("forward", "backward"))
         cells += [f"{flops['step'] / 1e12:.1f}", ", ".join(f"{x / 1e12:.2f}" for x in each)]
         for machine, seconds in row["seconds"].items():

@@ -200,6 +200,8 @@ def test_the_tables_say_what_was_found(tmp_path):
     memory = dict.fromkeys(("parameters", "optimizer", "text", "temporaries", "total", "gradient"), 10**9)
     row = {
         "preset": "small",
+        "batch": 8,
+        "length": 16,
         "rounds": ROUNDS,
         "memory": memory | {"forward": 1, "backward": 1},
         "flops": {"forward": 1e12, "backward": 2e12, "step": 3e13},
