@@ -5,10 +5,10 @@ SLOWEST := --durations=25 --durations-min=5
 MIN_PYTHON := 3.11
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-# What depends on versions, and so is run on every corner; the rest (experiments, data, notebooks) runs once.
+# What depends on versions, and so is run on every corner; the rest (experiments, data) runs once.
 CORE_TESTS := $(wildcard $(addprefix tests/*/test_,$(addsuffix .py,\
 	solvers convergence fixed_point trace adjoints adjoint_family compact transforms trajectory warm_start nn transformer bad_input config own check doctests packaging \
-	sharding axis_name gathers carried gram history_dtype linear root error_estimate stepwise)))
+	sharding axis_name gathers carried gram history_dtype linear root error_estimate stepwise notebooks)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo experiments studies figures bench gpu test lint mutants notebooks docs package corners corner-lowest corner-newest corner-kernels kernels constraints clean
@@ -135,8 +135,10 @@ gpu: ## measure on one GPU, at most nine minutes a run; continues (GPU_ARGS='--w
 # On the corners compiling is most of the time, and what is asked is whether it works there, not how fast.
 # (jax 0.7 spends most of that in a code generator that can be chosen; jax 0.12 has no choice, and no such flag.)
 QUICKLY := --xla_backend_optimization_level=0
-# Every value of each parameter of a test, not every combination: `make test` runs those. (make corners CASES= for all.)
-CASES ?= --each-value
+# Of each test as many cases as have every value of its parameters, half of them on each corner; `make test` runs all
+# combinations. (All values on both: make corners CASES=--each-value=1/1; all combinations: CASES=.)
+corner-lowest: CASES ?= --each-value=1/2
+corner-newest: CASES ?= --each-value=2/2
 
 corners: corner-lowest corner-newest ## run the core tests on the lowest and on the newest versions
 
@@ -153,7 +155,7 @@ NEWEST ?= $(shell for v in 3.14 3.13 3.12; do \
 # message of ours, or where most of the code is not ours.
 ANNOTATIONS := "--jaxtyping-packages=deq_jax,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 OWN_MESSAGES := $(wildcard $(addprefix tests/*/test_,$(addsuffix .py,\
-	bad_input config own packaging trajectory nn adjoint_family doctests transformer)))
+	bad_input config own packaging trajectory nn adjoint_family doctests transformer notebooks)))
 
 corner-newest:
 	@if [ -z "$(NEWEST)" ]; then echo "no Python 3.12 or newer here: the newest corner is left out"; \

@@ -47,9 +47,13 @@ except ImportError:  # a fresh Colab: the JAX that is there stays as it is
     import deq_jax as deq
 
 # %%
+import base64
+import io
 import os
 
 import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
 
 FAST = os.environ.get("DEQ_JAX_FAST") == "1"  # smaller sizes, for the tests
 COLORS = {
@@ -61,20 +65,38 @@ plt.rcParams.update({
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "figure.dpi": 80, "figure.constrained_layout.use": True, "legend.frameon": False,
 })  # fmt: skip
+
+
+def show_moving(figure, draw, frames, alt, seconds=0.4):
+    """Show the figure after `draw(frame)` for each frame, as a GIF: it needs no server, and rests on its last frame."""
+    pictures = []
+    for frame in frames:
+        draw(frame)
+        figure.canvas.draw()
+        pictures.append(np.array(figure.canvas.buffer_rgba())[..., :3])
+    plt.close(figure)
+    try:
+        from IPython.display import HTML, display
+    except ImportError:  # run as a script, there is nowhere to show it
+        return
+    # One below the other, they share one palette, and no color flickers.
+    sheet, height = Image.fromarray(np.concatenate(pictures)).quantize(128), len(pictures[0])
+    first, *rest = (sheet.crop((0, top, sheet.width, top + height)) for top in range(0, sheet.height, height))
+    file, pauses = io.BytesIO(), [int(1000 * seconds)] * len(rest) + [2500]
+    first.save(file, "GIF", save_all=True, append_images=rest, duration=pauses, loop=0)
+    data = base64.b64encode(file.getvalue()).decode()
+    display(HTML(f'<img alt="{alt}" src="data:image/gif;base64,{data}">'))
+
+
 print(f"deq_jax {deq.__version__}, jax {jax.__version__}, on {jax.device_count()} {jax.devices()[0].device_kind}")
 
 # %%
-import base64
 import dataclasses
-import pathlib
-import tempfile
 from functools import partial
 
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
-from matplotlib.animation import FuncAnimation
 
 from deq_jax.nn import DEQ
 
@@ -170,20 +192,7 @@ plt.show()
 # The same two solvers on the logistic map, an evaluation a frame: Picard from two starts that differ by 1e-3, and
 # Anderson from both of them.
 
-
 # %%
-def show_moving(animation, alt, fps=3):
-    """Show an animation as an image, which needs neither a server nor a script."""
-    try:
-        from IPython.display import HTML, display
-    except ImportError:  # run as a script, there is nowhere to show it
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        animation.save(f"{folder}/moving.gif", writer="pillow", fps=fps)
-        data = base64.b64encode(pathlib.Path(f"{folder}/moving.gif").read_bytes()).decode()
-    display(HTML(f'<img alt="{alt}" src="data:image/gif;base64,{data}">'))
-
-
 FRAMES = 4 if FAST else 20
 orbits = {
     (type(solver).__name__, z0): path(logistic, z0, solver, FRAMES)
@@ -198,7 +207,9 @@ lines = {
     )[0]
     for name, z0 in orbits
 }
-axes.set(xlim=(0, FRAMES + 0.2), ylim=(-0.02, 1.4), xlabel="evaluations of f", ylabel="z")
+axes.set(
+    xlim=(0, FRAMES + 0.2), ylim=(-0.02, 1.4), xticks=range(0, FRAMES + 1, 5), xlabel="evaluations of f", ylabel="z"
+)
 axes.legend(loc="upper right", ncols=2)
 
 
@@ -212,8 +223,7 @@ def draw_frame(n):
 
 
 alt = "Orbits of the logistic map: Picard's two part ways, Anderson's two meet at 3/4"
-show_moving(FuncAnimation(figure, draw_frame, frames=FRAMES), alt)
-plt.close(figure)
+show_moving(figure, draw_frame, range(FRAMES), alt)
 
 # %% [markdown]
 # ## 2. The spectral radius decides
@@ -616,7 +626,8 @@ def draw_boundary(axes, graphdef, params):
     points = jnp.stack(jnp.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
     logits, *_ = predict(graphdef, params, points)
     chance = jax.nn.sigmoid(logits).reshape(ticks.size, -1)
-    axes.pcolormesh(ticks, ticks, chance, shading="gouraud", cmap="PuOr", alpha=0.6, vmin=0, vmax=1)
+    square = {"extent": 2 * (ticks[0], ticks[-1]), "origin": "lower", "interpolation": "bilinear"}
+    axes.imshow(chance, **square, cmap="PuOr", alpha=0.6, vmin=0, vmax=1)
     axes.scatter(*x.T, c=y, cmap="PuOr", s=8, edgecolors="0.3", linewidths=0.3)
     axes.set(xlabel="x₁", ylabel="x₂", aspect="equal")
 
@@ -661,12 +672,12 @@ plt.show()
 
 # %% [markdown]
 # Your curves will differ from these: where a solve is hard, training amplifies rounding, and no two machines
-# round alike. What stays is that both equilibria come to need more evaluations than at the start, and that on so
-# small a problem the penalty shows in the loss rather than in the evaluations.
+# round alike. What stays is that the equilibria come to need more evaluations than at the start.
 #
-# The last panel holds two surprises. The eight layers have made themselves an equilibrium without being asked:
-# iterating on hardly changes the loss. And the penalized model, whose equilibria Anderson finds for every test
-# point, is *not* at rest under plain iteration. That is part 2 again: ask for the spectral radius at its solutions.
+# The last panel asks whether a model is at rest under *plain* iteration. Where a curve is flat to the right of the
+# dotted line, iterating on changes nothing, and eight layers have made themselves an equilibrium without being asked.
+# Where a curve rises, Anderson finds equilibria that repel the plain iteration. That is part 2 again: ask for the
+# spectral radius at the solutions.
 
 # %%
 sample = slice(None, None, 10)
@@ -678,8 +689,9 @@ for name in ("equilibrium", "penalized equilibrium"):
     print(f"{name:22} spectral radius: median {np.median(rho):.2f}, above one for {np.mean(rho > 1):.1%} of the points")
 
 # %% [markdown]
-# A few points repel the plain iteration, and cross-entropy charges dearly for each confident mistake. An
-# equilibrium model is the pair of a cell *and* a solver that finds its equilibria; ask `stats` whether it did.
+# A point with a radius above one repels the plain iteration, and cross-entropy charges dearly for a confident
+# mistake. An equilibrium model is the pair of a cell *and* a solver that finds its equilibria; ask `stats` whether it
+# did.
 #
 # **Try next:** `adjoint=deq.Phantom()` or `deq.JFB()` in `equilibrium` above; a `Broyden` solver; one and a half
 # turns of the spirals, which is much harder.

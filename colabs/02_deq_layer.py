@@ -40,9 +40,13 @@ except ImportError:  # a fresh Colab: the JAX that is there stays as it is
     import deq_jax as deq
 
 # %%
+import base64
+import io
 import os
 
 import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
 
 FAST = os.environ.get("DEQ_JAX_FAST") == "1"  # smaller sizes, for the tests
 COLORS = {
@@ -54,31 +58,45 @@ plt.rcParams.update({
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "figure.dpi": 80, "figure.constrained_layout.use": True, "legend.frameon": False,
 })  # fmt: skip
+
+
+def show_moving(figure, draw, frames, alt, seconds=0.4):
+    """Show the figure after `draw(frame)` for each frame, as a GIF: it needs no server, and rests on its last frame."""
+    pictures = []
+    for frame in frames:
+        draw(frame)
+        figure.canvas.draw()
+        pictures.append(np.array(figure.canvas.buffer_rgba())[..., :3])
+    plt.close(figure)
+    try:
+        from IPython.display import HTML, display
+    except ImportError:  # run as a script, there is nowhere to show it
+        return
+    # One below the other, they share one palette, and no color flickers.
+    sheet, height = Image.fromarray(np.concatenate(pictures)).quantize(128), len(pictures[0])
+    first, *rest = (sheet.crop((0, top, sheet.width, top + height)) for top in range(0, sheet.height, height))
+    file, pauses = io.BytesIO(), [int(1000 * seconds)] * len(rest) + [2500]
+    first.save(file, "GIF", save_all=True, append_images=rest, duration=pauses, loop=0)
+    data = base64.b64encode(file.getvalue()).decode()
+    display(HTML(f'<img alt="{alt}" src="data:image/gif;base64,{data}">'))
+
+
 print(f"deq_jax {deq.__version__}, jax {jax.__version__}, on {jax.device_count()} {jax.devices()[0].device_kind}")
 
 # %%
-import base64
 import functools
 import gzip
 import hashlib
 import http.client
-import io
 import pathlib
 import tempfile
 import urllib.request
 
 import jax.numpy as jnp
-import numpy as np
 import optax
-import PIL.Image
 from flax import nnx
 
 from deq_jax.nn import DEQ
-
-try:
-    from IPython.display import HTML, display
-except ImportError:  # run as a script: the animation is made, and not shown
-    HTML = display = str
 
 # %% [markdown]
 # ## On a GPU or a TPU
@@ -125,7 +143,7 @@ def fetch(name):
         with urllib.request.urlopen(URL + name, timeout=10) as response:
             data = response.read()
     if hashlib.sha256(data).hexdigest() != FILES[name]:
-        raise OSError(f"{name} is not the file that was published")
+        raise OSError(f"{name} is not the file that was published (its SHA-256 differs)")
     if "DEQ_JAX_DATA" not in os.environ:
         folder.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
@@ -159,7 +177,8 @@ try:
     print(f"Fashion-MNIST: {len(train[1]):,} pictures to train with, {TEST:,} of {len(test[1]):,} to test with")
 except (OSError, http.client.HTTPException) as error:
     train, test, NAMES = shapes(6000, seed=0), shapes(TEST, seed=1), SHAPES
-    print(f"no Fashion-MNIST here ({type(error).__name__}): we go on with {len(train[1]):,} drawn shapes")
+    why = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
+    print(f"No Fashion-MNIST here ({why}). We go on with {len(train[1]):,} drawn shapes.")
 (images, labels), (x_test, y_test) = [
     (jnp.asarray(x), jnp.int32(y)) for x, y in (train, (test[0][:TEST], test[1][:TEST]))
 ]
@@ -287,7 +306,7 @@ def gradient_memory(network):
     return program.compile().memory_analysis().temp_size_in_bytes / 2**20
 
 
-depths = (2, 8) if FAST else (2, 4, 8, 16, 32)
+depths = (8,) if FAST else (2, 4, 8, 16, 32)
 make = {
     "equilibrium": lambda depth: equilibrium(deq.Anderson(rtol=1e-2, max_steps=depth, history=5)),
     "weight-tied": weight_tied,
@@ -431,48 +450,40 @@ def mosaic(z):
     return tiles.reshape(h, w, 3, 3).transpose(2, 0, 3, 1).reshape(3 * h, 3 * w)[:-1, :-1]
 
 
-def draw_frame(k, picture, states, residuals, chances):
-    """Iterate k as an image."""
-    figure, (left, middle, bars, curve) = plt.subplots(1, 4, figsize=(9, 2.7), dpi=72, width_ratios=(0.8, 1, 0.8, 1.2))
-    left.imshow(picture, cmap="gray_r")
-    left.set_title("x, the picture")
-    middle.imshow(mosaic(states[k]), cmap="PuOr", vmin=-1, vmax=1)
-    middle.set_title(f"z at step {k}")
-    bars.barh(NAMES, chances[k], color=COLORS["Implicit"])
-    bars.set(xlim=(0, 1), title="the answer", xlabel="probability")
-    bars.invert_yaxis()
-    bars.tick_params(axis="y", labelsize=8, length=0)
-    curve.semilogy(residuals, color="0.8")
-    curve.semilogy(residuals[: k + 1], "o-", ms=4, color=COLORS["Anderson"])
-    curve.axhline(1e-2, color="0.6", lw=0.8, ls=":")
-    curve.set(xlabel="step", title="relative residual")
-    for axes in (left, middle):
-        axes.axis("off")
-    figure.canvas.draw()
-    frame = PIL.Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
-    plt.close(figure)
-    return frame.quantize(32, dither=PIL.Image.Dither.NONE)
-
-
-def show_gif(frames, text, milliseconds=450):
-    """Show frames as a GIF inside the page, with a text for those who cannot see it."""
-    file, durations = io.BytesIO(), [milliseconds] * (len(frames) - 1) + [2500]
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
-    data = base64.b64encode(file.getvalue()).decode()
-    display(HTML(f'<img alt="{text}" src="data:image/gif;base64,{data}">'))
-
-
 states, residuals, chances = jax.device_get(iterates(x_test[slowest]))
 answer = chances.argmax(-1)
 settled = np.max(
     np.arange(1, frames + 1)[:, None] * (answer != answer[-1]), axis=0
 )  # the first step with the last answer
 pick = int(np.argmax(np.where(answer[-1] == y_test[slowest], settled, -1)))
-of_one = x_test[slowest[pick]], states[:, pick], residuals[:, pick], chances[:, pick]
-text = (
+figure, (left, middle, right, curve) = plt.subplots(1, 4, figsize=(9, 2.7), dpi=72, width_ratios=(0.8, 1, 0.8, 1.2))
+left.imshow(x_test[slowest[pick]], cmap="gray_r")
+left.set_title("x, the picture")
+maps = middle.imshow(mosaic(states[0, pick]), cmap="PuOr", vmin=-1, vmax=1)
+bars = right.barh(NAMES, chances[0, pick], color=COLORS["Implicit"])
+right.set(xlim=(0, 1), title="the answer", xlabel="probability")
+right.invert_yaxis()
+right.tick_params(axis="y", labelsize=8, length=0)
+curve.semilogy(residuals[:, pick], color="0.8")
+(line,) = curve.semilogy([], [], "o-", ms=4, color=COLORS["Anderson"])
+curve.axhline(1e-2, color="0.6", lw=0.8, ls=":")
+curve.set(xlabel="step", title="relative residual")
+for axes in (left, middle):
+    axes.axis("off")
+
+
+def draw(k):
+    maps.set_data(mosaic(states[k, pick]))
+    middle.set_title(f"z at step {k}")
+    for bar, chance in zip(bars, chances[k, pick], strict=True):
+        bar.set_width(chance)
+    line.set_data(range(k + 1), residuals[: k + 1, pick])
+
+
+alt = (
     f"The residual of one picture falls to {residuals[-1, pick]:.0e} while feature maps and class probabilities settle"
 )
-show_gif([draw_frame(k, *of_one) for k in range(frames)], text)
+show_moving(figure, draw, range(frames), alt)
 print(
     f"{NAMES[answer[-1, pick]]}: from step {settled[pick]} on the answer stays. The residual at that step is", end=" "
 )

@@ -43,9 +43,13 @@ except ImportError:  # a fresh Colab: the JAX that is there stays as it is
     import deq_jax as deq
 
 # %%
+import base64
+import io
 import os
 
 import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
 
 FAST = os.environ.get("DEQ_JAX_FAST") == "1"  # smaller sizes, for the tests
 COLORS = {
@@ -57,23 +61,43 @@ plt.rcParams.update({
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "figure.dpi": 80, "figure.constrained_layout.use": True, "legend.frameon": False,
 })  # fmt: skip
+
+
+def show_moving(figure, draw, frames, alt, seconds=0.4):
+    """Show the figure after `draw(frame)` for each frame, as a GIF: it needs no server, and rests on its last frame."""
+    pictures = []
+    for frame in frames:
+        draw(frame)
+        figure.canvas.draw()
+        pictures.append(np.array(figure.canvas.buffer_rgba())[..., :3])
+    plt.close(figure)
+    try:
+        from IPython.display import HTML, display
+    except ImportError:  # run as a script, there is nowhere to show it
+        return
+    # One below the other, they share one palette, and no color flickers.
+    sheet, height = Image.fromarray(np.concatenate(pictures)).quantize(128), len(pictures[0])
+    first, *rest = (sheet.crop((0, top, sheet.width, top + height)) for top in range(0, sheet.height, height))
+    file, pauses = io.BytesIO(), [int(1000 * seconds)] * len(rest) + [2500]
+    first.save(file, "GIF", save_all=True, append_images=rest, duration=pauses, loop=0)
+    data = base64.b64encode(file.getvalue()).decode()
+    display(HTML(f'<img alt="{alt}" src="data:image/gif;base64,{data}">'))
+
+
 print(f"deq_jax {deq.__version__}, jax {jax.__version__}, on {jax.device_count()} {jax.devices()[0].device_kind}")
 
 # %%
-import base64
 import dataclasses
 import functools
 import hashlib
-import io
+import http.client
 import lzma
 import pathlib
 import urllib.request
 
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
-from PIL import Image
 
 from deq_jax.models import DEQTransformer, TransformerConfig
 
@@ -110,16 +134,19 @@ def load_text():
     try:
         if local.exists():
             raw = lzma.open(local).read()
+        elif FAST:
+            raise OSError("nothing is downloaded in the fast mode")
         else:
             with urllib.request.urlopen(SHAKESPEARE, timeout=5) as response:
                 raw = response.read()
         if hashlib.sha256(raw).hexdigest() != SHA256:
-            raise OSError("another text than expected")
+            raise OSError("the text is not the one that was published (its SHA-256 differs)")
         return raw.decode(), "ROMEO:\n"
-    except OSError:
+    except (OSError, EOFError, lzma.LZMAError, http.client.HTTPException) as error:
         from pydoc_data.topics import topics
 
-        print("No data folder and no network: we train on the help texts of Python instead.")
+        why = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
+        print(f"No Shakespeare here ({why}). We train on the help texts of Python instead.")
         return "\n\n".join(topics[name] for name in sorted(topics)), "The value of "
 
 
@@ -324,10 +351,10 @@ plt.show()
 
 # %% [markdown]
 # In the warm-up (gray) the state after two layers is no fixed point, nor is it meant to be: `Unroll`
-# differentiates the two layers as they are. At the switch the solves are dear, and a few do not converge, because
-# nothing has asked for a fixed point before. After some steps they are cheap. From there on training slowly makes
-# the cell harder to solve, as in Figure 2 of the paper. If the share of converged solves falls in a run of yours,
-# see *When a solve fails* in the documentation.
+# differentiates the two layers as they are. At the switch a solve takes more evaluations, and a few do not converge,
+# because nothing has asked for a fixed point before. After some steps it takes fewer. From there on training slowly
+# makes the cell harder to solve, as in Figure 2 of the paper. If the share of converged solves falls in a run of
+# yours, see *When a solve fails* in the documentation.
 #
 # ## 5. Inside one solve
 #
@@ -384,36 +411,15 @@ plt.show()
 
 # %% [markdown]
 # Dark positions have settled; a white dot marks where one first falls below 1e-2. A position attends to those
-# before it, so what moves there moves it too, and neighbors settle together. Where the plain iteration never
-# settles, `Anderson` still does: it solves the equation instead of following the iteration (notebook 01 shows
-# why).
+# before it, so what moves there moves it too, and neighbors settle together. The titles count the positions that do
+# not settle. Where the plain iteration does not, `Anderson` still may: it solves the equation instead of following
+# the iteration (notebook 01 shows why).
 #
 # What does that mean for the prediction? Below, each column is a position, and each row a possible *next*
 # character. The boxes are the characters that do follow. Step by step the solver moves the probabilities to where
 # they stay.
 
-
 # %%
-def show_gif(figure, draw, frames, alt, seconds=0.1):
-    """Show `draw(frame)` for each frame as an image that needs neither JavaScript nor a server."""
-    images = []
-    for frame in frames:
-        draw(frame)
-        figure.canvas.draw()
-        image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-        images.append(image.quantize(32, dither=Image.Dither.NONE))
-    plt.close(figure)
-    duration = [int(1000 * seconds)] * (len(images) - 1) + [2500]
-    file = io.BytesIO()
-    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
-    data = base64.b64encode(file.getvalue()).decode()
-    try:
-        from IPython.display import HTML, display
-    except ImportError:
-        return print(alt)
-    display(HTML(f'<img src="data:image/gif;base64,{data}" alt="{alt}">'))
-
-
 SHOWN = min(TIME, 40)
 residuals, chances = (np.asarray(a) for a in watched["Anderson"])
 following = np.asarray(valid_tokens[1001 : 1001 + SHOWN])
@@ -443,7 +449,7 @@ def draw(step):
 
 
 alt = "Residuals of the positions fall, and the predicted next characters form, as the solver iterates."
-show_gif(figure, draw, [*range(10), *range(10, DEPTH, 3)], alt, seconds=0.4)
+show_moving(figure, draw, [*range(10), *range(10, DEPTH, 3)], alt)
 
 # %% [markdown]
 # Most of the picture stands after a few steps; the rest is digits that no character depends on. So how many steps

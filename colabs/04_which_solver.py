@@ -42,9 +42,13 @@ except ImportError:  # a fresh Colab: the JAX that is there stays as it is
     import deq_jax as deq
 
 # %%
+import base64
+import io
 import os
 
 import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
 
 FAST = os.environ.get("DEQ_JAX_FAST") == "1"  # smaller sizes, for the tests
 COLORS = {
@@ -56,40 +60,39 @@ plt.rcParams.update({
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "figure.dpi": 80, "figure.constrained_layout.use": True, "legend.frameon": False,
 })  # fmt: skip
+
+
+def show_moving(figure, draw, frames, alt, seconds=0.4):
+    """Show the figure after `draw(frame)` for each frame, as a GIF: it needs no server, and rests on its last frame."""
+    pictures = []
+    for frame in frames:
+        draw(frame)
+        figure.canvas.draw()
+        pictures.append(np.array(figure.canvas.buffer_rgba())[..., :3])
+    plt.close(figure)
+    try:
+        from IPython.display import HTML, display
+    except ImportError:  # run as a script, there is nowhere to show it
+        return
+    # One below the other, they share one palette, and no color flickers.
+    sheet, height = Image.fromarray(np.concatenate(pictures)).quantize(128), len(pictures[0])
+    first, *rest = (sheet.crop((0, top, sheet.width, top + height)) for top in range(0, sheet.height, height))
+    file, pauses = io.BytesIO(), [int(1000 * seconds)] * len(rest) + [2500]
+    first.save(file, "GIF", save_all=True, append_images=rest, duration=pauses, loop=0)
+    data = base64.b64encode(file.getvalue()).decode()
+    display(HTML(f'<img alt="{alt}" src="data:image/gif;base64,{data}">'))
+
+
 print(f"deq_jax {deq.__version__}, jax {jax.__version__}, on {jax.device_count()} {jax.devices()[0].device_kind}")
 
 # %%
-import base64
 import dataclasses
-import io
 import time
 
 import jax.numpy as jnp
-import numpy as np
 from matplotlib.patches import Circle
-from PIL import Image
 
 COLORS["Newton"] = "#444444"
-
-
-def frame_of(figure):
-    """The figure as it is drawn now."""
-    figure.canvas.draw()
-    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
-
-
-def show_animation(frames, alt, milliseconds=250):
-    """Show the pictures as a GIF that rests on its last one."""
-    try:
-        from IPython.display import HTML, display
-    except ImportError:  # run as a script, with nothing to show it in
-        return
-    palette, buffer = frames[-1].quantize(48), io.BytesIO()
-    first, *rest = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
-    pauses = [milliseconds] * len(rest) + [2500]
-    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=pauses, loop=0)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    display(HTML(f'<img alt="{alt}" src="data:image/gif;base64,{data}">'))
 
 
 # %% [markdown]
@@ -182,17 +185,19 @@ curves.plot([], [], ":", color="0.4", label="worst tenth")
 curves.set(xlim=(0, AT[-1]), ylim=(1e-6, 10), xlabel="step", title="relative residual, median")
 curves.legend(loc=(0.5, 0.4))
 panels[0].set_ylabel("z₂")
-frames = []
-for k, step in enumerate(AT):
+
+
+def draw(k):
     for axes, name in zip(panels, shown, strict=True):
         dots[name].set_data(*iterates[name][k].T)
         near = np.mean(residuals[name][k] <= 1e-4)
-        axes.set_title(f"{name}, step {step}: {near:.0%} there")
+        axes.set_title(f"{name}, step {AT[k]}: {near:.0%} there")
         lines[name].set_data(AT[: k + 1], np.median(residuals[name][: k + 1], axis=1))
         tails[name].set_data(AT[: k + 1], np.quantile(residuals[name][: k + 1], 0.9, axis=1))
-    frames.append(frame_of(figure))
-plt.close(figure)
-show_animation(frames, "240 points under three solvers: those of Picard circle, the others gather at the fixed point")
+
+
+alt = "240 points under three solvers: those of Picard circle, the others gather at the fixed point"
+show_moving(figure, draw, range(len(AT)), alt, seconds=0.25)
 
 # %% [markdown]
 # Dark shades are small residuals. Under Picard the crowd settles on a circle around the fixed point and turns on it
@@ -308,9 +313,9 @@ for i, (problem, (cell, p)) in enumerate(problems.items()):
         bottom.semilogy(best, line, color=COLORS[name], label=name, lw=1.3)
         bottom.plot(len(best) - 1, best[-1], ended, color=COLORS[name], ms=5)
     steps = {name: int(found.stats.steps[i]) for name, found in solved.items() if found.stats.converged[i]}
-    best = f", best {min(steps, key=steps.get)}: {min(steps.values())}" if steps else ""
+    won = f"{len(steps)} solve it, {min(steps, key=steps.get)} in {min(steps.values())}" if steps else "none solves it"
     bottom.axhline(1e-4, color="0.6", lw=0.8, ls=":")
-    bottom.set(ylim=(1e-6, 3), xlim=(0, BUDGET), xlabel="evaluations of f", title=f"{len(steps)} solve it{best}")
+    bottom.set(ylim=(1e-6, 3), xlim=(0, BUDGET), xlabel="evaluations of f", title=won)
 panels[0, 0].set_ylabel("Im λ")
 panels[1, 0].set_ylabel("best relative residual so far")
 panels[1, -1].legend(loc="lower left")
@@ -501,19 +506,20 @@ seconds = step_times({"layer": (run_layers, None)} | {name: (run_steps, contende
 cost = {name: seconds[name] / seconds["layer"] for name in measured}
 
 # %% [markdown]
-# On a GPU a small state costs kernel launches and a large one bytes. `make kernels` in the repository compiles each
-# solver for an H100 and reads the program; nothing is run, so these are **counts, not times**. They are quoted from
-# `experiments/benchmarks/results/kernels/results.md`: float32, forward, $f$ one multiply-add. Kernels are those of one
-# round with its test of convergence, for a state of 64 × 512. Moved is what they read and write at most, in states, for
-# one of 4096 × 1024.
+# On a GPU a small state costs kernel launches and a large one bytes. `make kernels` in the repository, which is
+# `python -m experiments.benchmarks.kernels`, compiles each solver for an H100 and reads the program; nothing is run, so
+# these are **counts, not times**. They are quoted from its table,
+# [`experiments/benchmarks/results/kernels/results.md`](https://github.com/deq-jax/deq_jax/blob/main/experiments/benchmarks/results/kernels/results.md):
+# float32, forward, $f$ one multiply-add. Kernels are those of one round with its test of convergence, for a state of
+# 64 × 512. Moved is what they read and write at most, in states, for one of 4096 × 1024.
 
 # %%
-kernels = {  # kernels of a round and its test, states moved
+kernels = {  # kernels of a round and its test, states moved: the rows of experiments/benchmarks/results/kernels
     "Picard()": (6 + 1, 11.0),
     "Anderson(history=5)": (12 + 1, 37.2),
-    "Anderson()": (12 + 1, 44.4),
+    "Anderson()": (12 + 1, 44.4),  # Anderson(8) in the table
     "Anderson(history=16)": (14 + 1, 61.7),
-    "Broyden()": (19 + 2, 84.6),
+    "Broyden()": (19 + 2, 84.6),  # Broyden(20)
     "NewtonKrylov()": (28 + 1, 182.3),
     "Robust()": (29 + 1, 182.3),
 }

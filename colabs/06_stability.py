@@ -41,9 +41,13 @@ except ImportError:  # a fresh Colab: the JAX that is there stays as it is
     import deq_jax as deq
 
 # %%
+import base64
+import io
 import os
 
 import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
 
 FAST = os.environ.get("DEQ_JAX_FAST") == "1"  # smaller sizes, for the tests
 COLORS = {
@@ -55,26 +59,40 @@ plt.rcParams.update({
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "figure.dpi": 80, "figure.constrained_layout.use": True, "legend.frameon": False,
 })  # fmt: skip
+
+
+def show_moving(figure, draw, frames, alt, seconds=0.4):
+    """Show the figure after `draw(frame)` for each frame, as a GIF: it needs no server, and rests on its last frame."""
+    pictures = []
+    for frame in frames:
+        draw(frame)
+        figure.canvas.draw()
+        pictures.append(np.array(figure.canvas.buffer_rgba())[..., :3])
+    plt.close(figure)
+    try:
+        from IPython.display import HTML, display
+    except ImportError:  # run as a script, there is nowhere to show it
+        return
+    # One below the other, they share one palette, and no color flickers.
+    sheet, height = Image.fromarray(np.concatenate(pictures)).quantize(128), len(pictures[0])
+    first, *rest = (sheet.crop((0, top, sheet.width, top + height)) for top in range(0, sheet.height, height))
+    file, pauses = io.BytesIO(), [int(1000 * seconds)] * len(rest) + [2500]
+    first.save(file, "GIF", save_all=True, append_images=rest, duration=pauses, loop=0)
+    data = base64.b64encode(file.getvalue()).decode()
+    display(HTML(f'<img alt="{alt}" src="data:image/gif;base64,{data}">'))
+
+
 print(f"deq_jax {deq.__version__}, jax {jax.__version__}, on {jax.device_count()} {jax.devices()[0].device_kind}")
 
 # %%
-import base64
 import functools
-import io
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 import optax
-import PIL.Image
 from flax import nnx
 
 from deq_jax.nn import DEQ
-
-try:
-    from IPython.display import HTML, display
-except ImportError:  # run as a script: the animation is made, and not shown
-    HTML = display = str
 
 # %% [markdown]
 # ## On a GPU or a TPU
@@ -89,7 +107,7 @@ ACCELERATOR = jax.default_backend() != "cpu"
 WIDTH, POINTS, STEPS = (128, 1024, 1000) if ACCELERATOR else (32, 128, 240)  # POINTS of each of two classes
 if FAST:
     POINTS, STEPS = 32, 24
-FRAMES = 4 if FAST else 20
+TEST, FRAMES = (50, 4) if FAST else (500, 20)
 jax.config.update("jax_default_matmul_precision", "highest")
 
 # %% [markdown]
@@ -382,44 +400,33 @@ for name in PENALTIES:
 # Watch the eigenvalues of $J$ at sixteen equilibria as training goes on. (A relu that is off gives an eigenvalue of 0.
 # The largest may leave the frame.)
 
-
 # %%
-def draw_frame(k):
+figure, panels = plt.subplots(1, 3, figsize=(9, 3.2), dpi=72, sharey=True)
+dots = {}
+for axes, name in zip(panels, spectra, strict=True):
+    axes.add_patch(plt.Circle((0, 0), 1, fc="0.95", ec="0.6", lw=0.8))
+    dots[name] = axes.plot([], [], ".", ms=3, color=REMEDIES[name][1])[0]
+    axes.set(xlim=(-2.7, 2.7), ylim=(-2.2, 2.2), aspect="equal", xlabel="Re λ")
+panels[0].set_ylabel("Im λ")
+
+
+def draw(k):
     step = int(np.linspace(0, STEPS - 1, FRAMES)[k])
-    figure, panels = plt.subplots(1, 3, figsize=(9, 3.2), dpi=72, sharey=True)
     for axes, (name, values) in zip(panels, spectra.items(), strict=True):
-        color = REMEDIES[name][1]
-        axes.add_patch(plt.Circle((0, 0), 1, fc="0.95", ec="0.6", lw=0.8))
-        axes.plot(values[k].real, values[k].imag, ".", ms=3, color=color)
+        dots[name].set_data(values[k].real, values[k].imag)
         sound = logs[name]["forward"].sound[step].mean()
-        axes.set(xlim=(-2.7, 2.7), ylim=(-2.2, 2.2), aspect="equal", xlabel="Re λ")
-        axes.set_title(f"{name}: {sound:.0%} solved", color=color)
-    panels[0].set_ylabel("Im λ")
+        axes.set_title(f"{name}: {sound:.0%} solved", color=REMEDIES[name][1])
     figure.suptitle(f"Eigenvalues of J, training step {step}", fontsize=10)
-    figure.canvas.draw()
-    frame = PIL.Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
-    plt.close(figure)
-    return frame.quantize(32, dither=PIL.Image.Dither.NONE)
-
-
-def show_gif(frames, text, milliseconds=400):
-    """Show frames as a GIF inside the page, with a text for those who cannot see it."""
-    file, durations = io.BytesIO(), [milliseconds] * (len(frames) - 1) + [2500]
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
-    data = base64.b64encode(file.getvalue()).decode()
-    display(HTML(f'<img alt="{text}" src="data:image/gif;base64,{data}">'))
 
 
 outside = {name: np.mean(np.abs(values[-1]) > 1) for name, values in spectra.items()}
 text = ", ".join(f"{name} {share:.1%}" for name, share in outside.items())
-show_gif(
-    [draw_frame(k) for k in range(FRAMES)],
-    f"Eigenvalues move during training. At the end outside the unit circle: {text}",
-)
+alt = f"Eigenvalues move during training. At the end outside the unit circle: {text}"
+show_moving(figure, draw, range(FRAMES), alt)
 print("eigenvalues outside the unit circle at the end:", text)
 
 # %%
-x_test, y_test = two_spirals(500, seed=1)
+x_test, y_test = two_spirals(TEST, seed=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

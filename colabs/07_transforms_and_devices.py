@@ -49,9 +49,13 @@ except ImportError:  # a fresh Colab: the JAX that is there stays as it is
     import deq_jax as deq
 
 # %%
+import base64
+import io
 import os
 
 import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
 
 FAST = os.environ.get("DEQ_JAX_FAST") == "1"  # smaller sizes, for the tests
 COLORS = {
@@ -63,41 +67,40 @@ plt.rcParams.update({
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "figure.dpi": 80, "figure.constrained_layout.use": True, "legend.frameon": False,
 })  # fmt: skip
+
+
+def show_moving(figure, draw, frames, alt, seconds=0.4):
+    """Show the figure after `draw(frame)` for each frame, as a GIF: it needs no server, and rests on its last frame."""
+    pictures = []
+    for frame in frames:
+        draw(frame)
+        figure.canvas.draw()
+        pictures.append(np.array(figure.canvas.buffer_rgba())[..., :3])
+    plt.close(figure)
+    try:
+        from IPython.display import HTML, display
+    except ImportError:  # run as a script, there is nowhere to show it
+        return
+    # One below the other, they share one palette, and no color flickers.
+    sheet, height = Image.fromarray(np.concatenate(pictures)).quantize(128), len(pictures[0])
+    first, *rest = (sheet.crop((0, top, sheet.width, top + height)) for top in range(0, sheet.height, height))
+    file, pauses = io.BytesIO(), [int(1000 * seconds)] * len(rest) + [2500]
+    first.save(file, "GIF", save_all=True, append_images=rest, duration=pauses, loop=0)
+    data = base64.b64encode(file.getvalue()).decode()
+    display(HTML(f'<img alt="{alt}" src="data:image/gif;base64,{data}">'))
+
+
 print(f"deq_jax {deq.__version__}, jax {jax.__version__}, on {jax.device_count()} {jax.devices()[0].device_kind}")
 
 # %%
-import base64
 import collections
-import io
 import re
 
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib.colors import ListedColormap, hsv_to_rgb
-from PIL import Image, ImageDraw, ImageFont
-
-
-def frame_of(figure):
-    """The figure as it is drawn now."""
-    figure.canvas.draw()
-    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
-
-
-def show_animation(frames, alt, milliseconds=250):
-    """Show the pictures as a GIF that rests on its last one."""
-    try:
-        from IPython.display import HTML, display
-    except ImportError:  # run as a script, with nothing to show it in
-        return
-    palette, buffer = frames[-1].quantize(64, Image.Quantize.FASTOCTREE), io.BytesIO()
-    first, *rest = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
-    pauses = [milliseconds] * len(rest) + [2500]
-    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=pauses, loop=0)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    display(HTML(f'<img alt="{alt}" src="data:image/gif;base64,{data}">'))
-
+from PIL import ImageDraw, ImageFont
 
 # %% [markdown]
 # ## On a GPU or a TPU
@@ -298,8 +301,9 @@ figure, axes = plt.subplot_mosaic(
     [["Picard", "curves"], ["Anderson", "curves"]], figsize=(8.5, 3.8), width_ratios=(1.5, 1)
 )
 strip, pictures, lines = ROWS / mesh.size, {}, {}
+look = {"cmap": plt.get_cmap("gray", 16), "vmin": -1, "vmax": 1, "interpolation": "nearest"}  # makes a small file
 for name in denoised:
-    pictures[name] = axes[name].imshow(noisy, cmap="gray", vmin=-1, vmax=1)
+    pictures[name] = axes[name].imshow(noisy, **look)
     axes[name].hlines(np.arange(1, mesh.size) * strip - 0.5, -0.5, COLUMNS - 0.5, color="#56B4E9", lw=0.5)
     axes[name].set(xticks=[], yticks=np.arange(mesh.size) * strip + strip / 2 - 0.5, yticklabels=range(mesh.size))
     lines[name] = axes["curves"].semilogy([], [], "o-", ms=3, color=COLORS[name], label=name)[0]
@@ -307,8 +311,10 @@ for name in denoised:
 axes["curves"].set(xlim=(0, AT[-1]), ylim=(3e-5, 2), xlabel="step", title="relative residual, whole picture")
 axes["curves"].axhline(1e-4, color="0.6", lw=0.8, ls=":")
 axes["curves"].legend()
-frames = []
-for k, step in enumerate(AT):
+
+
+def draw(k):
+    step = AT[k]
     for name, found in denoised.items():
         z_k = np.asarray(found.folded[k].z) if step else noisy  # z0 = 0 is no picture: show the input
         pictures[name].set_data(z_k)
@@ -317,9 +323,10 @@ for k, step in enumerate(AT):
         axes[name].set_title(f"{name}, step {step}: {wrong:.1%} of the pixels are wrong{done}")
         residuals = [float(s.relative_residual) for s in found.folded[: k + 1]]
         lines[name].set_data(AT[: k + 1], residuals)
-    frames.append(frame_of(figure))
-plt.close(figure)
-show_animation(frames, "A noisy picture on eight strips becomes readable, under Picard and sooner under Anderson", 350)
+
+
+alt = "A noisy picture on eight strips becomes readable, under Picard and sooner under Anderson"
+show_moving(figure, draw, range(len(AT)), alt, seconds=0.35)
 
 # %% [markdown]
 # Each strip lies on a device of its own, and no device ever sees the whole. The letters cross the borders unharmed. The

@@ -24,25 +24,31 @@ gc.set_threshold(100_000, 20, 20)
 
 
 def pytest_addoption(parser):
-    text = "of a test's cases run only as many as have every value of each parameter, not every combination"
-    parser.addoption("--each-value", action="store_true", help=text)
+    text = "of a test's cases run only as many as have every value of each parameter; of these the K-th of N shares"
+    parser.addoption("--each-value", metavar="K/N", help=text)
 
 
 def pytest_collection_modifyitems(config, items):
-    """A corner asks whether a version is different, and the reference environment runs all combinations."""
-    if not config.getoption("--each-value"):
+    """A corner asks whether a version is different, and the reference environment runs all combinations.
+
+    Several corners share the values: each runs every test, and every value is run on one of them at least.
+    """
+    if not (share := config.getoption("--each-value")):
         return
+    mine, shares = map(int, share.split("/"))
     values = lambda item: set(enumerate(item.callspec.id.split("-"))) if hasattr(item, "callspec") else {()}
     cases = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = set()
+    kept, turn = set(), mine
     for group in cases.values():
-        missing = set().union(*map(values, group))
+        missing, chosen = set().union(*map(values, group)), []
         while missing:
-            best = max(group, key=lambda item: len(values(item) & missing))
-            kept.add(best)
-            missing -= values(best)
+            chosen.append(max(group, key=lambda item: len(values(item) & missing)))
+            missing -= values(chosen[-1])
+        everywhere = len(chosen) < shares or group[0].get_closest_marker("every_corner")
+        kept.update(chosen if everywhere else chosen[turn % shares :: shares])
+        turn += len(chosen)  # so that the shares are of one size
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 

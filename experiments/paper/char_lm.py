@@ -37,6 +37,7 @@ from experiments.training.lm_train import (
     train_and_report,
 )
 from experiments.training.loop import TrainState
+from experiments.training.runtime import Runtime
 from experiments.training.sealed import write_atomically
 
 
@@ -48,9 +49,12 @@ def main(args: Sequence[str] | None = None) -> None:
 # The commands.
 
 
-def train_command(config: Annotated[Config, tyro.conf.arg(name="")] = Config()) -> None:
+def train_command(
+    config: Annotated[Config, tyro.conf.arg(name="")] = Config(),
+    runtime: Annotated[Runtime, tyro.conf.arg(name="")] = Runtime(),
+) -> None:
     """Train or resume one model, then measure it on the whole validation split. The report is kept in the run."""
-    train_and_report(config, "paper.char_lm")
+    train_and_report(config, "paper.char_lm", runtime)
 
 
 def demo(

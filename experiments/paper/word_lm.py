@@ -19,6 +19,7 @@ from experiments.training import cli
 from experiments.training.lm_model import Config
 from experiments.training.lm_presets import PRESETS
 from experiments.training.lm_train import sample, train_and_report
+from experiments.training.runtime import Runtime
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -27,8 +28,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _train(about: str, preset: Config) -> Callable:
-    def command(config: Annotated[Config, tyro.conf.arg(name="")] = preset) -> None:
-        train_and_report(config, "paper.word_lm")
+    def command(
+        config: Annotated[Config, tyro.conf.arg(name="")] = preset,
+        runtime: Annotated[Runtime, tyro.conf.arg(name="")] = Runtime(),
+    ) -> None:
+        train_and_report(config, "paper.word_lm", runtime)
 
     command.__doc__ = about + "."
     return command

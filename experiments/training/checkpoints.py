@@ -32,6 +32,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from experiments.training.metrics import fingerprint, last_step, what_is_lost
+from experiments.training.processes import from_first, is_first
 from experiments.training.sealed import (
     META,
     DamagedCheckpointWarning,
@@ -54,7 +55,7 @@ class LostMetricsWarning(UserWarning):
 
 
 class RunDirectory:
-    """One run's directory: its lock, its configuration and its checkpoints, for one process at a time.
+    """One run's directory: its lock, its configuration and its checkpoints, for one run at a time.
 
     Use it as a context manager; leaving it waits for the last save. Entering raises, before anything is
     written, `ValueError` for a directory that is not a run (non-empty, without `config.json`) and for a
@@ -63,7 +64,8 @@ class RunDirectory:
     newest whole one are renamed to `<step>.damaged`, since Orbax would refuse to save below them, with a
     `DamagedCheckpointWarning` each; nothing is deleted but whole steps older than the last `keep`, by Orbax.
     A save that fails is a `SaveError` at the next call of `check`, `save` or `wait`, or when the context is left.
-    For one host, on a file system with `flock` (not Windows).
+    For a file system with `flock` (not Windows), which all processes of the run share; each of them uses it, and the
+    first one alone locks, checks and seals. `metrics_path` of the others is a file that forgets.
 
     ```python
     with RunDirectory("runs/example", config) as run:
@@ -77,27 +79,18 @@ class RunDirectory:
             # Orbax removes the old step before the new one has its manifest: with one, there would be none.
             raise ValueError(f"expected keep >= 2, got {keep}")
         self.path = Path(path).absolute()
-        self.metrics_path = self.path / "metrics.jsonl"
+        self.metrics_path = self.path / "metrics.jsonl" if is_first() else Path(os.devnull)
         self.step: int | None = None  # the newest whole step
         self._config, self._harmless, self._keep = config_to_json(config), frozenset(harmless), keep
         self._sealing: Future | None = None
         self._failed = False
 
     def __enter__(self) -> "RunDirectory":
-        _check_directory(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            self._lock = stack.enter_context(_take_lock(self.path / "lock"))
-            self._check_config()
-            _sign(self._lock)
-            write_atomically(self.path / "config.json", json_bytes(self._config))
-            checkpoints = self.path / "checkpoints"
-            checkpoints.mkdir(exist_ok=True)
-            self._warn_if_empty(checkpoints)
-            self.step = newest_whole(checkpoints)
+            self.step = from_first(lambda: self._open(stack))
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep)
             stack.enter_context(_without_orbax_errors())
-            self._manager = ocp.CheckpointManager(checkpoints, options=options)
+            self._manager = ocp.CheckpointManager(self.path / "checkpoints", options=options)
             stack.callback(self._close)
             self._sealer = stack.enter_context(ThreadPoolExecutor(1, "seal"))
             stack.callback(self._wait)
@@ -106,6 +99,19 @@ class RunDirectory:
 
     def __exit__(self, *exception) -> None:
         self._exit.__exit__(*exception)
+
+    def _open(self, stack: contextlib.ExitStack) -> int | None:
+        """Take the directory for this run; the newest whole step."""
+        _check_directory(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = stack.enter_context(_take_lock(self.path / "lock"))
+        self._check_config()
+        _sign(self._lock)
+        write_atomically(self.path / "config.json", json_bytes(self._config))
+        checkpoints = self.path / "checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        self._warn_if_empty(checkpoints)
+        return newest_whole(checkpoints)
 
     def restore(self, like: PyTree) -> tuple[PyTree, Any]:
         """The newest whole step's state and the `data` saved with it; `(like, None)` in a new run.
@@ -121,7 +127,7 @@ class RunDirectory:
         arrays = _to_arrays(like)
         target = {name: _abstract(leaf) for name, leaf in arrays.items() if leaf.size}
         arrays |= dict(self._manager.restore(self.step, args=ocp.args.StandardRestore(target)))
-        if lost := what_is_lost(self.metrics_path, meta.get("metrics")):
+        if is_first() and (lost := what_is_lost(self.metrics_path, meta.get("metrics"))):
             warnings.warn(f"{self.metrics_path}: {lost}", LostMetricsWarning, stacklevel=2)
         return _from_arrays(arrays, like), meta["data"]
 
@@ -142,9 +148,10 @@ class RunDirectory:
             raise ValueError(f"step {step} is older than the newest checkpoint, {self.step}")
         # Orbax cannot store an empty array, and a save that raises can hold up the exit for ten minutes.
         arrays = {name: leaf for name, leaf in _to_arrays(state).items() if leaf.size}
-        self._check_place(step, sum(leaf.nbytes for leaf in arrays.values()))
+        from_first(lambda: self._check_place(step, sum(leaf.nbytes for leaf in arrays.values())))
         meta = {"step": step, "config": self._config, "data": data, "leaves": _leaves(state), "versions": _versions()}
-        meta["metrics"] = fingerprint(self.metrics_path)
+        if is_first():
+            meta["metrics"] = fingerprint(self.metrics_path)
         self._manager.save(step, args=ocp.args.StandardSave(arrays))
         self._sealing = self._sealer.submit(self._seal, step, json_bytes(meta))
 
@@ -166,7 +173,8 @@ class RunDirectory:
     def _seal(self, step: int, meta: bytes) -> int:
         try:
             self._manager.wait_until_finished()
-            seal(self.path / "checkpoints" / str(step), meta)
+            if is_first():
+                seal(self.path / "checkpoints" / str(step), meta)
         except Exception as error:  # of Orbax and of TensorStore, of many kinds
             self._failed = True
             raise self._save_error(step, _reason(error)) from None

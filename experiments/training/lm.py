@@ -197,10 +197,17 @@ class Meter:
         now = time.perf_counter(), time.process_time()
         elapsed = [after - before for after, before in zip(now, self._clocks, strict=True)]
         self.spent = [total + more for total, more in zip(self.spent, elapsed, strict=True)]
-        speed = len(values) * self._tokens / elapsed[0]
-        self._window = []
-        timing = {"train_seconds": self.spent[0], "train_cpu_seconds": self.spent[1], "tokens_per_second": speed}
-        return _average(values) | {name: np.round(value, 2) for name, value in timing.items()}
+        self._window, line = [], _average(values)
+        timing = {
+            "train_seconds": self.spent[0],
+            "train_cpu_seconds": self.spent[1],
+            "tokens_per_second": len(values) * self._tokens / elapsed[0],
+        }
+        if solves := [line[name] for name in ("fwd_steps", "bwd_steps") if name in line]:
+            timing["evaluations_per_second"] = (
+                len(values) * sum(solves) / elapsed[0]
+            )  # of f and its pullback
+        return line | {name: np.round(value, 2) for name, value in timing.items()}
 
 
 def _average(window: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 import deq_jax as deq
-from experiments.training import data, generation, lm, lm_report, lm_step, tokenizer
+from experiments.training import data, generation, lm, lm_report, lm_step, processes, tokenizer
 from experiments.training.checkpoints import RunDirectory, config_to_json
 from experiments.training.environment import environment
 from experiments.training.lm_model import Config, build, loss_fn
@@ -29,6 +29,7 @@ from experiments.training.loop import (
 )
 from experiments.training.mesh import ONE_DEVICE, Placement
 from experiments.training.metrics import MetricsLog
+from experiments.training.runtime import Runtime, started, tracing
 from experiments.training.sealed import write_atomically
 
 HARMLESS = {"run", "mesh", "data_dir", "log_every", "eval_every", "save_every"}  # may change in a resume
@@ -36,11 +37,13 @@ EVALUATION_BATCH = 32
 EVALUATION_SEGMENTS = 10  # read while training
 
 
-def train_and_report(config: Config, module: str) -> None:
+def train_and_report(config: Config, module: str, runtime: Runtime = Runtime()) -> None:  # noqa: B008
     """`train`, and what came of it as report.json in the run; `module` is the experiment that was called."""
-    text = json.dumps(about(config, module) | train(config).report, indent=1)
-    write_atomically(config.run / "report.json", (text + "\n").encode())
-    print(text)
+    with started(runtime):
+        text = json.dumps(about(config, module) | train(config, profile=runtime.profile).report, indent=1)
+        if processes.is_first():
+            write_atomically(config.run / "report.json", (text + "\n").encode())
+        print(text)
 
 
 def about(config: Config, module: str = "paper.char_lm") -> dict[str, Any]:
@@ -84,8 +87,14 @@ class Trained(NamedTuple):
     report: dict[str, Any]  # numbers, for a summary
 
 
-def train(config: Config, title: str = "step", *, keep: Callable[[int, TrainState], None] | None = None) -> Trained:
-    """Train or resume `config.run`; a finished one is measured again.
+def train(
+    config: Config,
+    title: str = "step",
+    *,
+    keep: Callable[[int, TrainState], None] | None = None,
+    profile: int = 0,
+) -> Trained:
+    """Train or resume `config.run`; a finished one is measured again. So many steps as `profile` says are traced.
 
     `keep(step, state)` is called before the first step and after each one, before the run's own save: a run that
     was cut in between comes by there again.
@@ -94,11 +103,13 @@ def train(config: Config, title: str = "step", *, keep: Callable[[int, TrainStat
     batches = data.segments(corpus.train, config.batch, config.length, seed=config.seed)
     evaluation = lm.evaluation_segments(corpus.valid, EVALUATION_BATCH, config.length)
     placement = Placement.over(config.mesh)
-    graphdef, state = start_state(config, corpus.vocabulary, placement)
     stored = lm.identity(config_to_json(config), corpus)
+    processes.check_same({name: value for name, value in stored.items() if name != "data_dir"})
+    graphdef, state = start_state(config, corpus.vocabulary, placement)
 
     with graceful_signals() as stop, RunDirectory(config.run, stored, harmless=HARMLESS) as run:
-        lm.save_vocabulary(run.path, corpus.vocabulary)
+        if processes.is_first():
+            lm.save_vocabulary(run.path, corpus.vocabulary)
         state, spent = run.restore(state)
         start = int(state.step)
         print(f"{title}: {count_params(state.params):,} parameters, from step {start}; compiling", flush=True)
@@ -113,15 +124,18 @@ def train(config: Config, title: str = "step", *, keep: Callable[[int, TrainStat
         with (
             MetricsLog(run.metrics_path, after=start) as log,
             lm_report.reporting(title, start, config.steps, config.level) as report,
+            tracing(run.path / "profile", max(start, config.shallow_steps), profile) as trace,
         ):
             if keep:
                 keep(start, state)
             meter.start()
             for step in range(start, config.steps):
+                trace(step, state)
                 one_step = shallow_step if step < config.shallow_steps else train_step
                 state, metrics = one_step(state, placement.batch(batches[step]))
                 meter.add(metrics)
-                done, stopping = step + 1, stop.signum is not None
+                done = step + 1
+                stopping = processes.stops(stop, done % config.log_every == 0)
                 if keep:
                     keep(done, state)
                 save = stopping or done % config.save_every == 0 or done == config.steps

@@ -124,14 +124,16 @@ class Placement:
         parts = math.prod(self.mesh.shape[name] for name in BATCH)
         rows = lambda x: BATCH if x.shape[0] % parts == 0 else None
         spec = lambda x: P(rows(x), "seq") if np.ndim(x) == 2 else P()
-        return jax.device_put(batch, jax.tree.map(lambda x: self._sharding(spec(x)), batch))
+        # Each process cuts out what its devices hold.
+        place = lambda x: jax.make_array_from_callback(np.shape(x), self._sharding(spec(x)), np.asarray(x).__getitem__)
+        return jax.tree.map(place, batch)
 
     def _sharding(self, spec: P) -> Any:
         return None if self.mesh is None else NamedSharding(self.mesh, spec)
 
     def fits(self, names: P, shape: tuple[int, ...], rules: list[tuple[str, str]]) -> P:
         """The spec of an array; an axis that cannot be divided, as a vocabulary of 65, is kept whole."""
-        axes = linen.logical_to_mesh_axes(tuple(names), rules) if names else ()
+        axes = linen.logical_to_mesh_axes(tuple(names), rules) or () if names else ()
         sizes = dict(self.mesh.shape) if self.mesh else {}
         return P(
             *(axis if axis and n % sizes.get(axis, 1) == 0 else None for axis, n in zip(axes, shape, strict=False))

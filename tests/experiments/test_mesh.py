@@ -8,14 +8,17 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import deq_jax as deq
 from experiments.training import data, lm_train, mesh
 from experiments.training.lm_model import Config
 
-pytestmark = pytest.mark.usefixtures("promotes")
+pytestmark = pytest.mark.usefixtures("promotes", "quick_compile")
 
+# Plain iteration, and closely: what Anderson combines it with depends on the last digits.
+CLOSELY = deq.Picard(rtol=1e-4, max_steps=60)
 TRANSFORMER = Config(
     steps=4, shallow_share=0.25, batch=8, length=16, mem_len=16, dim=32, inner_dim=64, dropout=0.1,
-    log_every=1, eval_every=100, save_every=2,
+    solver=CLOSELY, adjoint=deq.Implicit(CLOSELY), log_every=1, eval_every=100, save_every=2,
 )  # fmt: skip
 TRELLISNET = dataclasses.replace(TRANSFORMER, model="trellisnet", output_dim=16)
 MODELS = {"transformer": TRANSFORMER, "trellisnet": TRELLISNET}
@@ -25,7 +28,7 @@ MODELS = {"transformer": TRANSFORMER, "trellisnet": TRELLISNET}
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     corpus = data.load("shakespeare")
-    path.write_text(corpus.vocabulary.decode(corpus.train[:20_000]))
+    path.write_text(corpus.vocabulary.decode(corpus.train[:6_000]))
     return str(path)
 
 
@@ -54,7 +57,6 @@ def on_one_device(tmp_path_factory, text):
 @pytest.mark.parametrize(
     ("name", "axes"),
     [
-        ("transformer", "data=8"),
         ("transformer", "data=2,fsdp=2,model=2"),
         ("transformer", "fsdp=2,model=2,seq=2"),
         ("trellisnet", "fsdp=2,model=2,seq=2"),
@@ -70,16 +72,17 @@ def test_a_run_has_the_same_numbers_on_every_mesh(on_one_device, tmp_path, text,
             theirs.get(steps) for steps in ("fwd_steps", "bwd_steps")
         ]
     parts = mesh.parse(axes)
-    part = {1 / (parts["fsdp"] * parts["model"])}
-    assert held(trained.state.params) == held(trained.state.opt_state) == part
+    part = 1 / (parts["fsdp"] * parts["model"])
+    assert held(trained.state.params) == held(trained.state.opt_state) == {part}
 
 
 def held(tree) -> set[float]:
-    """The share of each kernel that one device holds."""
+    """The share of the largest kernel that each device holds."""
     kernels = [
         leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if "kernel" in jax.tree_util.keystr(path)
     ]
-    return {shard.data.nbytes / leaf.nbytes for leaf in kernels for shard in leaf.addressable_shards}
+    largest = max(kernels, key=lambda leaf: leaf.size)
+    return {shard.data.nbytes / largest.nbytes for shard in largest.addressable_shards}
 
 
 @pytest.mark.parametrize(("before", "after"), [("", "data=2,fsdp=2,model=2"), ("fsdp=4,model=2", "data=4,seq=2")])

@@ -10,7 +10,8 @@ import pytest
 
 import deq_jax as deq
 
-PAGES = sorted((pathlib.Path(__file__).parents[2] / "docs").glob("*.md"))
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -25,7 +26,7 @@ def test_the_code_of_a_page_runs(page):
 
 
 def test_the_first_block_of_the_readme_runs():
-    text = (PAGES[0].parent.parent / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     block = re.search(r"^```python\n(.*?)^```$", text, re.M | re.S).group(1)
     namespace = {}
     exec(compile(block, "README.md", "exec"), namespace)
@@ -39,7 +40,7 @@ def test_a_page_on_writing_your_own_has_at_most_40_lines(name):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_names_in_prose_and_tables_exist(page):
-    import deq_jax as deq
+    import deq_jax.compat.jaxopt
     import deq_jax.nn  # noqa: F401
 
     for dotted in set(re.findall(r"`(?:deq|deq_jax)\.([A-Za-z_.]+)", page.read_text())):
@@ -90,3 +91,15 @@ def test_a_recipe_with_too_few_directions_says_that_it_failed():
     loss = lambda probe: deq.attach(f, z, A @ z, adjoint=deq.Implicit(the_recipe()), probe=probe).sum()
     backward = jax.jit(jax.grad(loss))(deq.Probe.zeros())
     assert backward.status == deq.Status.MAX_STEPS and backward.residual > 1e-3
+
+
+def test_the_kernels_of_notebook_04_are_those_of_the_table():
+    rows = (ROOT / "experiments/benchmarks/results/kernels/results.md").read_text().splitlines()
+    table = {tuple(cells[:3]): cells for row in rows if len(cells := row.strip("| ").split(" | ")) > 8}
+    quoted = re.search(r"^kernels = (\{.*?^\})", (ROOT / "colabs/04_which_solver.py").read_text(), re.M | re.S)
+    for call, (launched, moved) in eval(quoted[1]).items():
+        solver = eval(call, vars(deq))
+        size = {"Anderson": "history", "Broyden": "rank"}.get(name := type(solver).__name__)
+        name += f"({getattr(solver, size)})" if size else ""
+        assert launched == eval(table[name, "64 × 512", "forward"][3].partition(";")[0])
+        assert moved == float(table[name, "4096 × 1024", "forward"][7].partition(";")[0])

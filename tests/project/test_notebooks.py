@@ -1,9 +1,11 @@
 """Notebooks: in step with their .py twins, safe to install from, and running from the first cell to the last."""
 
+import importlib.util
 import json
 import os
 import pathlib
 import re
+import subprocess
 import sys
 import warnings
 
@@ -91,6 +93,32 @@ def test_runs(path, tmp_path, monkeypatch):
     assert error is None, error
 
 
+@pytest.mark.every_corner
+def test_runs_as_a_script(path, tmp_path):
+    """The .py twin in an empty folder, with DEQ_JAX_FAST=1: for environments without Jupyter, as the corners are."""
+    if importlib.util.find_spec("nbclient"):
+        pytest.skip("test_runs executes the cells where nbclient is installed")
+    for name in ("matplotlib", "PIL", "optax", "flax"):
+        pytest.importorskip(name, reason=f"needs {name} (the experiments extra)")
+    ended = subprocess.run(
+        [sys.executable, path.with_suffix(".py")],
+        env=fast_environment() | {"MPLBACKEND": "Agg"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=CELL_TIMEOUT,
+    )
+    assert ended.returncode == 0 and "Warning" not in ended.stderr, ended.stderr
+
+
+def fast_environment() -> dict[str, str]:
+    """This process's environment with DEQ_JAX_FAST=1, for an interpreter that imports this copy of the library."""
+    # Without the tests' eight devices; and compiled quickly, since what is asked is whether the cells run.
+    quickly = " ".join(f"--{name}={str(value).lower()}" for name, value in known_options().items())
+    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"DEQ_JAX_FAST": "1", "XLA_FLAGS": quickly, "PYTHONPATH": python_path}
+
+
 def run(path: pathlib.Path, folder: pathlib.Path) -> str | None:
     """The failing cell's number, source and traceback; None if all is well."""
     import nbclient
@@ -106,12 +134,8 @@ def run(path: pathlib.Path, folder: pathlib.Path) -> str | None:
     kernel.mkdir(parents=True)
     (kernel / "kernel.json").write_text(json.dumps(spec))
 
-    # Without the tests' four devices; and compiled quickly, since what is asked is whether the cells run.
-    quickly = " ".join(f"--{name}={str(value).lower()}" for name, value in known_options().items())
-    environment = os.environ | {"XLA_FLAGS": quickly}
-    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # Inline figures, as on Colab; and Jupyter's history and settings are not the user's.
-    environment |= {"DEQ_JAX_FAST": "1", "PYTHONPATH": python_path, "IPYTHONDIR": str(folder / "ipython")}
+    environment = fast_environment() | {"IPYTHONDIR": str(folder / "ipython")}
     environment.pop("MPLBACKEND", None)
     (folder / "empty").mkdir()
 
