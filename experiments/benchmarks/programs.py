@@ -67,10 +67,10 @@ def versions(*distributions: str) -> dict[str, str]:
     return found
 
 
-def h100_mesh(shape: tuple[int, ...] = (1,), names: tuple[str, ...] = ("data",)) -> Mesh:
-    """A mesh of H100s in one host. JAX's own platform has to be the CPU (`JAX_PLATFORMS=cpu`)."""
+def h100_mesh(shape: tuple[int, ...] = (1,), names: tuple[str, ...] = ("data",), hosts: int = 1) -> Mesh:
+    """A mesh of H100s in one host or several. JAX's own platform has to be the CPU (`JAX_PLATFORMS=cpu`)."""
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # cuDNN, say, which only running needs
-    options: Any = {"target_config": H100, "topology": f"1x1x{math.prod(shape)}"}
+    options: Any = {"target_config": H100, "topology": f"1x{hosts}x{math.prod(shape) // hosts}"}
     return topologies.make_mesh(topologies.get_topology_desc(platform="cuda", **options), shape, names)
 
 
@@ -78,6 +78,12 @@ def v5e_mesh(shape: tuple[int, ...] = (1,), names: tuple[str, ...] = ("data",)) 
     """A mesh of the first chips of a TPU v5e 2×4, in a process whose environment has TPU_ENVIRONMENT."""
     chips = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
     return Mesh(np.array(chips[: math.prod(shape)]).reshape(shape), names)
+
+
+def v5p_mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> Mesh:
+    """A mesh of 8, 64 or 256 chips of a TPU v5p, likewise."""
+    topology = {8: "2x2x2", 64: "4x4x4", 256: "4x8x8"}[math.prod(shape)]
+    return topologies.make_mesh(topologies.get_topology_desc(f"v5p:{topology}", platform="tpu"), shape, names)
 
 
 def abstract(mesh: Mesh, shape: tuple[int, ...], spec: PartitionSpec = PartitionSpec()) -> jax.ShapeDtypeStruct:  # noqa: B008
@@ -365,13 +371,23 @@ def collectives(loop: Loop) -> list[tuple[str, int]]:
 
 def collectives_of(kernel: Kernel) -> Iterator[tuple[str, int]]:
     """The kernel itself, if it is one, or those that it fuses or starts."""
+    for each in collective_kernels(kernel):
+        yield each.instruction.opcode.removesuffix("-start"), size(result_shape(each))
+
+
+def collective_kernels(kernel: Kernel) -> Iterator[Kernel]:
+    """Likewise, as kernels."""
+    if kernel.instruction.opcode.removesuffix("-start") in COLLECTIVES:
+        yield kernel
+    elif kernel.instruction.opcode in ("fusion", "async-start"):
+        yield from (each for inner in computed(kernel) for each in collective_kernels(inner))
+
+
+def computed(kernel: Kernel) -> Iterator[Kernel]:
+    """The instructions of what a kernel fuses or starts."""
     instruction, _, module = kernel
-    what = instruction.opcode.removesuffix("-start")
-    if what in COLLECTIVES:
-        yield what, size(result_shape(kernel))
-    elif instruction.opcode in ("fusion", "async-start"):
-        scopes = [module.computations[name] for name in called_computations(instruction)]
-        yield from (c for scope in scopes for i in scope.values() for c in collectives_of(Kernel(i, scope, module)))
+    for name in called_computations(instruction):
+        yield from (Kernel(i, module.computations[name], module) for i in module.computations[name].values())
 
 
 def result_shape(kernel: Kernel) -> str:

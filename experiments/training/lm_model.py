@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,18 +159,21 @@ def loss_fn(
     jacobian_weight: float = 0.0,
     aux_every: int = 0,
     aux_weight: float = 0.0,
+    by_tokens: Callable[[Callable], Callable] = lambda nll: nll,
 ) -> tuple[Array, tuple]:
     """The mean cross entropy of a `data.Segment` in nats, with the detached history of the segment before.
 
     With a weight, that many times the Jacobian penalty is added, and the auxiliary losses of a TrellisNet; `loss` in
-    the metrics is without them.
+    the metrics is without them. `by_tokens` says how the losses of tokens are computed, see `mesh.Placement`.
     """
     model = nnx.merge(graphdef, params)
+    nll = by_tokens(lambda params, hidden, targets: nnx.merge(graphdef, params).nll(hidden, targets))
+    mean = lambda hidden: jnp.mean(nll(params, hidden, batch.targets))
     before = lm_step.forget_at_start(carry, batch.is_start)
     options = {"aux_every": aux_every} if aux_every else {}
     out = model.hidden(batch.inputs, before, key=key, solver=solver, adjoint=adjoint, probe=probe, **options)
     solution = out.solution
-    loss = jnp.mean(model.nll(out.hidden, batch.targets))
+    loss = mean(out.hidden)
     # What nobody reads XLA drops: an unrolled network is not charged for measuring its last residual.
     metrics = {} if isinstance(adjoint, deq.Unroll) else lm_step.solve_metrics(solution.stats)
     if jacobian_weight:
@@ -178,7 +182,7 @@ def loss_fn(
         metrics |= {"loss": loss, "jacobian_penalty": penalty}
         loss = loss + jacobian_weight * penalty
     if aux_every and out.auxiliary:
-        auxiliary = sum(jnp.mean(model.nll(hidden, batch.targets)) for hidden in out.auxiliary)
+        auxiliary = sum(mean(hidden) for hidden in out.auxiliary)
         metrics = {"loss": loss, "aux_loss": auxiliary / len(out.auxiliary)} | metrics
         loss = loss + aux_weight * auxiliary
     return loss, (rest, out.history, metrics)

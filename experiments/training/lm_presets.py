@@ -202,3 +202,33 @@ PRESETS["wikitext-103-2021"] = (
         adjoint=deq.Implicit(deq.Broyden(rtol=1e-3, max_steps=35, rank=35)),
     ),
 )
+# No paper's: the modern cell as wide as 1.3 billion parameters, which need the optimizer's state over several devices.
+PRESETS["wikitext-103-1.3b"] = (
+    "WikiText-103, a modern cell of 1.3 billion parameters in bfloat16; for eight large accelerators or more",
+    Config(
+        run=Path("runs/word_lm/wikitext-103-1.3b"),
+        data="wikitext-103",
+        level="word",
+        steps=100_000,
+        shallow_share=0.1,
+        batch=32,
+        length=1024,
+        mem_len=1024,
+        dim=4096,
+        heads=32,
+        inner_dim=81_920,
+        modern=True,
+        cutoffs=(20_000, 40_000, 200_000),
+        div_val=4,
+        dropout=0.05,
+        embedding_std=0.01,
+        lr=1e-4,
+        warmup_share=0.02,
+        clip=0.25,
+        dtype="bfloat16",
+        save_every=1_000,
+        eval_every=5_000,
+        solver=deq.Anderson(rtol=1e-2, max_steps=24, history=6),
+        adjoint=deq.Implicit(deq.Anderson(rtol=1e-2, max_steps=24, history=6)),
+    ),
+)

@@ -196,6 +196,7 @@ def make_steps(
 
     def step(solver, adjoint, weight):
         aux: dict[str, Any] = {"aux_every": config.aux_every, "aux_weight": config.aux_weight}
+        aux["by_tokens"] = placement.by_tokens
         of_weights = functools.partial(loss_fn, graphdef, solver, adjoint, jacobian_weight=weight, **aux)
         loss = lambda params, *others: of_weights(gathered(params), *others)
         return make_train_step(loss, tx, probe=lm_step.backward_probe(adjoint, config.batch), place=place)

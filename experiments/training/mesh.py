@@ -106,6 +106,17 @@ class Placement:
         hold = jax.lax.with_sharding_constraint
         return (lambda params: hold(params, gathered)), (lambda state: hold(state, placed))
 
+    def by_tokens(self, nll: Callable) -> Callable:
+        """`nll(params, hidden, targets)`, of which each device computes its own tokens.
+
+        An adaptive softmax sorts tokens and works through them block by block. Over a whole batch XLA would gather that
+        batch, and every device would compute every block.
+        """
+        if self.mesh is None:
+            return nll
+        tokens, options = P(BATCH, "seq"), {"axis_names": {*BATCH, "seq"}, "check_vma": False}
+        return jax.shard_map(nll, mesh=self.mesh, in_specs=(P(), tokens, tokens), out_specs=tokens, **options)
+
     def batch(self, batch: Any) -> Any:
         """A segment with its rows and columns over the devices; rows that cannot be divided are kept whole."""
         if self.mesh is None:

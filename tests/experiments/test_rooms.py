@@ -18,7 +18,8 @@ from experiments.suite import LIBRARY, PAPER
 HERE = pathlib.Path(experiments.__file__).parent
 ROOT = HERE.parent
 RUN = "if __name__ =="
-NEW = ["suite", "gpu", "benchmarks", "benchmarks.report", *(places[0] for places in experiments.MOVED.values())]
+NEW = ["suite", "gpu", "memory_report", "scaling_study", "benchmarks", "benchmarks.report"]
+NEW += [*(places[0] for places in experiments.MOVED.values())]
 OLD = [*experiments.MOVED]
 
 

@@ -116,7 +116,12 @@ EXPERIMENTS = ROOT.parent / "experiments"
 PAGES = {str(path.relative_to(EXPERIMENTS)): path.read_text() for path in sorted(EXPERIMENTS.rglob("*.py"))}
 
 # The rooms of the experiments, the highest first. A page stands alone in the rooms of pages.
-EXPERIMENT_ROOMS = (("suite.py", "gpu/"), ("benchmarks/", "paper/", "studies/"), ("shared/",), ("training/",))
+EXPERIMENT_ROOMS = (
+    ("suite.py", "gpu/", "memory_report.py", "scaling_"),
+    ("benchmarks/", "paper/", "studies/"),
+    ("shared/",),
+    ("training/",),
+)
 OF_PAGES = ("paper", "studies")
 
 
