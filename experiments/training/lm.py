@@ -204,9 +204,7 @@ class Meter:
             "tokens_per_second": len(values) * self._tokens / elapsed[0],
         }
         if solves := [line[name] for name in ("fwd_steps", "bwd_steps") if name in line]:
-            timing["evaluations_per_second"] = (
-                len(values) * sum(solves) / elapsed[0]
-            )  # of f and its pullback
+            timing["evaluations_per_second"] = len(values) * sum(solves) / elapsed[0]  # of f and its pullback
         return line | {name: np.round(value, 2) for name, value in timing.items()}
 
 

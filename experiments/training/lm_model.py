@@ -80,9 +80,13 @@ class Config:
         cli.require(not self.cutoffs or self.level == "word", "cutoffs", "left out with --level char", self.cutoffs)
         cli.require(self.aux_every >= 0, "aux_every", "at least 0", self.aux_every)
         if self.mesh:
-            parts = {"heads": self.heads, "inner_dim": self.inner_dim} if self.model == "transformer" else {}
-            channels = {} if parts else {"dim": self.dim, "output_dim": self.output_dim or self.dim}
-            mesh.check(self.mesh, batch=self.batch, length=self.length, **parts, **channels)
+            model = ("model",)
+            widths = (
+                {"dim": (self.dim, ("fsdp",)), "heads": (self.heads, model), "inner_dim": (self.inner_dim, model)}
+                if self.model == "transformer"
+                else {"dim": (self.dim, ("fsdp", "model")), "output_dim": (self.output_dim or self.dim, model)}
+            )
+            mesh.check(self.mesh, batch=(self.batch, mesh.BATCH), length=(self.length, ("seq",)), **widths)
         # An option that the model does not have would otherwise be ignored in silence.
         foreign = {
             "transformer": ("output_dim", "embedding_dropout", "weight_dropout", "aux_every"),

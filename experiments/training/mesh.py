@@ -14,7 +14,7 @@ communication is the compiler's: nothing here sends anything. The numbers do not
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -53,14 +53,14 @@ def parse(text: str) -> dict[str, int]:
     return {name: sizes.get(name, 1) for name in AXES}
 
 
-def check(text: str, **divided: int) -> None:
-    """ValueError unless the mesh divides these sizes; the names are those of options: batch, length, heads, …"""
+def check(text: str, **divided: tuple[int, Sequence[str]]) -> None:
+    """ValueError unless the mesh divides these options: each has a size, and the mesh axes that divide it."""
     sizes = parse(text)
-    over = {"batch": math.prod(sizes[name] for name in BATCH), "length": sizes["seq"]}
-    for option, size in divided.items():
-        parts = over.get(option, sizes["model"])
+    for option, (size, axes) in divided.items():
+        parts = math.prod(sizes[axis] for axis in axes)
         if size % parts:
-            raise ValueError(f"--mesh {text}: --{option.replace('_', '-')} {size} cannot be divided by {parts}")
+            by = " × ".join(axes)
+            raise ValueError(f"--mesh {text}: --{option.replace('_', '-')} {size} cannot be divided by {parts} ({by})")
 
 
 @dataclasses.dataclass(frozen=True)
