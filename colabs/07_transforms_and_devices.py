@@ -339,7 +339,8 @@ print("an evaluation under jit:", collectives_of(denoise, deq.Anderson(), image)
 
 # %% [markdown]
 # No `all-gather`: the picture is assembled nowhere. The `all-reduce` are the solver's, three for Anderson, of a few
-# numbers each. A `collective-permute` carries border rows of $f$ to the next device.
+# numbers each. A `collective-permute` carries border rows of $f$ to the next device. XLA sends more of them than the
+# two that suffice, as part 4 shows.
 #
 # ## 4. `shard_map`, and when to name an axis
 #
@@ -397,8 +398,10 @@ plt.show()
 
 # %% [markdown]
 # With the name, norms and inner products are summed over the devices: one problem, one status, the steps of part 3.
-# Without it each device takes its strip for a problem of its own, and Anderson mixes on each with other weights. The
-# statuses are still those of measured residuals, but of strips, and it takes several times the evaluations.
+# Without it each device takes its strip for a problem of its own, and Anderson mixes on each with other weights. (The
+# three `all-reduce` of that program are no norms. They are maxima, by which the devices agree when to stop; the next
+# paragraph says why.) The statuses are still those of measured residuals, but of strips, and it takes several times
+# the evaluations.
 #
 # **Name the axes over which a problem is split.** Do not name axes over which problems are distributed, as in part 2:
 # they would be summed into one. There is a case between the two: *different* problems, coupled by a collective inside
@@ -547,7 +550,7 @@ plt.show()
 # **Try next**
 #
 # - Solve the plane of part 1 with `deq.Newton()`, or for $z = z^3 + c$. Which roots are found?
-# - Make the mesh two-dimensional, `jax.make_mesh((2, 4), ("rows", "columns"), …)`, and place the picture with
-#   `P("rows", "columns")`. Which collectives appear?
+# - Place the picture of part 3 on a second, two-dimensional mesh, `jax.make_mesh((2, 4), ("rows", "columns"), …)`,
+#   with `P("rows", "columns")`. Which collectives appear?
 # - In part 4 pass `solver=deq.Broyden()` or `deq.Picard()` to `deq.solve`. How many `all-reduce` are theirs?
 # - Replace `deq.ImplicitJVP` by `deq.Implicit` in part 5, and read the error message.
