@@ -116,7 +116,8 @@ print(stats)
 # `Stats` belongs to the *returned* `z`: how many evaluations of $f$ it cost, the residual $\|f(z) - z\|$ in absolute
 # and relative terms, and a `Status`. (With `estimate_error=True`, `error` estimates the distance to $z^\star$.)
 # Nothing is raised when a solve fails: under `jit` nothing can be, and in a batch one failure must not stop the other
-# problems. So **look at the status**. Here are the ways to end:
+# problems. So **look at the status**. Here are the ways to end. `Picard` is plain iteration, $z \leftarrow f(z)$;
+# `Anderson` and `Broyden` also use what earlier evaluations have shown.
 
 
 # %%

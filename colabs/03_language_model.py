@@ -182,7 +182,8 @@ print(f"validation loss, nats a character: uniform {np.log(VOCAB):.2f}, unigram 
 # one problem**: it has its own residual and stops on its own.
 #
 # The module holds parameters only, so we split it once and work with pure functions. `solver` and `adjoint` can be
-# replaced in each call; that is how the warm-up below uses the same parameters.
+# replaced in each call; that is how the warm-up below uses the same parameters. `Anderson` finds $z^\star$ from a few
+# of its last iterates, and `Implicit` differentiates it by the implicit function theorem (notebook 01).
 
 # %%
 config = TransformerConfig(VOCAB, dim=DIM, heads=HEADS, inner_dim=4 * DIM, mem_len=0)
@@ -362,8 +363,8 @@ plt.show()
 # ## 5. Inside one solve
 #
 # Take one line of validation text and keep every iterate: `deq.solve` runs the forward half, and the fold
-# `Snapshots` records the states. We solve more tightly than in training, with `Anderson` and with `Picard`, the
-# plain iteration, and measure the residual of each *position*.
+# `Snapshots`, an object that is shown every evaluation, records the states. We solve more tightly than in training,
+# with `Anderson` and with `Picard`, the plain iteration, and measure the residual of each *position*.
 
 # %%
 DEPTH = 12 if FAST else 30

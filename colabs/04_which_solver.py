@@ -123,8 +123,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # - **`Broyden`** keeps an estimate of the inverse Jacobian of $f(z) - z$ and takes Newton's step with it.
 # - **`Newton`** computes that Jacobian.
 #
-# Every point of a grid is a start, and `batch_ndim=1` makes each start a problem of its own. The fold `Snapshots`
-# records the iterates.
+# Every point of a grid is a start, and `batch_ndim=1` makes each start a problem of its own. The fold `Snapshots`, an
+# object that is shown every evaluation of a solve, records the iterates.
 
 # %%
 SIDE, SPAN, AT = (24, 3.4, (0, 3, 6, 9)) if FAST else (120, 3.4, (*range(16), *range(16, 44, 2)))
@@ -207,7 +207,7 @@ show_moving(figure, draw, range(len(AT)), alt, seconds=0.25)
 # ## 2. Four problems and their spectra
 #
 # Now 32 unknowns, and four kinds of problem. For the first three we choose the answer $z^\star$ and build $f$ around
-# it, so that we know that there is one.
+# it, so that we know that there is one. The *spectral radius* $\rho$ is the largest modulus of an eigenvalue.
 #
 # | problem | cell | its Jacobian $J$ at the solution |
 # |---|---|---|

@@ -120,6 +120,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Damping replaces $f(z)$ by $(1 - \beta)\,z + \beta f(z)$. Its Jacobian is $(1 - \beta) I + \beta J$, so it converges
 # where the eigenvalues of $J$ lie in a larger disc, with center $1 - 1/\beta$ and radius $1/\beta$. All these discs end
 # at 1. So damping cures eigenvalues far to the left or far from the real axis, and none with a real part above 1.
+# `Anderson`, which combines its last iterates to solve the equation, is not bound by these discs.
 
 # %%
 DIM, TRACE = 24, 40

@@ -122,9 +122,10 @@ print(f"a mesh of {mesh.size} devices: {devices[0].device_kind}")
 # %% [markdown]
 # ## 1. `vmap`: many problems, each with its own fate
 #
-# We solve $z = z^2 + c$ for a whole plane of complex numbers $c$, one problem a pixel. Both roots can be written down,
-# so nothing is at stake but the solver. We write the solve of *one* problem and map it twice. The state is one number,
-# so a short history is enough.
+# We solve $z = z^2 + c$ for a whole plane of complex numbers $c$, one problem a pixel. Both roots can be written
+# down, so nothing is at stake but the solver. We write the solve of *one* problem and map it twice. `Picard` is plain
+# iteration; `Anderson` combines its last iterates, and since the state is one number, a short history of them is
+# enough.
 
 # %%
 re_c, im_c = np.linspace(-2.1, 0.9, SIDE), np.linspace(-1.5, 1.5, SIDE)
@@ -425,9 +426,10 @@ print("coupled by their mean:       ", steps_of_crowd(0.2))
 # ## 5. Forward mode and Hessians
 #
 # Reverse mode is the right one for many parameters and one loss. Our picture is the opposite case: two numbers in,
-# 10,240 pixels out. `adjoint=deq.ImplicitJVP()` has the exact derivative in every mode. Its `jacfwd` solves one tangent
-# equation for each parameter, where reverse mode would solve one equation for each pixel. This $f$ is cheap, so plain
-# iteration will do, for the state and for its tangents.
+# 10,240 pixels out. The `adjoint` of a solve decides how it is differentiated: `deq.ImplicitJVP()` has the exact
+# derivative in every mode. Its `jacfwd` solves one tangent equation for each parameter, where reverse mode would
+# solve one equation for each pixel. This $f$ is cheap, so plain iteration will do, for the state and for its
+# tangents.
 
 # %%
 tight = deq.Picard(rtol=1e-5, max_steps=1000)
