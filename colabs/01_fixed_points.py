@@ -22,7 +22,8 @@
 #
 # $$z^\star = f(z^\star, \theta, x).$$
 #
-# How one gets there is the solver's business; the derivative does not need to know. After this notebook you can
+# Here $z$ is the state, $x$ the input of the layer, and $\theta$ its parameters. The model is a DEQ for short. How
+# one gets there is the solver's business; the derivative does not need to know. After this notebook you can
 #
 # 1. solve $z = f(z)$, and read what a solve reports about itself;
 # 2. tell from the spectral radius which solver will find $z^\star$;
@@ -32,7 +33,7 @@
 #
 # Everything runs on a CPU in about two minutes, most of them XLA compiling.
 #
-# **On a GPU or a TPU** the same cells run unchanged. These problems are too small to run faster there: a round of a
+# **On a GPU or a TPU** the same cells run unchanged. These problems are too small to run faster there: one step of a
 # solver is a few small kernels, and their launches cost more than their arithmetic.
 
 # %%
@@ -112,9 +113,11 @@ print(f"z = {z:.6f}, cos z = {jnp.cos(z):.6f}")
 print(stats)
 
 # %% [markdown]
-# `Stats` belongs to the *returned* `z`: how many evaluations of $f$ it cost, the residual $\|f(z) - z\|$ in
-# absolute and relative terms, and a `Status`. Nothing is raised when a solve fails: under `jit` nothing can be,
-# and in a batch the other problems have done no wrong. So **look at the status**. Here are the ways to end:
+# `Stats` belongs to the *returned* `z`: how many evaluations of $f$ it cost, the residual $\|f(z) - z\|$ in absolute
+# and relative terms, and a `Status`. (With `estimate_error=True`, `error` estimates the distance to $z^\star$.)
+# Nothing is raised when a solve fails: under `jit` nothing can be, and in a batch one failure must not stop the other
+# problems. So **look at the status**. Here are the ways to end. `Picard` is plain iteration, $z \leftarrow f(z)$;
+# `Anderson` and `Broyden` also use what earlier evaluations have shown.
 
 
 # %%
@@ -143,12 +146,12 @@ for name, f, z0, solver in attempts:
     print(f"{row}{float(z):10.4f}{float(stats.residual):11.1e}")
 
 # %% [markdown]
-# `STALLED` is good news in disguise: the tolerance asked for more digits than float32 has. `z + 1` shows why a
-# *relative* residual alone is no proof: $1/\|z\|$ falls below any tolerance as $z$ runs away, and the library
-# does not fall for it.
+# `STALLED` is usually good news: the tolerance asked for more digits than float32 has. `z + 1` shows why a *relative*
+# residual alone is no proof: $1/\|z\|$ falls below any tolerance as $z$ runs away, so the library asks for more than
+# that, and no row of `z + 1` says `CONVERGED`.
 #
 # The last rows are the interesting ones. The logistic map has a fixed point at $z = 3/4$ with slope
-# $f' = -2$: every plain iteration doubles the distance to it, and the orbit is the textbook's chaos. But a fixed
+# $f' = -2$: every plain iteration doubles the distance to it, and the orbit is chaotic. But a fixed
 # point that repels the *iteration* is a perfectly good solution of the *equation*; Anderson and Broyden solve
 # the equation. (In one dimension both are the secant method: follow the chord through the last two points.)
 #
@@ -189,8 +192,9 @@ right.set_title("Anderson, 4z(1 − z): chords lead to 3/4")
 plt.show()
 
 # %% [markdown]
-# The same two solvers on the logistic map, an evaluation a frame: Picard from two starts that differ by 1e-3, and
-# Anderson from both of them.
+# The same two solvers on the logistic map, one evaluation per frame: Picard from two starts that differ by 1e-3, and
+# Anderson from both of them. Picard's two orbits separate within ten evaluations. Where they come close again later,
+# as in the last frame, that is chance.
 
 # %%
 FRAMES = 4 if FAST else 20
@@ -300,16 +304,19 @@ figure.suptitle("Evaluations to a relative residual of 1e-4", fontsize=10)
 plt.show()
 
 # %% [markdown]
-# Below one, acceleration saves a factor; above one, it is the difference between an answer and none. The leading
-# eigenvalues of this $J$ are a complex pair, so plain iteration circles $z^\star$ and would do so for ever.
+# “Never” in a title means: not within the evaluations that the axis shows. At $\rho = 0.95$ Picard does get there,
+# but only after more than 150. Below one, acceleration saves a factor; above one, it is the difference between an
+# answer and none. The leading eigenvalues of this $J$ are a complex pair, so plain iteration circles $z^\star$ and
+# would do so forever.
 #
-# Do change `seed` and `DIM`. Where the leading eigenvalue is real, Picard sometimes leaves $z^\star$ for a
-# *different*, stable fixed point (a nonlinear equation owes nobody uniqueness). With `DIM = 100` some thirty
-# eigenvalues lie outside the unit circle at $\rho = 1.2$, and a hundred evaluations are too few for all three.
+# Try other values of `seed` and `DIM`. Where the leading eigenvalue is real, Picard sometimes leaves $z^\star$ for a
+# *different*, stable fixed point (a nonlinear equation may have several). With `DIM = 100`, 25 eigenvalues lie
+# outside the unit circle at $\rho = 1.2$, and a hundred evaluations are too few for all three.
 #
 # ## 3. The derivative does not care how you got there
 #
-# Let $z = f(z, a)$ hold for all $a$ nearby, and differentiate both sides:
+# Let $z = f(z, a)$ hold for all $a$ nearby, and differentiate both sides. With $f_a = \partial f/\partial a$, and a
+# bar for the derivative of the loss with respect to a quantity (its *cotangent*):
 #
 # $$\mathrm{d}z = J\,\mathrm{d}z + f_a\,\mathrm{d}a$$
 # $$\mathrm{d}z = (I - J)^{-1} f_a\,\mathrm{d}a$$
@@ -387,10 +394,11 @@ plt.show()
 #
 # ### Gradients that are wrong on purpose
 #
-# The backward equilibrium costs about as much as the forward one, and one may stop early. `JFB` takes
-# $u = \bar z$; `Neumann(k)` sums $k$ terms of $\sum_i (J^\top)^i \bar z$; `Phantom(k)` differentiates $k$ damped
-# steps that start at $z^\star$; `Implicit` with a small budget does what Anderson can with it. The judge is
-# a dense solve with the $J$ we know, on the two problems of part 2.
+# The backward equilibrium costs about as much as the forward one, and one may stop early. `JFB` takes $u = \bar z$;
+# `Neumann(k)` sums $k$ terms of $\sum_i (J^\top)^i \bar z$; `Phantom(k)` differentiates $k$ damped steps that start
+# at $z^\star$; `Implicit` with a small budget does what Anderson can with it. We judge by a dense solve with the $J$
+# we know, on the two problems of part 2. The axis counts loosely: `JFB` needs no product with $J^\top$ and stands at
+# 1, and `Neumann(k)` needs $k - 1$.
 
 # %%
 counts = (1, 8) if FAST else (1, 2, 4, 8, 16, 32)
@@ -446,6 +454,10 @@ panels[0].legend()
 plt.show()
 
 # %% [markdown]
+# At $\rho = 1.2$ the terms of the `Neumann` series grow in the end, and more of them make the gradient worse. The
+# damping of `Phantom` helps there, slowly. `Implicit` solves the equation for $u$ rather than summing a series, so
+# $\rho > 1$ costs it more products and no accuracy.
+#
 # ## 4. Any pytree, any number of problems
 #
 # The state may be any pytree of floats, and with `batch_ndim=1` the leading axis of every leaf counts independent
@@ -511,7 +523,7 @@ plt.show()
 # of Optax under a plain `jax.jit`, over the split state of the module.
 #
 # One thing is particular to equilibrium models: nothing in the loss asks the equilibrium to be easy to find, so
-# training drifts towards cells that are hard to solve. A remedy is to charge for it: Bai, Koltun & Kolter (2021)
+# training drifts toward cells that are hard to solve. A remedy is to charge for it: Bai, Koltun & Kolter (2021)
 # add $\gamma\,\|J\|_F^2 / \mathrm{dim}$ at $z^\star$, estimated with one random vector
 # ($\mathbb{E}\,\|J^\top\epsilon\|^2 = \|J\|_F^2$ for $\epsilon \sim N(0, I)$). We train with and without it, and
 # next to both an ordinary network: the same cell, unrolled eight times.
@@ -671,8 +683,10 @@ for axes in (losses, steps, depth):
 plt.show()
 
 # %% [markdown]
-# Your curves will differ from these: where a solve is hard, training amplifies rounding, and no two machines
-# round alike. What stays is that the equilibria come to need more evaluations than at the start.
+# Your curves will differ from these: where a solve is hard, training amplifies rounding, and no two machines round
+# alike. What stays is that the equilibria come to need more evaluations than at the start. In our run both had one
+# bad moment, near step 35: the evaluations peak, and the loss jumps back up. The unrolled network has the lowest
+# loss: an equilibrium is not a better classifier by itself.
 #
 # The last panel asks whether a model is at rest under *plain* iteration. Where a curve is flat to the right of the
 # dotted line, iterating on changes nothing, and eight layers have made themselves an equilibrium without being asked.
@@ -694,4 +708,4 @@ for name in ("equilibrium", "penalized equilibrium"):
 # did.
 #
 # **Try next:** `adjoint=deq.Phantom()` or `deq.JFB()` in `equilibrium` above; a `Broyden` solver; one and a half
-# turns of the spirals, which is much harder.
+# turns of the spirals (`3 * np.pi` for `2 * np.pi` in both `angle` and `radius`), which is much harder.

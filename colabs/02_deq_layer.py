@@ -199,9 +199,12 @@ plt.show()
 # The cell is one convolution. It takes the unknown `z` first, then the input `x` of the layer. Two choices keep its
 # fixed point easy to find, as the guide [A first DEQ
 # layer](https://github.com/deq-jax/deq_jax/blob/main/docs/start/first_layer.md) advises: a group norm and `tanh`
-# bound the state, and a small kernel at the start makes the cell a contraction.
+# bound the state, and a small kernel at the start keeps the cell near a contraction, a map that
+# brings any two states closer together.
 #
-# `DEQ(cell)` is a Flax module. Each picture of a batch is a problem of its own, with its own stopping time.
+# `DEQ(cell)` is a Flax module. Each picture of a batch is a problem of its own, with its own stopping time. Of the
+# solvers, `Picard` is plain iteration, $z \leftarrow f(z)$, and `Anderson` combines its last iterates to get there in
+# fewer evaluations (notebooks 01 and 04).
 
 
 # %%
@@ -332,8 +335,8 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# The equilibrium's line is flat. It is not the lowest for a few layers, because the solver keeps a history: ten
-# states for `Anderson(history=5)`, in each direction. More in the guide
+# The equilibrium's line is flat. It is not the lowest for a few layers, because the solver keeps a history of its
+# iterates: ten states for `Anderson(history=5)`, in each direction. More in the guide
 # [Memory](https://github.com/deq-jax/deq_jax/blob/main/docs/guides/memory.md).
 #
 # ## 5. Training
@@ -419,10 +422,10 @@ plt.show()
 #
 # ## 6. A solve, step by step
 #
-# We take the 100 test pictures that needed the most evaluations and solve them again to a tighter tolerance. A *fold*,
-# `Snapshots`, keeps every iterate. Of the pictures that are classified correctly in the end, we look at the one whose
-# answer settles last. From left to right: the picture; nine channels of $z$; what the head would answer now; and the
-# residual, $\|f(z) - z\| / \|f(z)\|$.
+# We take the 100 test pictures that needed the most evaluations and solve them again to a tighter tolerance. A *fold*
+# is an object that is shown every evaluation of a solve. The fold `Snapshots` keeps every iterate. Of the pictures
+# that are classified correctly in the end, we look at the one whose answer settles last. From left to right: the
+# picture; nine channels of $z$; what the head would answer now; and the residual, $\|f(z) - z\| / \|f(z)\|$.
 
 # %%
 model = nnx.merge(*trained["equilibrium"])
@@ -513,7 +516,7 @@ plt.show()
 
 # %% [markdown]
 # The count says how hard the *equilibrium* is to find. It need not say how hard the picture is to classify: the title
-# compares the two.
+# compares the two. In our run the slowest quarter has *fewer* wrong answers than the quickest.
 #
 # ## 8. Past the last layer
 #

@@ -24,7 +24,7 @@
 # After this notebook you can:
 #
 # - train `deq_jax.models.DEQTransformer` with Optax under `jax.jit`, and sample from it;
-# - warm it up as a shallow network first, as the paper does, and say why;
+# - warm it up as a shallow network first, as Bai, Kolter & Koltun (2019) do, and say why;
 # - log what the solver did beside the loss, and read that log;
 # - look inside one solve: which positions settle when, and how a prediction forms;
 # - choose how many evaluations to spend at test time.
@@ -182,7 +182,8 @@ print(f"validation loss, nats a character: uniform {np.log(VOCAB):.2f}, unigram 
 # one problem**: it has its own residual and stops on its own.
 #
 # The module holds parameters only, so we split it once and work with pure functions. `solver` and `adjoint` can be
-# replaced in each call; that is how the warm-up below uses the same parameters.
+# replaced in each call; that is how the warm-up below uses the same parameters. `Anderson` finds $z^\star$ from a few
+# of its last iterates, and `Implicit` differentiates it by the implicit function theorem (notebook 01).
 
 # %%
 config = TransformerConfig(VOCAB, dim=DIM, heads=HEADS, inner_dim=4 * DIM, mem_len=0)
@@ -319,6 +320,8 @@ plt.show()
 # ## 4. What the solver did
 #
 # The loss is half of the log of an equilibrium model. The other half says whether there *was* an equilibrium.
+# At the switch the training loss above jumps, too: the parameters were fitted to the state after two layers, and the
+# equilibrium is another state. It recovers after some steps.
 
 # %%
 figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.4))
@@ -350,17 +353,18 @@ share.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
-# In the warm-up (gray) the state after two layers is no fixed point, nor is it meant to be: `Unroll`
-# differentiates the two layers as they are. At the switch a solve takes more evaluations, and a few do not converge,
-# because nothing has asked for a fixed point before. After some steps it takes fewer. From there on training slowly
-# makes the cell harder to solve, as in Figure 2 of the paper. If the share of converged solves falls in a run of
-# yours, see *When a solve fails* in the documentation.
+# In the warm-up (gray) the state after two layers is no fixed point, nor is it meant to be: `Unroll` differentiates
+# the two layers as they are. (The count is three, because one more evaluation measures the residual.) At the switch a
+# solve takes more evaluations, and a few do not converge, because nothing has asked for a fixed point before. After
+# some steps it takes fewer. From there on training slowly makes the cell harder to solve, as in Figure 2 of the
+# paper. If the share of converged solves falls in a run of yours, see the guide
+# [When a solve fails](https://github.com/deq-jax/deq_jax/blob/main/docs/guides/failures.md).
 #
 # ## 5. Inside one solve
 #
 # Take one line of validation text and keep every iterate: `deq.solve` runs the forward half, and the fold
-# `Snapshots` records the states. We solve more tightly than in training, with `Anderson` and with `Picard`, the
-# plain iteration, and measure the residual of each *position*.
+# `Snapshots`, an object that is shown every evaluation, records the states. We solve more tightly than in training,
+# with `Anderson` and with `Picard`, the plain iteration, and measure the residual of each *position*.
 
 # %%
 DEPTH = 12 if FAST else 30
@@ -410,10 +414,10 @@ figure.colorbar(mesh, ax=panels, label="log₁₀ of the residual of the positio
 plt.show()
 
 # %% [markdown]
-# Dark positions have settled; a white dot marks where one first falls below 1e-2. A position attends to those
-# before it, so what moves there moves it too, and neighbors settle together. The titles count the positions that do
-# not settle. Where the plain iteration does not, `Anderson` still may: it solves the equation instead of following
-# the iteration (notebook 01 shows why).
+# Dark positions have settled; a white dot marks where one first falls below 1e-2. A position attends to those before
+# it, so what moves there moves it too, and neighbors settle together. The titles count the positions that do not
+# settle in the steps shown. Where the plain iteration does not, `Anderson` still may: it solves the equation instead
+# of following the iteration (notebook 01 shows why).
 #
 # What does that mean for the prediction? Below, each column is a position, and each row a possible *next*
 # character. The boxes are the characters that do follow. Step by step the solver moves the probabilities to where
@@ -452,9 +456,9 @@ alt = "Residuals of the positions fall, and the predicted next characters form, 
 show_moving(figure, draw, [*range(10), *range(10, DEPTH, 3)], alt)
 
 # %% [markdown]
-# Most of the picture stands after a few steps; the rest is digits that no character depends on. So how many steps
-# does the *loss* need? The budget `max_steps` may be an array, so one compiled function answers for all of them.
-# (`returns="last"` asks for the state after so many steps, even where an earlier one had a smaller residual.)
+# Most of the picture stands after a few steps; the later ones add digits and hardly change a prediction. So how many
+# steps does the *loss* need? The budget `max_steps` may be an array, so one compiled function answers for all of
+# them. (`returns="last"` asks for the state after so many steps, even where an earlier one had a smaller residual.)
 
 # %%
 budgets = (1, 2, 4, 8) if FAST else (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
@@ -482,10 +486,14 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
+# In our run both solvers need the same few steps. The positions that plain iteration never settles are few, and they
+# hardly show in a mean over all characters.
+#
 # ## 6. Text
 #
-# A step of the writer solves for *one* column of the text. The columns before it stand in the history: the model
-# is causal, so they do not change. Each sample begins with the same words and uses the same random numbers.
+# A step of the writer solves for *one* column of the text: the state of one position. The columns before it are an
+# input of the model, its `history` (not to be confused with the history of a solver). The model is causal, so they do
+# not change. Each sample begins with the same words and uses the same random numbers.
 
 # %%
 print("After the warm-up, solved to an equilibrium it was not trained for:\n\n" + sample(after_warmup))

@@ -123,8 +123,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # - **`Broyden`** keeps an estimate of the inverse Jacobian of $f(z) - z$ and takes Newton's step with it.
 # - **`Newton`** computes that Jacobian.
 #
-# Every point of a grid is a start, and `batch_ndim=1` makes each start a problem of its own. The fold `Snapshots`
-# records the iterates.
+# Every point of a grid is a start, and `batch_ndim=1` makes each start a problem of its own. The fold `Snapshots`, an
+# object that is shown every evaluation of a solve, records the iterates.
 
 # %%
 SIDE, SPAN, AT = (24, 3.4, (0, 3, 6, 9)) if FAST else (120, 3.4, (*range(16), *range(16, 44, 2)))
@@ -201,17 +201,18 @@ show_moving(figure, draw, range(len(AT)), alt, seconds=0.25)
 
 # %% [markdown]
 # Dark shades are small residuals. Under Picard the crowd settles on a circle around the fixed point and turns on it
-# for ever: its residual stays at one level. That is how an unstable fixed point looks from inside a failing solve.
+# forever: its residual stays at one level. That is how an unstable fixed point looks from inside a failing solve.
+# Anderson's stragglers, the dotted blue line, come from the dark regions of the first figure.
 #
 # ## 2. Four problems and their spectra
 #
 # Now 32 unknowns, and four kinds of problem. For the first three we choose the answer $z^\star$ and build $f$ around
-# it, so that we know that there is one.
+# it, so that we know that there is one. The *spectral radius* $\rho$ is the largest modulus of an eigenvalue.
 #
 # | problem | cell | its Jacobian $J$ at the solution |
 # |---|---|---|
 # | easy | $\tanh(Wz + x)$, small $W$ | all eigenvalues well inside the unit circle |
-# | stiff | $z - (Az + 0.1\,z^3) + x$ | eigenvalues from −31 to 0.999: fast and slow parts |
+# | stiff | $z - (Az + 0.1\,z^3) + x$ | eigenvalues from −31 to 0.99: fast and slow parts |
 # | expanding | $\tanh(Wz + x)$, large $W$, as after much training | eigenvalues all around the unit circle |
 # | rootless | $\mathrm{relu}(Wz + x)$, positive $W$ with $\rho > 1$ | has no fixed point to take it at |
 #
@@ -328,11 +329,14 @@ plt.show()
 #
 # - **Easy.** Everything lies in the disk. Picard multiplies the error by $\rho$ at each step. The others need fewer
 #   evaluations, but for a cheap $f$ that may not pay (part 4).
-# - **Stiff.** $1 - \lambda$ spreads over a factor of 30,000. The large eigenvalues throw Picard and Anderson out.
-#   Broyden learns the Jacobian from its steps and needs about a hundred of them. `Newton` has the whole Jacobian and
-#   needs a few evaluations, each with 32 products. `NewtonKrylov` pays for its products one by one.
-# - **Expanding.** Eigenvalues outside of the disk do not stop a solver of the equation. How many directions expand, and
-#   how curved $f$ is, decides who gets there. This is one random cell; the next figure has many.
+# - **Stiff.** $1 - \lambda$ spreads over a factor of almost 3,000. The large eigenvalues throw Picard and Anderson
+#   out. Broyden learns the Jacobian from its steps and needs about a hundred of them, so that rounding decides
+#   whether it stays within this budget. `Newton` has the whole Jacobian and needs a few evaluations, each with 32
+#   products. `NewtonKrylov` counts each of its products as an evaluation.
+# - **Expanding.** Eigenvalues outside of the disk do not stop a solver of the equation. How many directions expand,
+#   and how curved $f$ is, decides who gets there. The cell has fixed points besides the planted one, and a solver may
+#   end at any of them: hence a spectral radius that is not exactly 2.5. This is one random cell; the next figure has
+#   many.
 # - **Rootless.** The residuals level off, and no solver says that it converged. (The spectrum is that at the best
 #   iterate.)
 #
@@ -388,7 +392,7 @@ plt.show()
 #
 # The relu cell with positive weights has a fixed point only while the spectral radius of $W$ is below one: with the
 # positive left eigenvector $v$ of $W$, $v^\top z = \rho\,v^\top z + v^\top x$, which cannot hold for $\rho \ge 1$. On
-# the way there the fixed point runs away to infinity. What do the solvers say before and behind that point?
+# the way there the fixed point runs away to infinity. What do the solvers say before and beyond that point?
 
 # %%
 scales = np.linspace(0.7, 1.3, 10 if FAST else 60)  # not one itself
@@ -544,8 +548,10 @@ plt.show()
 
 # %% [markdown]
 # If your $f$ costs ten dense layers, what the solver does between two evaluations hardly matters, and you should save
-# evaluations. If it costs a multiply-add, take `Picard(test_every=6)`, or a short history. `NewtonKrylov` reads a basis
-# of up to 20 vectors. `Newton` is left out: each of its evaluations holds as many products as there are unknowns.
+# evaluations. If it costs a multiply-add, take `Picard(test_every=6)`, or a short history. `NewtonKrylov` reads a
+# basis of up to 20 vectors. `Newton` is left out: each of its evaluations holds as many products as there are
+# unknowns. `Robust` is not timed, since its steps are those of its stages. Times of one run are rough: rows as close
+# as the two shortest histories can change places.
 #
 # ## 5. The decision tree
 #
@@ -588,6 +594,7 @@ plt.show()
 #
 # - Change `A` in part 1 to a rotation by 60 degrees, or let it stretch fivefold. Who still finds the fixed point?
 # - Give `Broyden` a `rank` of 10 or 100 in part 2. Memory is `rank` + 1 states.
-# - Add `deq.Anderson(history=16)` and `deq.Picard(damping=0.5)` to `solvers`.
+# - Add `deq.Anderson(history=16)` and `deq.Picard(damping=0.5)` to `solvers`, each under a name of its own, and give
+#   that name a color in `COLORS`.
 # - Set `planted(2.5, seed=…)` to other seeds. Does the order of the solvers stay?
 # - Notebook 05 asks the same questions of the *backward* solve: which gradient.

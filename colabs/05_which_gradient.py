@@ -19,7 +19,7 @@
 #
 # A *deep equilibrium model* applies one layer $f$ until its state does not change any more, $z^\star =
 # f(z^\star)$, and trains through that fixed point. Its gradient can be exact, or cheaper and biased. When does
-# that matter?
+# that matter? The library calls a way to compute this gradient an *adjoint*.
 #
 # After this notebook you can:
 #
@@ -105,7 +105,8 @@ jax.config.update("jax_default_matmul_precision", "highest")  # of the cells; se
 #
 # $$\bar a = f_a^\top u, \qquad u = \bar z + J^\top u .$$
 #
-# Here $\bar z$ is the derivative of the loss with respect to $z^\star$. Every gradient below is a way to find $u$:
+# Here $\bar z$ is the derivative of the loss with respect to $z^\star$. Every gradient below is a way to find $u$,
+# and its cost is counted in products with $J^\top$, each a call of the function that `jax.vjp` returns:
 #
 # | adjoint | what it takes for $u$ |
 # |---|---|
@@ -223,11 +224,12 @@ plt.show()
 
 # %% [markdown]
 # `Implicit` and `Shine` arrive in either panel. At $\rho = 0.9$ the series of `Neumann` and the steps of `Phantom`
-# come near too, if they may be long. `Shine` is quickest, because it starts with what the forward solve has
-# learned. At $\rho = 1.2$ the series of `Neumann` diverges and leaves the picture; the damping of `Phantom` tames
-# it. `JFB` is one point: it makes no products. `Unroll` and `Reversible` are exact for the steps they took, and
-# arrive when those steps do. (The derivative of an iteration may converge later than its value. And float32 can
-# walk back about 16 steps of `Reversible` at a damping of 0.5, where it stops here.)
+# come near too, if they may be long. `Shine` is quickest, because it starts with what the forward solve has learned.
+# At $\rho = 1.2$ the series of `Neumann` diverges and leaves the picture; the damping of `Phantom` tames it. `JFB` is
+# one point: it makes no products. `Unroll` and `Reversible` are exact for the steps they took, and arrive when those
+# steps do: at $\rho = 1.2$ in the picture, and at $\rho = 0.9$ not yet. (The derivative of an iteration may converge
+# later than its value. And float32 can walk back about 16 steps of `Reversible` at a damping of 0.5, where it stops
+# here.)
 #
 # ## 2. What each one costs
 #
@@ -295,7 +297,9 @@ plt.show()
 # %% [markdown]
 # All that a cheap gradient can save is the backward solve. How much that is depends on the model: the default
 # solves to a tenth of the forward tolerance, but the head of a model and its loss cost the same with every
-# gradient. The memory of `Unroll` is that of every iteration; checkpoints keep about the square root of it. The
+# gradient. It depends on the sizes and on the machine as well: for 8 problems of 32 numbers the guide [Which
+# gradient](https://github.com/deq-jax/deq_jax/blob/main/docs/guides/which_gradient.md) has 0.49 for `JFB`. So time it
+# where you train. The memory of `Unroll` is that of every iteration; checkpoints keep about the square root of it. The
 # error of `Reversible` is not that of a wrong derivative: it is the exact derivative of 16 steps that had not
 # arrived yet.
 #
@@ -310,7 +314,7 @@ plt.show()
 #
 # Given the readings, find the $k_i$. At first there are two unknowns only: $\log k$ in the left and in the right
 # half. The map below is the misfit from a dense solve, with 10 % of noise in the readings, so that no rod explains
-# them fully. Each path follows one gradient downhill, in steps of equal length that shrink towards the end.
+# them fully. Each path follows one gradient downhill, in steps of equal length that shrink toward the end.
 
 # %%
 PIECES, COOLING = 48, 0.05
@@ -402,7 +406,7 @@ show_moving(figure, draw, range(0, DESCENT, 10 if FAST else 3), alt, seconds=0.1
 # Dark is low, the star is the rod that made the readings. `Implicit` goes down to it from every start. `JFB` asks
 # only what the conductivities that touch a sensor do to it, with the temperatures beside it held fixed. From two
 # of the three starts that sends it *uphill*, over a ridge and into another valley that is not nearly as deep. The
-# five products of `Phantom` and `Neumann` are enough for two unknowns.
+# few products of `Phantom` and `Neumann` are enough for two unknowns.
 #
 # ## 4. What training makes of them
 #
@@ -549,6 +553,7 @@ for title in titles:
 # %% [markdown]
 # First the rods that each gradient finds. `Unroll` and `Reversible` train networks of some layers, and these fit
 # their readings with a rod that is right for *them*; so we judge every rod in the same way, by the dense solve.
+# The panels show the first rod, each with its own distance; the title is a mean over all rods.
 
 # %%
 found = {name: history["rod", name][0][:, -1] for name in MODES}
@@ -574,8 +579,9 @@ figure.suptitle(f"{best} comes nearest to the true rod: {distance[best].mean():.
 plt.show()
 
 # %% [markdown]
-# A gradient of five products sees conductivities within five pieces of a sensor, `JFB` only those that touch one.
-# The others follow the term that asks for a smooth rod. `Shine` and `Implicit` see all of them. The losses:
+# `Phantom` and `Neumann`, with five steps or terms, see conductivities within five pieces of a sensor, `JFB` only
+# those that touch one. All other conductivities follow the term that asks for a smooth rod. `Shine` and `Implicit`
+# see all of them. The losses:
 
 # %%
 own = {title: {name: history[title, name][1][:, -1] for name in MODES} for title in titles} | {"rod": rod_end}
@@ -693,7 +699,8 @@ plt.show()
 # %% [markdown]
 # **Try next**
 #
-# - More sensors: `sensors = jnp.arange(2, 48, 4)`. From how many on is `Neumann(5)` as good as `Implicit`?
+# - More sensors: `sensors = jnp.arange(2, 48, 4)`. From how many on is `Neumann(5)` as good as `Implicit`? (The cell
+#   that draws the rods has a 3 for the number of sensors.)
 # - `deq.Neumann(terms=k)` and `deq.Phantom(steps=k)` with a $k$ of your own in part 4. How many does the rod need?
 # - The free spirals with `lr=1e-3`, or with `deq.Robust()` as the solver. Does `Implicit` still end last?
 # - `deq.Implicit(linear=deq.Dense())` in part 2, for these few unknowns.

@@ -120,6 +120,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Damping replaces $f(z)$ by $(1 - \beta)\,z + \beta f(z)$. Its Jacobian is $(1 - \beta) I + \beta J$, so it converges
 # where the eigenvalues of $J$ lie in a larger disc, with center $1 - 1/\beta$ and radius $1/\beta$. All these discs end
 # at 1. So damping cures eigenvalues far to the left or far from the real axis, and none with a real part above 1.
+# `Anderson`, which combines its last iterates to solve the equation, is not bound by these discs.
 
 # %%
 DIM, TRACE = 24, 40
@@ -300,8 +301,8 @@ kept["no remedy"], logs["no remedy"] = train(graphdef, params, Remedies())
 _, picard_log = train(*split(plain), Remedies())
 
 # %% [markdown]
-# Every problem of every step has a `Status`. Here are all of them, one column a step, and below them the spectral
-# radius and the loss.
+# Every problem of every step has a `Status`. A solve is *sound*, `stats.sound`, if it is `CONVERGED` or `STALLED`.
+# Here are all of them, one column a step, and below them the spectral radius and the loss.
 
 # %%
 STATUS = {"CONVERGED": "0.88", "STALLED": "0.7", "MAX_STEPS": "#F4A582", "DIVERGED": "#B2182B", "NONFINITE": "k"}
@@ -346,8 +347,8 @@ plt.show()
 # The loss of these runs looks like a bad learning rate and no more. The statuses say what happened: $J$ expands, the
 # solves fail, and from then on the gradient is that of something that is no fixed point.
 #
-# A `Status` is data, because in a batch the other problems have done no wrong. Where you would rather stop, `deq.check`
-# raises an error that names the problems. It does so inside `jit` too, by a callback.
+# A `Status` is data, because in a batch one failure must not stop the other problems. Where you would rather stop,
+# `deq.check` raises an error that names the problems. It does so inside `jit` too, by a callback.
 
 # %%
 model = nnx.merge(graphdef, kept["no remedy"][-1])
@@ -359,6 +360,9 @@ counts = {name: int((broken["backward"].status == deq.Status[name]).sum()) for n
 print("backward solves, from the Probe:", ", ".join(f"{count:,} {name}" for name, count in counts.items() if count))
 
 # %% [markdown]
+# The backward solves of this run converged even where the forward ones had failed. Their equation is linear, and it can
+# be solved at any $z$; but at a $z$ that is no fixed point its answer is not the gradient. So look at both statuses.
+#
 # ## 3. Penalties: pay for an expanding cell
 #
 # - The **Jacobian penalty** of Bai, Koltun & Kolter (2021), `deq.regularizers.jacobian_penalty`, estimates
@@ -366,7 +370,8 @@ print("backward solves, from the Probe:", ", ".join(f"{count:,} {name}" for name
 # - A **spectral penalty** looks at the largest singular value alone. Ours is `spectral_penalty`: a few steps of the
 #   power method for $J^\top J$, and a charge where $\|J\|_2$ exceeds 0.9. It costs more products and constrains less.
 #
-# Both bound $\rho(J)$, since $\rho(J) \le \|J\|_2 \le \|J\|_F$, and both are taken at $z^\star$, where it matters.
+# Both act on an upper bound of $\rho(J)$, since $\rho(J) \le \|J\|_2 \le \|J\|_F$, and both are taken at $z^\star$,
+# where it matters.
 
 # %%
 REMEDIES = {
@@ -507,9 +512,10 @@ plt.show()
 # %% [markdown]
 # A guard alone protects what is there. It gives the gradient no reason to turn around, so training comes to the
 # border and may stay there, at an ever smaller rate. With a penalty, the guard helps over the moments in which the
-# penalty is too weak. `ZERO` keeps wrong gradients out. That is enough where solves fail because they are cut off;
-# the guide [When a solve fails](https://github.com/deq-jax/deq_jax/blob/main/docs/guides/failures.md) measures it.
-# Here they fail because the cell expands, and leaving problems out makes no cell contract.
+# penalty is too weak. It keeps the layer solvable, but its loss stays far above those of the strong penalties in part
+# 3, with the weak penalty as without. `ZERO` keeps wrong gradients out. That is enough where solves fail because they
+# are cut off; the guide [When a solve fails](https://github.com/deq-jax/deq_jax/blob/main/docs/guides/failures.md)
+# measures it. Here they fail because the cell expands, and leaving problems out makes no cell contract.
 #
 # ## 5. Path independence: is it *the* equilibrium?
 #
@@ -554,7 +560,8 @@ plt.show()
 # between its basins is not simple. Neither is wrong: each solution meets the tolerance, and the problem has several.
 #
 # Now the trained models. We solve each test point from zeros and from noise, with a generous budget, and measure how
-# far apart the two answers are.
+# far apart the two answers are. The shares are of *all* test points. A point where a solve failed has no answer and
+# counts against the model, which is most of what happens without a remedy.
 
 
 # %%
@@ -603,4 +610,4 @@ plt.show()
 #   penalty.
 # - `anderson = deq.Broyden(rank=40, rtol=1e-3)`: a stronger solver moves the moment at which training breaks. Does it
 #   prevent it?
-# - In part 5, `deq.Newton()`: yet other basins.
+# - In part 5, `deq.Newton()` in place of `deq.Anderson` in `kinds`: yet other basins.

@@ -122,9 +122,10 @@ print(f"a mesh of {mesh.size} devices: {devices[0].device_kind}")
 # %% [markdown]
 # ## 1. `vmap`: many problems, each with its own fate
 #
-# We solve $z = z^2 + c$ for a whole plane of complex numbers $c$, one problem a pixel. Both roots can be written down,
-# so nothing is at stake but the solver. We write the solve of *one* problem and map it twice. The state is one number,
-# so a short history is enough.
+# We solve $z = z^2 + c$ for a whole plane of complex numbers $c$, one problem a pixel. Both roots can be written
+# down, so nothing is at stake but the solver. We write the solve of *one* problem and map it twice. `Picard` is plain
+# iteration; `Anderson` combines its last iterates, and since the state is one number, a short history of them is
+# enough.
 
 # %%
 re_c, im_c = np.linspace(-2.1, 0.9, SIDE), np.linspace(-1.5, 1.5, SIDE)
@@ -339,7 +340,8 @@ print("an evaluation under jit:", collectives_of(denoise, deq.Anderson(), image)
 
 # %% [markdown]
 # No `all-gather`: the picture is assembled nowhere. The `all-reduce` are the solver's, three for Anderson, of a few
-# numbers each. A `collective-permute` carries border rows of $f$ to the next device.
+# numbers each. A `collective-permute` carries border rows of $f$ to the next device. XLA sends more of them than the
+# two that suffice, as part 4 shows.
 #
 # ## 4. `shard_map`, and when to name an axis
 #
@@ -397,8 +399,10 @@ plt.show()
 
 # %% [markdown]
 # With the name, norms and inner products are summed over the devices: one problem, one status, the steps of part 3.
-# Without it each device takes its strip for a problem of its own, and Anderson mixes on each with other weights. The
-# statuses are still those of measured residuals, but of strips, and it takes several times the evaluations.
+# Without it each device takes its strip for a problem of its own, and Anderson mixes on each with other weights. (The
+# three `all-reduce` of that program are no norms. They are maxima, by which the devices agree when to stop; the next
+# paragraph says why.) The statuses are still those of measured residuals, but of strips, and it takes several times
+# the evaluations.
 #
 # **Name the axes over which a problem is split.** Do not name axes over which problems are distributed, as in part 2:
 # they would be summed into one. There is a case between the two: *different* problems, coupled by a collective inside
@@ -422,9 +426,10 @@ print("coupled by their mean:       ", steps_of_crowd(0.2))
 # ## 5. Forward mode and Hessians
 #
 # Reverse mode is the right one for many parameters and one loss. Our picture is the opposite case: two numbers in,
-# 10,240 pixels out. `adjoint=deq.ImplicitJVP()` has the exact derivative in every mode. Its `jacfwd` solves one tangent
-# equation for each parameter, where reverse mode would solve one equation for each pixel. This $f$ is cheap, so plain
-# iteration will do, for the state and for its tangents.
+# 10,240 pixels out. The `adjoint` of a solve decides how it is differentiated: `deq.ImplicitJVP()` has the exact
+# derivative in every mode. Its `jacfwd` solves one tangent equation for each parameter, where reverse mode would
+# solve one equation for each pixel. This $f$ is cheap, so plain iteration will do, for the state and for its
+# tangents.
 
 # %%
 tight = deq.Picard(rtol=1e-5, max_steps=1000)
@@ -547,7 +552,7 @@ plt.show()
 # **Try next**
 #
 # - Solve the plane of part 1 with `deq.Newton()`, or for $z = z^3 + c$. Which roots are found?
-# - Make the mesh two-dimensional, `jax.make_mesh((2, 4), ("rows", "columns"), …)`, and place the picture with
-#   `P("rows", "columns")`. Which collectives appear?
+# - Place the picture of part 3 on a second, two-dimensional mesh, `jax.make_mesh((2, 4), ("rows", "columns"), …)`,
+#   with `P("rows", "columns")`. Which collectives appear?
 # - In part 4 pass `solver=deq.Broyden()` or `deq.Picard()` to `deq.solve`. How many `all-reduce` are theirs?
 # - Replace `deq.ImplicitJVP` by `deq.Implicit` in part 5, and read the error message.
