@@ -289,7 +289,7 @@ print(f"{traces} traces for {len(radii)} problems, {len(solvers)} solvers, {len(
 
 # %%
 def first_below(curve, level=1e-4):
-    return str(int(budgets[jnp.argmax(curve <= level)])) if curve.min() <= level else "never"
+    return str(int(budgets[jnp.argmax(curve <= level)])) if curve.min() <= level else f"> {budgets[-1]}"
 
 
 figure, panels = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True)
@@ -304,8 +304,8 @@ figure.suptitle("Evaluations to a relative residual of 1e-4", fontsize=10)
 plt.show()
 
 # %% [markdown]
-# “Never” in a title means: not within the evaluations that the axis shows. At $\rho = 0.95$ Picard does get there,
-# but only after more than 150. Below one, acceleration saves a factor; above one, it is the difference between an
+# A number with “>” in a title is where the axis ends. At $\rho = 0.95$ Picard does get there, but only after more than
+# 150 evaluations. Below one, acceleration saves a factor; above one, it is the difference between an
 # answer and none. The leading eigenvalues of this $J$ are a complex pair, so plain iteration circles $z^\star$ and
 # would do so forever.
 #

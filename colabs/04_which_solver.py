@@ -311,8 +311,9 @@ for i, (problem, (cell, p)) in enumerate(problems.items()):
         best = np.minimum.accumulate(np.where(np.isfinite(trace), trace, np.inf))
         ended = "o" if found.stats.converged[i] else "x"
         line = "--" if name == "Robust" else "-"
-        bottom.semilogy(best, line, color=COLORS[name], label=name, lw=1.3)
-        bottom.plot(len(best) - 1, best[-1], ended, color=COLORS[name], ms=5)
+        color = COLORS.get(name, "0.45")
+        bottom.semilogy(best, line, color=color, label=name, lw=1.3)
+        bottom.plot(len(best) - 1, best[-1], ended, color=color, ms=5)
     steps = {name: int(found.stats.steps[i]) for name, found in solved.items() if found.stats.converged[i]}
     won = f"{len(steps)} solve it, {min(steps, key=steps.get)} in {min(steps.values())}" if steps else "none solves it"
     bottom.axhline(1e-4, color="0.6", lw=0.8, ls=":")
@@ -362,8 +363,9 @@ spent = {name: np.reshape(stats.steps, (len(radii), seeds)).mean(axis=1) for nam
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
 for name in solvers:
     line = "--" if name == "Robust" else "-"
-    left.plot(radii, 100 * share[name], "o" + line, ms=3, color=COLORS[name], label=name)
-    right.plot(radii, spent[name], "o" + line, ms=3, color=COLORS[name], label=name)
+    color = COLORS.get(name, "0.45")
+    left.plot(radii, 100 * share[name], "o" + line, ms=3, color=color, label=name)
+    right.plot(radii, spent[name], "o" + line, ms=3, color=color, label=name)
 beyond = {name: values[radii > 1].mean() for name, values in share.items()}
 best = max(beyond, key=beyond.get)
 left.set(
@@ -594,7 +596,6 @@ plt.show()
 #
 # - Change `A` in part 1 to a rotation by 60 degrees, or let it stretch fivefold. Who still finds the fixed point?
 # - Give `Broyden` a `rank` of 10 or 100 in part 2. Memory is `rank` + 1 states.
-# - Add `deq.Anderson(history=16)` and `deq.Picard(damping=0.5)` to `solvers`, each under a name of its own, and give
-#   that name a color in `COLORS`.
+# - Add `deq.Anderson(history=16)` and `deq.Picard(damping=0.5)` to `solvers`, each under a name of its own.
 # - Set `planted(2.5, seed=…)` to other seeds. Does the order of the solvers stay?
 # - Notebook 05 asks the same questions of the *backward* solve: which gradient.
