@@ -43,15 +43,19 @@ def joined(coordinator: str) -> Iterator[None]:
 
 def _join(coordinator: str) -> None:
     place = {} if coordinator == "auto" else _place(coordinator)
+    joining = int(os.environ.get("DEQ_JAX_JOINING", JOINING))
+    # Said before, since JAX ends a process that finds no coordinator without coming back to Python.
+    print(f"--coordinator {coordinator}: joining, for at most {joining} s", file=sys.stderr, flush=True)
     try:
         jax.distributed.initialize(
             **place,
-            initialization_timeout=int(os.environ.get("DEQ_JAX_JOINING", JOINING)),
+            initialization_timeout=joining,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=LEAVING,
         )
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        nobody = coordinator == "auto" and isinstance(error, ValueError)
+        reason = "JAX finds no cluster here" if nobody else str(error).splitlines()[0]
         raise RuntimeError(f"--coordinator {coordinator}: the processes could not be joined: {reason}") from None
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # until the end
