@@ -25,20 +25,22 @@ from experiments.training.sealed import write_atomically
 # Corpora and run directories.
 
 
-def load_corpus(name_or_path: str, *, level: corpora.Level, data_dir: Path | None = None) -> data.Corpus:
-    """The corpus of that name at this level, or else the text that the path leads to.
+def load_corpus(
+    name_or_path: str, *, level: corpora.Level, data_dir: Path | None = None, cache_dir: Path | None = None
+) -> data.Corpus:
+    """The corpus of that name at this level, or else the text that the path leads to; `cache_dir` as for `data.load`.
 
     >>> load_corpus("shakespeare", level="char").name
     'shakespeare'
     """
     if name_or_path in corpora.CORPORA:
-        return data.load(name_or_path, level=level, data_dir=data_dir)
+        return data.load(name_or_path, level=level, data_dir=data_dir, cache_dir=cache_dir)
     if not Path(name_or_path).exists():
         raise ValueError(
             f"--data must be one of {', '.join(corpora.CORPORA)}, or the path of a text file or of a directory "
             f"of *.txt; got {name_or_path!r}, which is neither"
         )
-    return data.load(path=name_or_path, level=level)
+    return data.load(path=name_or_path, level=level, cache_dir=cache_dir)
 
 
 # Options that the configuration of a language model has got since runs were written, and what a run without them did.
@@ -176,11 +178,13 @@ def make_evaluate(
 class Meter:
     """The averages of the steps since the last line, and the time spent in steps alone.
 
-    `start` before a step and after whatever is not training: evaluation, saving, compilation.
+    `start` before a step and after whatever is not training: evaluation, saving, compilation. `utilized` is the share
+    of the devices' peak that one evaluation a second uses, where it is known.
     """
 
     def __init__(self, tokens_per_step: int, seconds: float = 0.0, cpu_seconds: float = 0.0):
         self.spent = [seconds, cpu_seconds]  # over all resumes; of the processor, over all its cores
+        self.utilized: float | None = None
         self._tokens = tokens_per_step
         self._window: list[dict[str, Array]] = []
 
@@ -205,6 +209,8 @@ class Meter:
         }
         if solves := [line[name] for name in ("fwd_steps", "bwd_steps") if name in line]:
             timing["evaluations_per_second"] = len(values) * sum(solves) / elapsed[0]  # of f and its pullback
+            if self.utilized:
+                line["mfu"] = np.round(self.utilized * timing["evaluations_per_second"], 4)
         return line | {name: np.round(value, 2) for name, value in timing.items()}
 
 

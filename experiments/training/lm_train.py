@@ -5,6 +5,7 @@ import functools
 import json
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 import deq_jax as deq
-from experiments.training import data, generation, lm, lm_report, lm_step, processes, tokenizer
+from experiments.training import data, generation, lm, lm_report, lm_step, processes, tokenizer, utilization
 from experiments.training.checkpoints import RunDirectory, config_to_json
 from experiments.training.environment import environment
 from experiments.training.lm_model import Config, build, loss_fn
@@ -40,7 +41,7 @@ EVALUATION_SEGMENTS = 10  # read while training
 def train_and_report(config: Config, module: str, runtime: Runtime = Runtime()) -> None:  # noqa: B008
     """`train`, and what came of it as report.json in the run; `module` is the experiment that was called."""
     with started(runtime):
-        text = json.dumps(about(config, module) | train(config, profile=runtime.profile).report, indent=1)
+        text = json.dumps(about(config, module) | train(config, runtime=runtime).report, indent=1)
         if processes.is_first():
             write_atomically(config.run / "report.json", (text + "\n").encode())
         print(text)
@@ -92,14 +93,14 @@ def train(
     title: str = "step",
     *,
     keep: Callable[[int, TrainState], None] | None = None,
-    profile: int = 0,
+    runtime: Runtime = Runtime(),  # noqa: B008
 ) -> Trained:
-    """Train or resume `config.run`; a finished one is measured again. So many steps as `profile` says are traced.
+    """Train or resume `config.run`; a finished one is measured again.
 
     `keep(step, state)` is called before the first step and after each one, before the run's own save: a run that
     was cut in between comes by there again.
     """
-    corpus = lm.load_corpus(config.data, level=config.level, data_dir=config.data_dir)
+    corpus = load_corpus(config, runtime.token_cache)
     batches = data.segments(corpus.train, config.batch, config.length, seed=config.seed)
     evaluation = lm.evaluation_segments(corpus.valid, EVALUATION_BATCH, config.length)
     placement = Placement.over(config.mesh)
@@ -121,13 +122,16 @@ def train(
             shallow_step = shallow_step.lower(state, first).compile()
         evaluate = lm.make_evaluate(graphdef, evaluation, config.solver, placement.batch)
         meter = lm.Meter(config.batch * config.length, *(spent or ()))
+        if peak := utilization.peak(config.dtype):
+            meter.utilized = (utilization.evaluation_flops(graphdef, state, first) or 0.0) / peak
         with (
             MetricsLog(run.metrics_path, after=start) as log,
             lm_report.reporting(title, start, config.steps, config.level) as report,
-            tracing(run.path / "profile", max(start, config.shallow_steps), profile) as trace,
+            tracing(run.path / "profile", max(start, config.shallow_steps), runtime.profile) as trace,
         ):
             if keep:
                 keep(start, state)
+            saving = 0.0
             meter.start()
             for step in range(start, config.steps):
                 trace(step, state)
@@ -144,9 +148,11 @@ def train(
                     line = meter.line()  # waits for the device
                     if done % config.eval_every == 0 and done > config.shallow_steps:
                         line["valid_loss"] = np.float64(evaluate(state.params, EVALUATION_SEGMENTS).loss)
+                    if saving:  # what the last save held up the loop for
+                        line["save_seconds"], saving = np.float64(round(saving, 3)), 0.0
                     report(log.write(done, line))
                     if save:
-                        run.save(done, state, meter.spent)
+                        saving = timed(lambda: run.save(done, state, meter.spent))
                     meter.start()
                 if stopping:
                     stop.exit(run.wait())
@@ -154,6 +160,25 @@ def train(
         if stop.signum:
             stop.exit(run.wait())
     return Trained(state, graphdef, corpus, final_report(config, state, meter, train_step, measured))
+
+
+def load_corpus(config: Config, cache: Path | None) -> data.Corpus:
+    """The text of a run; of several processes the first one fills the cache for all."""
+    load = lambda: lm.load_corpus(config.data, level=config.level, data_dir=config.data_dir, cache_dir=cache)
+
+    def fill() -> None:
+        load()
+
+    if cache:
+        processes.from_first(fill)
+    return load()
+
+
+def timed(do: Callable[[], None]) -> float:
+    """Its seconds."""
+    began = time.perf_counter()
+    do()
+    return time.perf_counter() - began
 
 
 def start_state(

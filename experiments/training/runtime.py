@@ -17,12 +17,14 @@ class Runtime:
 
     coordinator: str = ""  # auto, or HOST:PORT,COUNT,INDEX of several processes; see experiments.training.processes
     compilation_cache: Path | None = None  # a folder that keeps compiled programs for the next start
+    token_cache: Path | None = None  # a folder for the tokens of corpora, which are then mapped and not read
     profile: int = 0  # so many steps after the warm-up are traced to RUN/profile, for TensorBoard or Perfetto
 
     def __post_init__(self):
         cli.require(self.profile >= 0, "profile", "at least 0", self.profile)
-        cache = self.compilation_cache
-        cli.require(not (cache and cache.is_file()), "compilation_cache", "a folder", cache)
+        for name in ("compilation_cache", "token_cache"):
+            path = getattr(self, name)
+            cli.require(not (path and path.is_file()), name, "a folder", path)
 
 
 @contextlib.contextmanager

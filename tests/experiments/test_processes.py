@@ -81,6 +81,11 @@ def test_two_processes_are_one_and_a_lost_one_is_named(tmp_path, text):
         assert in_one == pytest.approx(in_two, rel=rel), name
     one, two = (json.loads((run / "report.json").read_text()) for run in (alone, whole))
     assert two["valid_loss"] == pytest.approx(one["valid_loss"], rel=1e-5)
+    # What two have saved one restores, on another mesh: a finished run is measured again.
+    other = ["data=4,seq=2" if option == MESH else option for option in OPTIONS]
+    main(["train", "--run", str(whole), "--data", str(text), *other])
+    again = json.loads((whole / "report.json").read_text())
+    assert again["steps"] == 6 and again["valid_loss"] == pytest.approx(two["valid_loss"], rel=1e-5)
     # The first prints, and only it.
     printed = [re.sub(r"\[Gloo\].*", "", pathlib.Path(f"{whole}{i}.out").read_text()).strip() for i in range(2)]
     assert '"valid_loss"' in printed[0] and "step 6/6" in printed[0] and not printed[1]
