@@ -260,7 +260,7 @@ def test_a_run_of_any_length_ends_with_the_equilibrium():
 def test_the_commands_solvers_and_adjoints_are_objects(monkeypatch, capsys, tmp_path):
     seen = []
 
-    def train(config):
+    def train(config, runtime):
         seen.append(config)
         config.run.mkdir(parents=True, exist_ok=True)
         return lm_train.Trained(None, None, None, {})
@@ -283,7 +283,7 @@ def test_the_commands_solvers_and_adjoints_are_objects(monkeypatch, capsys, tmp_
 
 
 def test_an_interrupt_outside_the_training_loop_is_one_line_and_130(monkeypatch, capsys):
-    def interrupted(config):
+    def interrupted(config, runtime):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lm_train, "train", interrupted)
