@@ -19,6 +19,7 @@ import numpy as np
 
 from experiments.benchmarks import kernels, programs
 from experiments.benchmarks.programs import Instruction, Kernel, Module
+from experiments.training.utilization import PEAKS
 
 
 class Machine(NamedTuple):
@@ -42,7 +43,7 @@ H100 = Machine(
     "900 GB/s in both directions together; one ConnectX-7 of 400 Gb/s a GPU, as in a DGX H100",
     memory=80e9,
     memory_bandwidth=3.35e12,
-    peak={"f32": 494.7e12, "bf16": 989.4e12, "highest": 66.9e12},
+    peak=dict(zip(("bf16", "f32"), PEAKS["NVIDIA H100"], strict=True)) | {"highest": 66.9e12},
     link=450e9,
     network=50e9,
     host=8,
@@ -53,7 +54,7 @@ V5P = Machine(
     "chips, of which a ring has one of three axes; float32 at the highest precision is six passes",
     memory=95e9,
     memory_bandwidth=2.765e12,
-    peak={"f32": 459e12, "bf16": 459e12, "highest": 459e12 / 6},
+    peak=dict(zip(("bf16", "f32"), PEAKS["TPU v5"], strict=True)) | {"highest": 459e12 / 6},
     link=200e9,
     network=200e9,
     host=10**9,

@@ -6,14 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from experiments.training import data, lm_train
 from experiments.training.lm_model import Config, build
 from experiments.training.loop import TrainState
-from experiments.training.mesh import BATCH, ONE_DEVICE, Placement, parse
+from experiments.training.mesh import ONE_DEVICE, Placement, parse
 
 # Words and characters of the corpora that have a name, so that none of them has to be read.
 VOCABULARIES = {
@@ -52,10 +50,9 @@ def lower(config: Config, words: int, placement: Placement = ONE_DEVICE) -> Step
     state = jax.eval_shape(lambda: lm_train.start_state(config, vocabulary)[1])
     tokens, flag = jax.ShapeDtypeStruct((config.batch, config.length), jnp.int32), jax.ShapeDtypeStruct((), jnp.bool_)
     batch = data.Segment(tokens, tokens, flag)  # type: ignore[arg-type]  shapes stand for arrays
-    if (devices := placement.mesh) is not None:
+    if placement.mesh is not None:
         state = placed(state, placement.state(params, state, lm_train.optimizer(config)))
-        over = lambda x: NamedSharding(devices, P(BATCH, "seq") if x.ndim == 2 else P())
-        batch = placed(batch, jax.tree.map(over, batch))
+        batch = placed(batch, placement.of_batch(batch))
     _, step = lm_train.make_steps(config, graphdef, state, placement)
     return Step(state, batch, step.lower(state, batch))
 

@@ -121,12 +121,16 @@ class Placement:
         """A segment with its rows and columns over the devices; rows that cannot be divided are kept whole."""
         if self.mesh is None:
             return batch
+        # Each process cuts out what its devices hold.
+        place = lambda x, over: jax.make_array_from_callback(np.shape(x), over, np.asarray(x).__getitem__)
+        return jax.tree.map(place, batch, self.of_batch(batch))
+
+    def of_batch(self, batch: Any) -> Any:
+        """The sharding of each array of a segment, or of its shapes."""
+        assert self.mesh is not None
         parts = math.prod(self.mesh.shape[name] for name in BATCH)
         rows = lambda x: BATCH if x.shape[0] % parts == 0 else None
-        spec = lambda x: P(rows(x), "seq") if np.ndim(x) == 2 else P()
-        # Each process cuts out what its devices hold.
-        place = lambda x: jax.make_array_from_callback(np.shape(x), self._sharding(spec(x)), np.asarray(x).__getitem__)
-        return jax.tree.map(place, batch)
+        return jax.tree.map(lambda x: self._sharding(P(rows(x), "seq") if np.ndim(x) == 2 else P()), batch)
 
     def _sharding(self, spec: P) -> Any:
         return None if self.mesh is None else NamedSharding(self.mesh, spec)

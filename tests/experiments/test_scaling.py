@@ -128,8 +128,8 @@ def test_the_products_of_an_evaluation_are_those_of_the_cell():
     of_attention = 3 * 2 * b * t * (SMALL.mem_len + t) * d  # with contents and positions, and the weighted sum
     counted = scaling_study.flops(items("data=1", 8))
     assert counted["forward"] == of_weights + of_attention
-    # A pullback to z has the same products with weights, and twice those between columns but for the positions, which
-    # do not depend on z.
+    # Pulled back to z, a product with weights is one product, and one between columns is two. The scores of positions
+    # are one too, since positions do not depend on z.
     assert counted["backward"] == of_weights + of_attention * 5 / 3
     rounds = counted["forward"] * ROUNDS["forward"] + counted["backward"] * ROUNDS["backward"]
     assert rounds < counted["step"] < 1.5 * rounds
